@@ -1,0 +1,1 @@
+"""gcfast: a provable global minimum for the PyTorch training you already do."""
