@@ -1,0 +1,365 @@
+"""Real data sets as tensors, read from files the user already has; nothing is ever downloaded.
+
+=========  =====================================================================================
+name       where it is looked for under ``root``
+=========  =====================================================================================
+digits     nowhere: scikit-learn ships it
+mnist      ``mnist.npz``, or torchvision's ``MNIST/raw/*-ubyte`` (``.gz`` allowed)
+semeion    ``semeion.npz``, or UCI's and torchvision's ``semeion.data``
+cifar10    ``cifar-10-batches-py`` as torchvision stores it, or ``cifar10_jpeg_24k.zip``
+folder     ``root`` itself, a folder or zip of ``train/<class>/*.png|jpg`` and ``test/<class>/…``
+=========  =====================================================================================
+
+``root`` may also be the file itself. Every input is standardised with one mean and one standard
+deviation a channel, taken from the training samples in use. Duplicate samples are kept: what they
+mean for the training loss is the certificate's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .formats import Images, ImageTree, read_cifar_batch, read_idx, read_npz, read_semeion_text
+from .usage import UserError, require
+
+__all__ = ["DATASETS", "DataSplit", "load_dataset"]
+
+DATASETS = ("digits", "mnist", "semeion", "cifar10", "folder")
+_TEST_SHARE = 0.3  # of data sets that come without a test set
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Training and test samples; images are float32 (n, channels, height, width), labels int64."""
+
+    name: str
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    classes: int
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    normalisation: str
+    source: str
+
+    @property
+    def features(self) -> int:
+        channels, height, width = self.shape
+        return channels * height * width
+
+    def fingerprint(self) -> str:
+        """A hash of the training samples, to tell whether a checkpoint meets the data it was trained on."""
+        digest = hashlib.sha256()
+        for tensor in (self.x_train, self.y_train):
+            digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            self.x_train.to(device),
+            self.y_train.to(device),
+            self.x_test.to(device),
+            self.y_test.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a reader found, before any normalisation."""
+
+    train: Images
+    test: Images
+    class_names: tuple[str, ...]
+    scale: float
+    source: str
+
+
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    limit: int | None = None,
+    test_limit: int | None = None,
+    seed: int = 0,
+    *,
+    image_size: int | None = None,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> DataSplit:
+    """Read a data set by name.
+
+    ``limit`` and ``test_limit`` keep the first samples: in file order (mnist, CIFAR batches), in the
+    order the split drew them (digits, semeion), an equal share of each class of images in folders. ``seed`` decides the stratified split of data sets that have none
+    (digits, semeion) and the choice among folder images. ``image_size`` resizes folder images to a
+    square. ``statistics`` = (mean, std) a channel replaces those of the training samples.
+    """
+    if name not in DATASETS:
+        raise UserError(f"DATA: expected one of {', '.join(DATASETS)}, got {name!r}")
+    for argument, value in (("--limit", limit), ("--test-limit", test_limit), ("--image-size", image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{argument}: expected at least 1, got {value}")
+    if seed < 0:
+        raise UserError(f"--seed: expected 0 or more, got {seed}")
+    if image_size is not None and name != "folder":
+        raise UserError(f"--image-size: only images of DATA=folder are resized, not {name}")
+    if name == "digits":
+        raw = _digits(seed)
+    else:
+        folder = _existing_root(name, root)
+        if name == "mnist":
+            raw = _mnist(folder)
+        elif name == "semeion":
+            raw = _semeion(folder, seed)
+        elif name == "cifar10":
+            raw = _cifar10(folder, limit, test_limit, seed)
+        else:
+            raw = _folder(folder, limit, test_limit, seed, image_size)
+    return _standardise(name, raw, limit, test_limit, statistics)
+
+
+def _standardise(
+    name: str,
+    raw: _Raw,
+    limit: int | None,
+    test_limit: int | None,
+    statistics: tuple[Sequence[float], Sequence[float]] | None,
+) -> DataSplit:
+    classes = len(raw.class_names)
+    if classes < 2:
+        raise UserError(f"{raw.source}: expected at least two classes, found {classes}")
+    train, test = raw.train.check(raw.source, classes), raw.test.check(raw.source, classes)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"{raw.source}: training images are {train.images.shape[1:]}, test images {test.images.shape[1:]}"
+        )
+    images, labels = train.images[:limit], train.labels[:limit]
+    channels, height, width = (int(extent) for extent in images.shape[1:])
+    if statistics is None:
+        counts = _pixel_counts(images)
+        levels = np.arange(256) / raw.scale
+        mean = counts @ levels / counts.sum(axis=1)
+        std = np.sqrt(np.maximum(counts @ levels**2 / counts.sum(axis=1) - mean**2, 0.0))
+        std = np.where(std > 0, std, 1.0)  # a constant channel has nothing to scale
+    else:
+        mean, std = np.asarray(statistics[0], dtype=np.float64), np.asarray(statistics[1], dtype=np.float64)
+        if mean.shape != (channels,) or std.shape != (channels,):
+            raise UserError(
+                f"{raw.source}: images have {channels} channels, the checkpoint's data had {mean.size}"
+            )
+
+    def tensor(part: NDArray[np.uint8]) -> torch.Tensor:
+        # A table of the 256 pixel values: distinct pixels stay distinct, with no float64 copy of the images.
+        table = ((np.arange(256) / raw.scale - mean[:, None]) / std[:, None]).astype(np.float32)
+        out = np.empty(part.shape, dtype=np.float32)
+        for channel in range(channels):
+            out[:, channel] = table[channel][part[:, channel]]
+        return torch.from_numpy(out)
+
+    def shown(values: NDArray[np.float64]) -> str:
+        return ", ".join(f"{value:.4f}" for value in values)
+
+    return DataSplit(
+        name=name,
+        x_train=tensor(images),
+        y_train=torch.from_numpy(np.ascontiguousarray(labels)),
+        x_test=tensor(test.images[:test_limit]),
+        y_test=torch.from_numpy(np.ascontiguousarray(test.labels[:test_limit])),
+        classes=classes,
+        class_names=raw.class_names,
+        shape=(channels, height, width),
+        mean=tuple(float(value) for value in mean),
+        std=tuple(float(value) for value in std),
+        normalisation=(
+            f"pixels / {raw.scale:g}, minus mean {shown(mean)}, divided by standard deviation {shown(std)}"
+            " (one of each a channel, from the training samples)"
+        ),
+        source=raw.source,
+    )
+
+
+def _pixel_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each channel takes each of the 256 values: exact, so the statistics do not depend on the machine."""
+    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for start in range(0, len(images), 4096):  # bincount widens to 64 bits
+        for channel, values in enumerate(counts):
+            values += np.bincount(images[start : start + 4096, channel].ravel(), minlength=256)
+    return counts
+
+
+def _existing_root(name: str, root: str | Path | None) -> Path:
+    if root is None:
+        raise UserError(f"--data-root: expected the place of {name}, got nothing. {_how_to_get(name)}")
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise UserError(f"--data-root: {path} does not exist. {_how_to_get(name)}")
+    return path
+
+
+def _how_to_get(name: str) -> str:
+    return {
+        "mnist": "It may hold mnist.npz, or MNIST/raw/train-images-idx3-ubyte and its three companions (.gz allowed),"
+        " which torchvision.datasets.MNIST(root, download=True) puts there.",
+        "semeion": "It may hold semeion.npz or semeion.data, which torchvision.datasets.SEMEION(root, download=True)"
+        " puts there.",
+        "cifar10": "It may hold cifar-10-batches-py/ (data_batch_1 to 5, test_batch, batches.meta), which"
+        " torchvision.datasets.CIFAR10(root, download=True) puts there, or cifar10_jpeg_24k.zip.",
+        "folder": "It must be a folder or a .zip of train/<class>/*.png|jpg and test/<class>/*.png|jpg.",
+    }[name]
+
+
+def _not_found(name: str, looked_for: Sequence[Path]) -> UserError:
+    files = ", ".join(str(path) for path in looked_for)
+    return UserError(f"--data-root: none of these is there: {files}. {_how_to_get(name)}")
+
+
+def _numbers(classes: int) -> tuple[str, ...]:
+    return tuple(str(digit) for digit in range(classes))
+
+
+def _digits(seed: int) -> _Raw:
+    load_digits = require("sklearn.datasets", "the digits data set").load_digits
+    split = require("sklearn.model_selection", "the digits data set").train_test_split
+    bunch = load_digits()
+    images = bunch.images.astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.int64)
+    x_train, x_test, y_train, y_test = split(
+        images, labels, test_size=_TEST_SHARE, stratify=labels, random_state=seed
+    )
+    source = "scikit-learn's load_digits"
+    return _Raw(Images(x_train, y_train), Images(x_test, y_test), _numbers(10), 16.0, source)
+
+
+def _mnist(root: Path) -> _Raw:
+    archive = root if root.is_file() else root / "mnist.npz"
+    if archive.is_file():
+        arrays = read_npz(archive, ("train_images", "train_labels", "test_images", "test_labels"))
+        parts = [arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"]]
+        source = str(archive)
+    else:
+        folders = (root / "MNIST" / "raw", root / "raw", root)
+        stems = (
+            "train-images-idx3-ubyte",
+            "train-labels-idx1-ubyte",
+            "t10k-images-idx3-ubyte",
+            "t10k-labels-idx1-ubyte",
+        )
+        # All four of one folder, so that images never meet the labels of another copy.
+        for folder in folders:
+            found = [_plain_or_gzipped(folder, stem) for stem in stems]
+            files = [path for path in found if path is not None]
+            if len(files) == len(stems):
+                break
+            if files:
+                absent = [stem for stem, path in zip(stems, found, strict=True) if path is None]
+                raise UserError(f"--data-root: {folder} lacks {', '.join(absent)}. {_how_to_get('mnist')}")
+        else:
+            raise _not_found("mnist", [archive, *(folder / stems[0] for folder in folders)])
+        parts = [read_idx(path) for path in files]
+        source = str(folder)
+    images = [_images(part, (28, 28), source) for part in parts[::2]]
+    labels = [_labels(part, source) for part in parts[1::2]]
+    return _Raw(Images(images[0], labels[0]), Images(images[1], labels[1]), _numbers(10), 255.0, source)
+
+
+def _plain_or_gzipped(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+def _images(array: NDArray[Any], size: tuple[int, int], where: str) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or array.shape[1:] != size:
+        raise UserError(
+            f"{where}: expected uint8 images of {size[0]}x{size[1]}, got {array.dtype} of {array.shape[1:]}"
+        )
+    return array[:, None]
+
+
+def _labels(array: NDArray[Any], where: str) -> NDArray[np.int64]:
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(
+            f"{where}: expected a list of integer labels, got {array.dtype} of shape {array.shape}"
+        )
+    return array.astype(np.int64)
+
+
+def _semeion(root: Path, seed: int) -> _Raw:
+    candidates = (root,) if root.is_file() else (root / "semeion.npz", root / "semeion.data")
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise _not_found("semeion", candidates)
+    if path.suffix == ".npz":
+        arrays = read_npz(path, ("images", "labels"))
+        whole = Images(_images(arrays["images"], (16, 16), str(path)), _labels(arrays["labels"], str(path)))
+    else:
+        whole = read_semeion_text(path)
+    whole.check(str(path), 10)
+    train_part, test_part = (
+        Images(whole.images[chosen], whole.labels[chosen]) for chosen in _stratified(whole.labels, seed)
+    )
+    return _Raw(train_part, test_part, _numbers(10), 255.0, str(path))
+
+
+def _stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and test indices in drawn order, the same share of every class in each."""
+    generator = np.random.default_rng(seed)
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        test[generator.permutation(members)[: round(_TEST_SHARE * len(members))]] = True
+    order = generator.permutation(len(labels))
+    return order[~test[order]], order[test[order]]
+
+
+def _cifar10(root: Path, limit: int | None, test_limit: int | None, seed: int) -> _Raw:
+    jpegs = root if root.is_file() else root / "cifar10_jpeg_24k.zip"
+    folders = (root / "cifar-10-batches-py", root)
+    folder = next((place for place in folders if (place / "data_batch_1").is_file()), None)
+    if folder is None:
+        if not jpegs.is_file():
+            raise _not_found("cifar10", [*(place / "data_batch_1" for place in folders), jpegs])
+        raw = _folder(jpegs, limit, test_limit, seed, None)
+        if raw.train.images.shape[1:] != (3, 32, 32) or len(raw.class_names) != 10:
+            raise UserError(
+                f"{jpegs}: expected RGB images of 32x32 in 10 classes; for other images use DATA=folder"
+            )
+        return raw
+    names = [f"data_batch_{number}" for number in range(1, 6)]
+    absent = [name for name in (*names, "test_batch") if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"--data-root: {folder} lacks {', '.join(absent)}. {_how_to_get('cifar10')}")
+    batches = [read_cifar_batch(folder / name).check(str(folder / name), 10) for name in names]
+    train = Images(
+        np.concatenate([part.images for part in batches]), np.concatenate([part.labels for part in batches])
+    )
+    test = read_cifar_batch(folder / "test_batch")
+    return _Raw(train, test, _CIFAR10_CLASSES, 255.0, str(folder))
+
+
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _folder(root: Path, limit: int | None, test_limit: int | None, seed: int, size: int | None) -> _Raw:
+    tree = ImageTree(root)
+    try:
+        train, test = tree.pick("train", limit, seed), tree.pick("test", test_limit, seed)
+        # Together, so that both parts agree in size and in being grey or coloured.
+        images, labels = tree.decode([*train, *test], size)
+    finally:
+        tree.close()
+    cut = len(train)
+    return _Raw(
+        Images(images[:cut], labels[:cut]),
+        Images(images[cut:], labels[cut:]),
+        tuple(tree.classes),
+        255.0,
+        str(root),
+    )

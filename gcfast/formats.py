@@ -1,0 +1,244 @@
+"""Readers for the files image data sets come in: idx, npz, CIFAR batches, Semeion text, image folders.
+
+Each takes a path and gives uint8 images (n, channels, height, width) and int64 labels (n,), or
+raises :class:`~gcfast.usage.UserError` naming the file and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .usage import UserError, require
+
+__all__ = ["ImageTree", "Images", "read_cifar_batch", "read_idx", "read_npz", "read_semeion_text"]
+
+
+class Images(NamedTuple):
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def check(self, where: str, classes: int) -> Images:
+        """The counts agree, there is something, and every label is a class."""
+        if len(self.images) != len(self.labels):
+            raise UserError(f"{where}: {len(self.images)} images but {len(self.labels)} labels")
+        if not len(self.images):
+            raise UserError(f"{where}: no images")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= classes:
+            raise UserError(f"{where}: labels run from {low} to {high}, expected 0 to {classes - 1}")
+        return self
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The named arrays of an ``.npz``; pickled objects are refused, so reading runs no code."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive.files]
+            if missing:
+                raise UserError(
+                    f"{path}: no array named {', '.join(missing)}; it holds {', '.join(archive.files)}"
+                )
+            return {key: archive[key] for key in keys}
+    except UserError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        KeyError,
+        AttributeError,
+    ) as error:
+        raise UserError(f"{path}: not a readable .npz file, corrupt or cut short ({error})") from error
+
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: Path) -> NDArray[Any]:
+    """One idx file, as MNIST is distributed, gzipped or not."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as stream:
+                raw = stream.read()
+        else:
+            raw = path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip stream is corrupt or cut short ({error})") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES or raw[3] == 0:
+        raise UserError(f"{path}: not an idx file (it begins with {raw[:4].hex() or 'nothing'})")
+    dtype, rank = np.dtype(_IDX_TYPES[raw[2]]), raw[3]
+    start = 4 + 4 * rank
+    if len(raw) < start:
+        raise UserError(f"{path}: cut short inside its header")
+    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank))
+    expected = dtype.itemsize
+    for extent in shape:
+        expected *= extent
+    if len(raw) - start != expected:
+        raise UserError(f"{path}: its header promises {expected} bytes of data, it has {len(raw) - start}")
+    return np.frombuffer(raw, dtype=dtype, offset=start).reshape(shape)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries of arrays and strings and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return _empty_array
+        if module == "numpy" and name == "ndarray":
+            return np.ndarray
+        if module == "numpy" and name == "dtype":
+            return np.dtype
+        if module == "_codecs" and name == "encode":
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a batch of images does not need")
+
+
+def _empty_array(kind: object, shape: tuple[int, ...], dtype: object) -> NDArray[Any]:
+    # What numpy's own _reconstruct is always called with; the contents come by __setstate__.
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("it rebuilds something that is not a plain array")
+    return np.empty(0, dtype=np.uint8)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the text encoding {encoding!r}")
+    return codecs.latin_1_encode(text)[0]
+
+
+def read_cifar_batch(path: Path) -> Images:
+    """One batch of ``cifar-10-batches-py``: n rows of 3072 bytes, red, green, blue planes of 32x32."""
+    try:
+        with path.open("rb") as stream:
+            content = _ArrayUnpickler(stream, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise nearly anything while it is rebuilt
+        if isinstance(error, OSError):
+            raise
+        raise UserError(f"{path}: not a readable CIFAR-10 batch, corrupt or cut short ({error})") from error
+    data = content.get("data") if isinstance(content, dict) else None
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise UserError(f"{path}: expected an array 'data' of uint8 rows of 3072 values")
+    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+        raise UserError(f"{path}: expected a list 'labels' of integers")
+    return Images(data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64))
+
+
+def read_semeion_text(path: Path) -> Images:
+    """``semeion.data``: a line a digit, 256 pixels that are 0 or 1, then ten indicators of the class."""
+    try:
+        table = np.loadtxt(path, dtype=np.float64, ndmin=2)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable semeion.data table ({error})") from error
+    if table.shape[1] != 266:
+        raise UserError(
+            f"{path}: expected 256 pixels and 10 class indicators a line, found {table.shape[1]} values"
+        )
+    pixels, indicators = table[:, :256], table[:, 256:]
+    if not np.isin(table, (0.0, 1.0)).all() or not (indicators.sum(axis=1) == 1).all():
+        raise UserError(f"{path}: expected pixels of 0 or 1 and exactly one class indicator set a line")
+    return Images(
+        (pixels * 255).astype(np.uint8).reshape(-1, 1, 16, 16), indicators.argmax(axis=1).astype(np.int64)
+    )
+
+
+_IMAGE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+)
+
+
+class ImageTree:
+    """Images sorted into ``train/<class>/`` and ``test/<class>/``, in a folder or a zip of one.
+
+    A single folder around the two inside a zip is allowed for, since many archives have one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._archive: zipfile.ZipFile | None = None
+        if path.is_dir():
+            names = [entry.relative_to(path).as_posix() for entry in path.glob("*/*/*")]
+        else:
+            try:
+                self._archive = zipfile.ZipFile(path)
+            except (zipfile.BadZipFile, EOFError) as error:
+                raise UserError(f"{path}: not a readable zip file, corrupt or cut short ({error})") from error
+            names = [name for name in self._archive.namelist() if not name.endswith("/")]
+        # {"train": {"cat": ["train/cat/1.png", ...]}}, in sorted order so that every machine sees the same data.
+        self.entries: dict[str, dict[str, list[str]]] = {}
+        for name in sorted(names):
+            parts = PurePosixPath(name).parts
+            if self._archive is not None and len(parts) == 4:
+                parts = parts[1:]
+            if len(parts) != 3 or parts[0] not in ("train", "test") or parts[1].startswith("."):
+                continue
+            if PurePosixPath(name).suffix.lower() in _IMAGE_SUFFIXES and not parts[2].startswith("."):
+                self.entries.setdefault(parts[0], {}).setdefault(parts[1], []).append(name)
+        for part in ("train", "test"):
+            if part not in self.entries:
+                raise UserError(f"{path}: no images found as {part}/<class>/<name>.png or .jpg")
+        self.classes = sorted(self.entries["train"])
+        strange = sorted(set(self.entries["test"]) - set(self.classes))
+        if strange:
+            raise UserError(f"{path}: test/ has classes that train/ has not: {', '.join(strange)}")
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+
+    def pick(self, part: str, limit: int | None, seed: int) -> list[tuple[str, int]]:
+        """Names and labels; with a limit, an equal share of each class, drawn by ``seed``."""
+        ranked: list[tuple[int, int, str]] = []
+        for label, name in enumerate(self.classes):
+            names = self.entries[part].get(name, [])
+            order = np.random.default_rng((seed, label)).permutation(len(names))
+            ranked += [(rank, label, names[index]) for rank, index in enumerate(order)]
+        return [(name, label) for _, label, name in sorted(ranked)[:limit]]
+
+    def decode(self, chosen: Iterable[tuple[str, int]], size: int | None = None) -> Images:
+        """All images as one array: grey if every one of them is, otherwise RGB."""
+        image_module = require("PIL.Image", "reading image files")
+        pictures, labels = [], []
+        for name, label in chosen:
+            try:
+                raw = (
+                    self._archive.read(name) if self._archive is not None else (self.path / name).read_bytes()
+                )
+                with image_module.open(io.BytesIO(raw)) as picture:
+                    picture.load()
+                    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+                    pictures.append((name, picture.convert(mode)))
+            except Exception as error:  # decoders raise nearly anything on damaged bytes
+                raise UserError(
+                    f"{self.path}: {name} is not a readable image, corrupt or cut short ({error})"
+                ) from error
+            labels.append(label)
+        mode = "L" if all(picture.mode == "L" for _, picture in pictures) else "RGB"
+        arrays: list[NDArray[np.uint8]] = []
+        for name, picture in pictures:
+            if size is not None and picture.size != (size, size):
+                picture = picture.resize((size, size), image_module.Resampling.BILINEAR)
+            array = np.asarray(picture.convert(mode), dtype=np.uint8)
+            array = array[None] if mode == "L" else array.transpose(2, 0, 1)
+            if arrays and array.shape != arrays[0].shape:
+                (_, height, width), (_, other, wide) = arrays[0].shape, array.shape
+                raise UserError(
+                    f"{self.path}: images differ in size ({pictures[0][0]} is {width}x{height}, {name} is {wide}x{other});"
+                    " give --image-size to bring them all to one"
+                )
+            arrays.append(array)
+        return Images(np.stack(arrays), np.array(labels, dtype=np.int64))

@@ -1,0 +1,188 @@
+"""The networks the command line trains: a multilayer perceptron and a pre-activation ResNet-18.
+
+Both end in one ``nn.Linear`` head, with a :class:`~gcfast.wide.WideLayer` before it on request, and
+use analytic activations, because the guarantee needs features that are analytic in the weights.
+A :class:`ModelSpec` is a model's recipe in plain values: what a checkpoint stores beside its weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .usage import UserError
+
+__all__ = ["ACTIVATIONS", "MODELS", "ModelSpec", "PreActivationResNet", "mlp", "resnet18"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "softplus": nn.Softplus,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+MODELS = ("mlp", "resnet18")
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]()
+
+
+def _wide(d: int, m: int, activation: str) -> nn.Module:
+    from .wide import WideLayer
+
+    return WideLayer(d, m, activation=activation)
+
+
+def mlp(
+    in_features: int,
+    classes: int,
+    hidden: Sequence[int] = (256, 128),
+    activation: str = "softplus",
+    wide: int | None = None,
+) -> nn.Sequential:
+    """Flatten, ``hidden`` fully connected layers, the wide layer if ``wide`` is given, the head."""
+    widths = [in_features, *hidden]
+    if min(widths) < 1 or classes < 1 or (wide is not None and wide < 1):
+        raise UserError(f"mlp: every width must be at least 1, got {widths}, wide {wide}, classes {classes}")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for index, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+        layers[f"linear{index}"] = nn.Linear(before, after)
+        layers[f"activation{index}"] = _activation(activation)
+    last = widths[-1]
+    if wide is not None:
+        layers["wide"] = _wide(last, wide, activation)
+        last = wide
+    layers["head"] = nn.Linear(last, classes)
+    return nn.Sequential(layers)
+
+
+class _Block(nn.Module):
+    """norm, activation, 3x3 convolution, twice, added to the input (He et al. 2016, identity mappings)."""
+
+    def __init__(self, before: int, after: int, stride: int, activation: str) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(before)
+        self.activation1 = _activation(activation)
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.activation2 = _activation(activation)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        same = stride == 1 and before == after
+        self.shortcut = None if same else nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.activation1(self.norm1(x))
+        skip = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv2(self.activation2(self.norm2(self.conv1(out))))
+        return out + skip
+
+
+class PreActivationResNet(nn.Module):
+    """Four stages of pre-activation blocks for small images (32x32): no stem pooling, average pooling at the end."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        width: int = 64,
+        wide: int | None = None,
+        activation: str = "softplus",
+        blocks: Sequence[int] = (2, 2, 2, 2),
+    ) -> None:
+        super().__init__()
+        if min(in_channels, classes, width, *blocks) < 1 or (wide is not None and wide < 1):
+            raise UserError(
+                f"resnet18: every size must be at least 1, got channels {in_channels}, classes {classes},"
+                f" width {width}, wide {wide}"
+            )
+        self.stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        stages: list[nn.Module] = []
+        before = width
+        for stage, count in enumerate(blocks):
+            after = width * 2**stage
+            for index in range(count):
+                stages.append(_Block(before, after, 2 if stage and not index else 1, activation))
+                before = after
+        self.blocks = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(before)
+        self.activation = _activation(activation)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.wide: nn.Module | None = None if wide is None else _wide(before, wide, activation)
+        self.head = nn.Linear(before if wide is None else wide, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.flatten(self.pool(self.activation(self.norm(self.blocks(self.stem(x))))))
+        if self.wide is not None:
+            out = self.wide(out)
+        return self.head(out)
+
+
+def resnet18(
+    in_channels: int, classes: int, width: int = 64, wide: int | None = None, activation: str = "softplus"
+) -> PreActivationResNet:
+    """The 18-layer pre-activation ResNet; ``width`` is the number of channels of its first stage."""
+    return PreActivationResNet(in_channels, classes, width, wide, activation)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's recipe. ``hidden`` is the MLP's layers; for a ResNet its one entry is the first stage's width."""
+
+    kind: str
+    shape: tuple[int, int, int]
+    classes: int
+    hidden: tuple[int, ...]
+    wide: int
+    activation: str = "softplus"
+
+    def build(self) -> nn.Module:
+        channels, height, width = self.shape
+        if self.kind == "mlp":
+            return mlp(channels * height * width, self.classes, self.hidden, self.activation, self.wide)
+        if self.kind == "resnet18":
+            if len(self.hidden) != 1:
+                raise UserError(
+                    f"--hidden: resnet18 takes one number, its first stage's width, got {self.hidden}"
+                )
+            return resnet18(channels, self.classes, self.hidden[0], self.wide, self.activation)
+        raise UserError(f"--model: expected one of {', '.join(MODELS)}, got {self.kind!r}")
+
+    def describe(self) -> str:
+        if self.kind == "mlp":
+            inputs = self.shape[0] * self.shape[1] * self.shape[2]
+            return "-".join(str(size) for size in (inputs, *self.hidden, self.wide, self.classes)) + " MLP"
+        return f"pre-activation ResNet-18 (width {self.hidden[0]}), wide layer {self.wide}, {self.classes} outputs"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape), "hidden": list(self.hidden)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        try:
+            return cls(
+                kind=str(values["kind"]),
+                shape=(int(values["shape"][0]), int(values["shape"][1]), int(values["shape"][2])),
+                classes=int(values["classes"]),
+                hidden=tuple(int(size) for size in values["hidden"]),
+                wide=int(values["wide"]),
+                activation=str(values["activation"]),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint's model recipe is not complete ({error!r})") from error
+
+
+def default_hidden(kind: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Layers below the wide one: 128-64 for inputs of up to 256 values, 256-128 above; a ResNet's width 64."""
+    if kind == "resnet18":
+        return (64,)
+    return (128, 64) if shape[0] * shape[1] * shape[2] <= 256 else (256, 128)
