@@ -1,0 +1,238 @@
+"""One observed forward pass: which modules ran, in which order, and which operators between them.
+
+`inspection` and `optim` draw all they know of a user's model from here. The pass leaves the model as it was:
+training flags, buffers, gradients, random-number state and the inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gcfast._analytic_ops import Verdict, classify
+
+__all__ = ["ModuleCall", "OpCall", "Trace", "call_arguments", "quiet", "same_memory", "trace", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module below torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's OptimizedModule
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How `inputs` is passed to the model: a tuple or list as positions, a dict as keywords, else alone."""
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    if isinstance(inputs, dict):
+        return (), dict(inputs)
+    return (inputs,), {}
+
+
+def copy_tensors(value: Any) -> Any:
+    """`value` with its tensors cloned: a model may change its input in place, the caller's must stay."""
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` is `b` or a view of all of it in the same order."""
+    if a is b:
+        return True
+    return (
+        a.numel() == b.numel()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.data_ptr() == b.data_ptr()
+        and a.is_contiguous() == b.is_contiguous()
+        and (a.is_contiguous() or (a.shape == b.shape and a.stride() == b.stride()))
+    )
+
+
+def _accelerators(model: nn.Module) -> tuple[str, list[torch.device]]:
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = min((d.type for d in devices), default="cuda")
+    return kind, sorted((d for d in devices if d.type == kind), key=str)
+
+
+@contextlib.contextmanager
+def quiet_random(model: nn.Module) -> Iterator[None]:
+    """Give torch's random-number generators back as they were, on the CPU and on the model's devices."""
+    kind, devices = _accelerators(model)
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        yield
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every training flag and every buffer is what it was.
+
+    Flags are written directly: a user's own `train` method (one that keeps some layers frozen, say) is not asked.
+    Code under torch.compile runs eagerly meanwhile, for compiled code would not call the hooks of its submodules.
+    """
+    flags = [(m, m.training) for m in model.modules()]
+    kept = [
+        (m, name, b, b._version if not b.is_inference() else -1, b.detach().clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None and b.device.type != "meta"
+    ]
+    dynamo = sys.modules.get("torch._dynamo")
+    eager = torch.compiler.set_stance("force_eager") if dynamo is not None else contextlib.nullcontext()
+    try:
+        for m, _ in flags:
+            m.training = False
+        with torch.no_grad(), eager:
+            yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        for m, name, buffer, version, copy in kept:
+            m._buffers[name] = buffer
+            if buffer.is_inference() or buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)
+
+
+@dataclass
+class OpCall:
+    """One operator as it reached the dispatcher."""
+
+    op: str
+    module: str
+    verdict: Verdict
+    reason: str
+    arguments: frozenset[int]  # id of every tensor argument
+    target: Any = None
+    scalars: tuple[Any, ...] = ()  # arguments after the first, when none of them is a tensor
+
+
+@dataclass
+class ModuleCall:
+    """One call of a watched module; `start` and `end` are positions in `Trace.ops`."""
+
+    name: str
+    module: nn.Module
+    start: int
+    input: Any
+    end: int = -1
+    output: Any = None
+    version: int = 0
+    plain: bool = True  # for nn.Linear: the output is x Wᵀ + b indeed
+
+
+@dataclass
+class Trace:
+    """What one forward did."""
+
+    ops: list[OpCall] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)  # in the order in which they ended
+    output: Any = None
+
+    def output_tensors(self) -> list[Tensor]:
+        """The tensors of the model's output, whatever holds them."""
+        out = self.output
+        if not isinstance(out, (Tensor, dict, list, tuple)) and hasattr(out, "__dict__"):
+            out = vars(out)
+        return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operator, with the innermost module that was running."""
+
+    def __init__(self, record: Trace) -> None:
+        super().__init__()
+        self.record = record
+        self.stack: list[str] = []
+        self.muted = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.muted:
+            return func(*args, **kwargs)
+        inputs = frozenset(id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        out = func(*args, **kwargs)
+        verdict, reason = classify(func, args, kwargs, out)
+        rest = tuple(args[1:])
+        scalars = rest if not any(isinstance(t, Tensor) for t in tree_leaves((rest, kwargs))) else ()
+        module = self.stack[-1] if self.stack else ""
+        name = str(func).removesuffix(".default")
+        self.record.ops.append(OpCall(name, module, verdict, reason, inputs, func, scalars))
+        return out
+
+
+def _is_plain_linear(module: nn.Linear, x: Any, y: Any) -> bool:
+    """Whether `y` is x Wᵀ + b with the module's own parameters: parametrised, hooked, adapted layers are not."""
+    weight, bias = module.weight, module.bias
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape[-1:] != weight.shape[1:]:
+        return False
+    expected = nn.functional.linear(x, weight, bias)
+    if expected.shape != y.shape or expected.dtype != y.dtype:
+        return False
+    bound = 64 * torch.finfo(y.dtype).eps * float(expected.abs().nan_to_num().max()) if y.numel() else 0.0
+    return torch.allclose(y, expected, rtol=0.0, atol=bound, equal_nan=True)
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watch: tuple[type[nn.Module], ...] = (nn.Linear,),
+) -> Trace:
+    """Run `model(*args, **kwargs)` once, quietly, and tell what happened."""
+    record = Trace()
+    recorder = _Recorder(record)
+    pending: list[ModuleCall] = []
+    handles = []
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.stack.append(name)
+        if isinstance(module, watch):
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            pending.append(ModuleCall(name, module, len(record.ops), x))
+
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        recorder.stack.pop()
+        if isinstance(module, watch):
+            call = pending.pop()
+            call.end, call.output = len(record.ops), output
+            call.version = output._version if isinstance(output, Tensor) else 0
+            if isinstance(module, nn.Linear):
+                recorder.muted = True
+                call.plain = _is_plain_linear(module, call.input, output)
+                recorder.muted = False
+            record.calls.append(call)
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks; its operators are seen all the same
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, a, k, name=name: before(name, m, a, k), with_kwargs=True
+                )
+            )
+            handles.append(module.register_forward_hook(lambda m, _, out, name=name: after(name, m, out)))
+        # the fused transformer layers hide their activation in a flag
+        torch.backends.mha.set_fastpath_enabled(False)
+        args, kwargs = copy_tensors((args, kwargs))
+        with quiet(model), quiet_random(model), recorder:
+            record.output = model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for handle in handles:
+            handle.remove()
+    return record
