@@ -1,22 +1,30 @@
 """Which operators are real analytic functions of their arguments.
 
-Names are those of the dispatcher (`aten.relu`), without the trailing underscore of the in-place form. An operator that
-is analytic only on part of its domain (square root, logarithm, division) counts as analytic where the arguments are
-known to stay in one piece of it: outputs carry a mark, `_gcfast_sign`, 1 for ≥ 0 and 2 for > 0, set by rules such as
-exp > 0, x² ≥ 0, (≥ 0) + eps > 0. Masks carry `_gcfast_choice` when they come from comparing real numbers.
+Names are those of the dispatcher (`aten.relu`), without the trailing underscore of the in-place form. An
+operator that is analytic only on part of its domain (square root, logarithm, division) counts as analytic
+where its argument is known to stay inside: `Marks` remembers which results are ≥ 0 or > 0, by rules such as
+exp > 0, x² ≥ 0, (≥ 0) + eps > 0, and which masks come from comparing real numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ACTIVATIONS", "Verdict", "activation_verdict", "classify"]
+__all__ = ["ACTIVATIONS", "Marks", "Verdict", "activation_verdict", "classify", "words"]
 
 Verdict = Literal["analytic", "not analytic", "ties", "unknown"]
+
+
+def words(text: str) -> frozenset[str]:
+    """A set of names from a paragraph of them."""
+    return frozenset(text.split())
+
 
 # name of an activation -> (analytic, why not)
 ACTIVATIONS: dict[str, tuple[bool, str]] = {
@@ -32,6 +40,9 @@ ACTIVATIONS: dict[str, tuple[bool, str]] = {
     "sin": (True, ""),
     "cos": (True, ""),
     "erf": (True, ""),
+    "tanhshrink": (True, ""),
+    "square": (True, ""),
+    "softsign": (False, "has a second derivative that jumps at 0"),
     "relu": (False, "has a kink at 0"),
     "leaky_relu": (False, "has a kink at 0"),
     "prelu": (False, "has a kink at 0"),
@@ -49,8 +60,8 @@ ACTIVATIONS: dict[str, tuple[bool, str]] = {
 }
 
 _ALIASES = {
-    "log_sigmoid_forward": "log_sigmoid", "logsigmoid": "log_sigmoid", "swish": "silu", "prelu_kernel": "prelu",
-    "rrelu_with_noise": "rrelu", "linear": "identity", "none": "identity",
+    "log_sigmoid_forward": "log_sigmoid", "logsigmoid": "log_sigmoid", "swish": "silu", "prelu_kernel":
+    "prelu", "rrelu_with_noise": "rrelu", "linear": "identity", "none": "identity",
 }  # fmt: skip
 
 _KINKS = {
@@ -69,80 +80,107 @@ _KINKS = {
     "copysign": "jumps at 0",
     "nan_to_num": "is cut off",
     **dict.fromkeys(
-        ("round", "floor", "ceil", "trunc", "frac", "fmod", "remainder", "floor_divide", "argmax", "argmin",
-         "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "bucketize", "searchsorted"),
+words(
+    """
+    round floor ceil trunc frac fmod remainder floor_divide argmax argmin
+    fake_quantize_per_tensor_affine fake_quantize_per_channel_affine bucketize searchsorted
+    """
+),
         "is a step function",
     ),
-    **dict.fromkeys(("rnn_relu",), "contains relu"),
+    **dict.fromkeys(
+words(
+    """
+    rnn_relu
+    """
+), "contains relu"),
 }  # fmt: skip
 
 _TIES = dict.fromkeys(
-    ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
-     "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-     "fractional_max_pool2d", "fractional_max_pool3d", "mkldnn_max_pool2d", "max", "min", "amax", "amin", "aminmax",
-     "median", "nanmedian", "kthvalue", "mode", "topk", "sort", "argsort", "cummax", "cummin", "scatter_reduce",
-     "quantile"),
+words(
+    """
+    max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+    max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    fractional_max_pool2d fractional_max_pool3d mkldnn_max_pool2d max min amax amin aminmax median
+    nanmedian kthvalue mode topk sort argsort cummax cummin scatter_reduce quantile
+    """
+),
     "analytic only away from ties",
 )  # fmt: skip
 
 # analytic everywhere in all real arguments
-_ANALYTIC = frozenset(
+_ANALYTIC = words(
     """
-    linear mm addmm bmm baddbmm addbmm addmv addr matmul mv dot vdot inner outer einsum tensordot kron bilinear _trilinear
-    _addmm_activation_identity convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-    conv_transpose3d cudnn_convolution mkldnn_convolution thnn_conv2d _slow_conv2d_forward slow_conv3d
-    _conv_depthwise2d conv_depthwise3d miopen_convolution cudnn_convolution_transpose
-    exp exp2 expm1 sin cos sinh cosh atan asinh erf erfc sinc logaddexp logaddexp2 logsumexp
-    logcumsumexp softmax _softmax log_softmax _log_softmax _safe_softmax glu square rsub mul add sub neg addcmul
-    sum mean cumsum prod cumprod var var_mean multiply subtract negative lerp cross trace
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    _adaptive_avg_pool2d _adaptive_avg_pool3d
-    view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten expand permute t transpose
-    numpy_T alias detach contiguous clone copy _to_copy to lift_fresh lift _conj resolve_conj real imag view_as_real
-    view_as_complex slice select narrow split split_with_sizes chunk unbind unfold im2col col2im index index_select
-    gather take take_along_dim scatter scatter_add index_add index_put index_copy masked_select diagonal diag
-    diag_embed tril triu cat concat stack hstack vstack repeat repeat_interleave tile roll flip rot90 as_strided
-    constant_pad_nd pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle movedim swapaxes view_copy expand_copy
-    slice_scatter select_scatter
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
-    _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-    scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math
-    embedding embedding_bag _embedding_bag _embedding_bag_forward_only
-    lstm gru rnn_tanh lstm_cell gru_cell rnn_tanh_cell _thnn_fused_lstm_cell _thnn_fused_gru_cell mkldnn_rnn_layer
-    _cudnn_rnn _fft_r2c _fft_c2r _fft_c2c fill zero cosine_embedding
-    """.split()
-)  # fmt: skip
+    linear mm addmm bmm baddbmm addbmm addmv addr matmul mv dot vdot inner outer einsum tensordot kron
+    bilinear _trilinear convolution _convolution conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d cudnn_convolution mkldnn_convolution thnn_conv2d
+    _slow_conv2d_forward slow_conv3d _conv_depthwise2d conv_depthwise3d miopen_convolution
+    cudnn_convolution_transpose exp exp2 expm1 sin cos sinh cosh atan asinh erf erfc sinc logaddexp
+    logaddexp2 logsumexp logcumsumexp softmax _softmax log_softmax _log_softmax _safe_softmax glu square
+    rsub mul add sub neg addcmul sum mean cumsum prod cumprod var var_mean multiply subtract negative
+    lerp cross trace avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d view _unsafe_view reshape
+    _reshape_alias squeeze unsqueeze flatten unflatten expand permute t transpose numpy_T alias detach
+    contiguous clone copy _to_copy to lift_fresh lift _conj resolve_conj real imag view_as_real
+    view_as_complex slice select narrow split split_with_sizes chunk unbind unfold im2col col2im index
+    index_select gather take take_along_dim scatter scatter_add index_add index_put index_copy
+    masked_select diagonal diag diag_embed tril triu cat concat stack hstack vstack repeat
+    repeat_interleave tile roll flip rot90 as_strided constant_pad_nd pad reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+    pixel_shuffle pixel_unshuffle channel_shuffle movedim swapaxes view_copy expand_copy slice_scatter
+    select_scatter upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+    upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    scaled_dot_product_attention _scaled_dot_product_flash_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
+    _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable
+    _scaled_dot_product_attention_math embedding embedding_bag _embedding_bag
+    _embedding_bag_forward_only lstm gru rnn_tanh lstm_cell gru_cell rnn_tanh_cell _thnn_fused_lstm_cell
+    _thnn_fused_gru_cell mkldnn_rnn_layer _cudnn_rnn _fft_r2c _fft_c2r _fft_c2c fill zero
+
+    """
+)
 
 # no function of real arguments at all: fresh constants, shapes, index arithmetic
-_CONSTANTS = frozenset(
+_CONSTANTS = words(
     """
-    zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like new_zeros new_ones new_empty
-    new_full empty_strided new_empty_strided scalar_tensor tril_indices triu_indices sym_size sym_numel
-    _local_scalar_dense item is_same_size _has_compatible_shallow_copy_type is_nonzero
-    """.split()
+    zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like new_zeros
+    new_ones new_empty new_full empty_strided new_empty_strided scalar_tensor tril_indices triu_indices
+    sym_size sym_numel _local_scalar_dense item is_same_size _has_compatible_shallow_copy_type
+    is_nonzero
+    """
 )
 
-_COMPARISONS = frozenset(
-    "eq ne lt le gt ge equal isclose isfinite isinf isnan signbit greater less greater_equal less_equal".split()
+_COMPARISONS = words(
+    "eq ne lt le gt ge equal isclose isfinite isinf isnan signbit greater less greater_equal less_equal"
 )
-_RANDOM = frozenset(
+_RANDOM = words(
     """
-    native_dropout dropout feature_dropout bernoulli rand randn rand_like randn_like normal uniform randint randperm
-    multinomial exponential
-    """.split()
-)
-_NORMS = {"layer_norm": 4, "native_layer_norm": 4, "group_norm": 4, "native_group_norm": 7, "_fused_rms_norm": 3}
-_BATCH_NORMS = frozenset(
+    native_dropout dropout feature_dropout bernoulli rand randn rand_like randn_like normal uniform
+    randint randperm multinomial exponential
     """
-    batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_no_update _batch_norm_with_update
-    _native_batch_norm_legit_no_training _native_batch_norm_legit _native_batch_norm_legit_functional
-    """.split()
 )
-_POSITIVE_DOMAIN = {"sqrt": 1, "rsqrt": 2, "log": 2, "log2": 2, "log10": 2, "reciprocal": 2, "digamma": 2, "lgamma": 2}
+_NORMS = {
+    "layer_norm": 4,
+    "native_layer_norm": 4,
+    "group_norm": 4,
+    "native_group_norm": 7,
+    "_fused_rms_norm": 3,
+}
+_BATCH_NORMS = words(
+    """
+    batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_no_update
+    _batch_norm_with_update _native_batch_norm_legit_no_training _native_batch_norm_legit
+    _native_batch_norm_legit_functional
+    """
+)
+_POSITIVE_DOMAIN = words("sqrt rsqrt log log2 log10 reciprocal digamma lgamma")
+_OPEN_DOMAIN = words(
+    """
+    linalg_vector_norm norm linalg_norm std std_mean _cdist_forward cdist atan2 acosh acos asin atanh tan
+    log1p logit cosine_similarity addcdiv _weight_norm_interface _pairwise_distance
+    """
+)
 
 
 def activation_verdict(name: str) -> tuple[Verdict, str]:
@@ -155,43 +193,75 @@ def activation_verdict(name: str) -> tuple[Verdict, str]:
     return ("analytic", f"{key} is real analytic") if analytic else ("not analytic", f"{key} {why}")
 
 
-def _mark(value: Any, mark: str) -> int:
-    return int(getattr(value, mark, 0)) if isinstance(value, Tensor) else 0
+def _storage(value: Tensor) -> int | None:
+    """A key for the memory of a tensor, None where it has none of its own kind (sparse tensors)."""
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
-def _sign(value: Any) -> int:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return 2 if value > 0 else 1 if value == 0 else 0
-    return _mark(value, "_gcfast_sign")
+class Marks:
+    """What is known of the tensors of one forward pass: signs, and what was computed from weights.
 
-
-_SIGN_KEPT = frozenset(
+    Dependence on weights goes by storage, so that writing through a view is not missed.
     """
-    view _unsafe_view reshape squeeze unsqueeze expand permute t transpose alias detach clone contiguous _to_copy
-    slice select split chunk unbind flatten repeat sum mean cumsum sqrt index gather
-    """.split()
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        self.signs = WeakTensorKeyDictionary()  # 1: ≥ 0, 2: > 0
+        self.weighted = {_storage(w) for w in weights} | {None}
+
+    def sign(self, value: Any) -> int:
+        """2 for > 0, 1 for ≥ 0, 0 for not known."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return 2 if value > 0 else 1 if value == 0 else 0
+        return int(self.signs.get(value, 0)) if isinstance(value, Tensor) else 0
+
+    def depends(self, value: Tensor) -> bool:
+        """Whether a tensor may have been computed from weights."""
+        return _storage(value) in self.weighted
+
+    def note(self, func: Any, out: Any, sign: int, depends: bool) -> None:
+        """Remember what an operator gave."""
+        fresh = not func._schema.is_mutable and all(r.alias_info is None for r in func._schema.returns)
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.signs[t] = sign
+                if depends:
+                    self.weighted.add(_storage(t))
+                elif fresh and _storage(t) is not None:
+                    self.weighted.discard(_storage(t))  # memory used again
+                if func._schema.is_mutable and t._base is not None:
+                    self.signs[t._base] = 0  # written through a view
+
+
+_SIGN_KEPT = words(
+    """
+    view _unsafe_view reshape squeeze unsqueeze expand permute t transpose alias detach clone contiguous
+    _to_copy slice select split chunk unbind flatten repeat sum mean cumsum sqrt index gather
+    """
 )
 
 
-def _new_sign(name: str, args: tuple[Any, ...]) -> int:
+def _new_sign(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: Marks) -> int:
     """What is known of the sign of the result."""
     first = args[0] if args else None
-    if name in {"exp", "exp2", "softplus", "sigmoid", "cosh", "logcumsumexp_"} or name.endswith("softmax") and "log" not in name:
-        return 1  # > 0 for real numbers; a stored 0 by underflow must not pass for a denominator
-    if name in {"square", "var", "relu", "abs", "linalg_vector_norm", "norm"}:
+    if name in ("exp", "exp2", "softplus", "sigmoid", "cosh", "_softmax", "softmax"):
+        return 2
+    if name in ("square", "var", "relu", "abs", "linalg_vector_norm", "norm"):
         return 1
-    if name == "pow" and isinstance(args[1], int | float) and float(args[1]) % 2 == 0:
+    if name == "pow" and isinstance(args[1], (int, float)) and float(args[1]) % 2 == 0:
         return 1
-    if name in {"rsqrt", "reciprocal"}:
-        return _sign(first)
-    if name in {"mul", "div"} and len(args) > 1:
-        if args[0] is args[1] and name == "mul":
+    if name in ("rsqrt", "reciprocal"):
+        return 2 if marks.sign(first) == 2 else 0
+    if name in ("mul", "div") and len(args) > 1:
+        if name == "mul" and args[0] is args[1]:
             return 1
-        return min(_sign(args[0]), _sign(args[1]))
-    if name == "add" and len(args) > 1:
-        signs = sorted((_sign(args[0]), _sign(args[1])))
-        return signs[1] if signs[0] > 0 else 0
-    return _sign(first) if name in _SIGN_KEPT else 0
+        return min(marks.sign(args[0]), marks.sign(args[1]))
+    if name == "add" and len(args) > 1 and kwargs.get("alpha", 1) > 0:
+        low, high = sorted((marks.sign(args[0]), marks.sign(args[1])))
+        return high if low > 0 else 0
+    return marks.sign(first) if name in _SIGN_KEPT else 0
 
 
 def _base_name(func: Any) -> tuple[str, str]:
@@ -199,24 +269,21 @@ def _base_name(func: Any) -> tuple[str, str]:
     return namespace, name if name.startswith("__") else name.rstrip("_")
 
 
-def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[Verdict, str]:
-    """The verdict on one operator call, with the reason."""
+def classify(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, marks: Marks
+) -> tuple[Verdict, str]:
+    """The verdict on one operator call, with the reason; what it tells of its result goes into `marks`."""
     namespace, name = _base_name(func)
-    verdict = _verdict(namespace, name, args, kwargs)
-    sign = _new_sign(name, args)
+    verdict = _verdict(namespace, name, args, kwargs, marks)
+    sign = _new_sign(name, args, kwargs, marks)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    choice = any(_mark(t, "_gcfast_choice") for t in tensors)
-    if name in _COMPARISONS and any(t.is_floating_point() or t.is_complex() for t in tensors):
-        choice = True
-    for t in tree_leaves(out):
-        if isinstance(t, Tensor):
-            t._gcfast_sign = sign  # type: ignore[attr-defined]
-            if not (t.is_floating_point() or t.is_complex()):
-                t._gcfast_choice = choice  # type: ignore[attr-defined]
+    marks.note(func, out, sign, any(marks.depends(t) for t in tensors))
     return verdict
 
 
-def _verdict(namespace: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Verdict, str]:
+def _verdict(
+    namespace: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: Marks
+) -> tuple[Verdict, str]:
     leaves = tree_leaves((args, kwargs))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     reals = [t for t in tensors if t.is_floating_point() or t.is_complex()]
@@ -228,14 +295,15 @@ def _verdict(namespace: str, name: str, args: tuple[Any, ...], kwargs: dict[str,
         return "unknown", "draws random numbers, so the features are not a function of the weights"
     if name in _CONSTANTS:
         return "analytic", "a constant"
+    if not any(marks.depends(t) for t in tensors):
+        return "analytic", "acts on the data alone, not on anything computed from weights"
     if name in ("where", "masked_fill", "masked_scatter"):
-        masks = [t for t in tensors if t.dtype == torch.bool]
-        if any(_mark(t, "_gcfast_choice") for t in masks):
-            return "not analytic", "chooses by comparing real numbers"
-        return "analytic", "linear in what it chooses from; the mask does not come from comparing real numbers"
+        if any(marks.depends(t) for t in tensors if t.dtype == torch.bool):
+            return "not analytic", "chooses by a mask computed from weights"
+        return "analytic", "linear in what it chooses from; the mask does not depend on weights"
     if not reals:
         return "analytic", "acts on whole numbers or masks only"
-    return _real_verdict(name, args, kwargs)
+    return _real_verdict(name, args, kwargs, marks)
 
 
 def _own_op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Verdict, str]:
@@ -246,7 +314,9 @@ def _own_op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[V
     return activation_verdict(name)
 
 
-def _real_verdict(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Verdict, str]:
+def _real_verdict(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: Marks
+) -> tuple[Verdict, str]:
     if name == "softplus":
         threshold = args[2] if len(args) > 2 else kwargs.get("threshold", 20)
         if threshold < 20:
@@ -271,29 +341,30 @@ def _real_verdict(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         # the flag `training`, sixth in the older operators; *_no_training and *_no_update carry none
         flag = False if name.endswith(("no_training", "no_update")) else _training_flag(name, args)
         if flag:
-            return "unknown", "normalises by the statistics of the batch, so features depend on the batch they come in"
+            return (
+                "unknown",
+                "normalises by the statistics of the batch, so features depend on the batch they come in",
+            )
         return "analytic", "statistics are fixed"
     if name in _POSITIVE_DOMAIN:
-        if _sign(args[0]) == 2:
-            return "analytic", "its argument is bounded away from 0"
+        if marks.sign(args[0]) == 2:
+            return "analytic", "its argument is positive"
         return "ties", "analytic only where its argument is positive"
     if name == "div":
         if kwargs.get("rounding_mode") is not None:
             return "not analytic", "rounds"
-        if not isinstance(args[1], Tensor) or _sign(args[1]) == 2 or args[1].dim() == 0 and not _depends(args[1]):
+        if not isinstance(args[1], Tensor) or marks.sign(args[1]) == 2:
             return "analytic", "the denominator is not 0"
         return "ties", "analytic only where the denominator is not 0"
     if name == "pow":
         exponent = args[1] if len(args) > 1 else None
         if isinstance(exponent, (int, float)) and float(exponent).is_integer() and exponent >= 0:
             return "analytic", "a polynomial"
-        if _sign(args[0]) == 2:
-            return "analytic", "its argument is bounded away from 0"
+        if marks.sign(args[0]) == 2:
+            return "analytic", "its argument is positive"
         return "ties", "analytic only where its argument is positive"
-    if name in ("linalg_vector_norm", "norm", "linalg_norm", "std", "std_mean", "_cdist_forward", "cdist", "atan2",
-                "acosh", "acos", "asin", "atanh", "tan", "log1p", "logit", "cosine_similarity", "addcdiv",
-                "_weight_norm_interface", "_pairwise_distance"):  # fmt: skip
-        if name == "log1p" and _sign(args[0]) >= 1:
+    if name in _OPEN_DOMAIN:
+        if name == "log1p" and marks.sign(args[0]) >= 1:
             return "analytic", "its argument is at least 0"
         return "ties", "analytic only inside its domain (away from 0, or from the ends of the interval)"
     return "unknown", f"no rule for {name!r}"
@@ -304,8 +375,3 @@ def _training_flag(name: str, args: tuple[Any, ...]) -> bool:
         return args[5]
     # no running statistics among the arguments: _native_batch_norm_legit.no_stats
     return any(isinstance(a, bool) and a for a in args) or name.endswith("with_update")
-
-
-def _depends(value: Tensor) -> bool:
-    """A zero-dimensional tensor wrapped from a Python number is a constant."""
-    return not getattr(value, "_is_wrapped_number", False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gcfast._analytic_ops import Verdict, classify
+from gcfast._analytic_ops import Marks, Verdict, classify
 
-__all__ = ["ModuleCall", "OpCall", "Trace", "call_arguments", "quiet", "same_memory", "trace", "unwrap"]
+__all__ = ["ModuleCall", "OpCall", "Trace", "call_arguments", "same_memory", "trace", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -68,7 +68,7 @@ def _accelerators(model: nn.Module) -> tuple[str, list[torch.device]]:
 
 
 @contextlib.contextmanager
-def quiet_random(model: nn.Module) -> Iterator[None]:
+def keeping_random_state(model: nn.Module) -> Iterator[None]:
     """Give torch's random-number generators back as they were, on the CPU and on the model's devices."""
     kind, devices = _accelerators(model)
     with torch.random.fork_rng(devices=devices, device_type=kind):
@@ -76,21 +76,15 @@ def quiet_random(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every training flag and every buffer is what it was.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every training flag is what it was.
 
-    Flags are written directly: a user's own `train` method (one that keeps some layers frozen, say) is not asked.
-    Code under torch.compile runs eagerly meanwhile, for compiled code would not call the hooks of its submodules.
+    Flags are written directly: a user's own `train` method (one that keeps some layers frozen, say) is not
+    asked. Code under torch.compile runs eagerly meanwhile, for it would not call the hooks of its submodules.
     """
     flags = [(m, m.training) for m in model.modules()]
-    kept = [
-        (m, name, b, b._version if not b.is_inference() else -1, b.detach().clone())
-        for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None and b.device.type != "meta"
-    ]
-    dynamo = sys.modules.get("torch._dynamo")
-    eager = torch.compiler.set_stance("force_eager") if dynamo is not None else contextlib.nullcontext()
+    compiles = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
     try:
         for m, _ in flags:
             m.training = False
@@ -99,6 +93,20 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for m, flag in flags:
             m.training = flag
+
+
+@contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards every buffer is the tensor it was, with the values it had."""
+    kept = [
+        (m, name, b, -1 if b.is_inference() else b._version, b.detach().clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None and b.device.type != "meta"
+    ]
+    try:
+        yield
+    finally:
         for m, name, buffer, version, copy in kept:
             m._buffers[name] = buffer
             if buffer.is_inference() or buffer._version != version:
@@ -115,8 +123,8 @@ class OpCall:
     verdict: Verdict
     reason: str
     arguments: frozenset[int]  # id of every tensor argument
-    target: Any = None
-    scalars: tuple[Any, ...] = ()  # arguments after the first, when none of them is a tensor
+    # to apply the operator again, to another first argument; None where a further argument is a tensor
+    again: Callable[[Tensor], Any] | None = None
 
 
 @dataclass
@@ -152,11 +160,12 @@ class Trace:
 class _Recorder(TorchDispatchMode):
     """Notes every operator, with the innermost module that was running."""
 
-    def __init__(self, record: Trace) -> None:
+    def __init__(self, record: Trace, model: nn.Module) -> None:
         super().__init__()
         self.record = record
         self.stack: list[str] = []
         self.muted = False
+        self.marks = Marks(model.parameters())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,24 +173,25 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         inputs = frozenset(id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         out = func(*args, **kwargs)
-        verdict, reason = classify(func, args, kwargs, out)
-        rest = tuple(args[1:])
-        scalars = rest if not any(isinstance(t, Tensor) for t in tree_leaves((rest, kwargs))) else ()
+        verdict, reason = classify(func, args, kwargs, out, self.marks)
+        further = any(isinstance(t, Tensor) for t in tree_leaves((args[1:], kwargs)))
+        again = None if further or not args else lambda x: func(x, *args[1:], **kwargs)
         module = self.stack[-1] if self.stack else ""
         name = str(func).removesuffix(".default")
-        self.record.ops.append(OpCall(name, module, verdict, reason, inputs, func, scalars))
+        self.record.ops.append(OpCall(name, module, verdict, reason, inputs, again))
         return out
 
 
 def _is_plain_linear(module: nn.Linear, x: Any, y: Any) -> bool:
-    """Whether `y` is x Wᵀ + b with the module's own parameters: parametrised, hooked, adapted layers are not."""
+    """Whether `y` is x Wᵀ + b with the module's own parameters; adapted or hooked layers give another y."""
     weight, bias = module.weight, module.bias
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape[-1:] != weight.shape[1:]:
         return False
     expected = nn.functional.linear(x, weight, bias)
     if expected.shape != y.shape or expected.dtype != y.dtype:
         return False
-    bound = 64 * torch.finfo(y.dtype).eps * float(expected.abs().nan_to_num().max()) if y.numel() else 0.0
+    scale = float(expected.abs().nan_to_num().max()) if y.numel() else 0.0
+    bound = 64 * torch.finfo(y.dtype).eps * scale
     return torch.allclose(y, expected, rtol=0.0, atol=bound, equal_nan=True)
 
 
@@ -193,7 +203,7 @@ def trace(
 ) -> Trace:
     """Run `model(*args, **kwargs)` once, quietly, and tell what happened."""
     record = Trace()
-    recorder = _Recorder(record)
+    recorder = _Recorder(record, model)
     pending: list[ModuleCall] = []
     handles = []
 
@@ -229,7 +239,7 @@ def trace(
         # the fused transformer layers hide their activation in a flag
         torch.backends.mha.set_fastpath_enabled(False)
         args, kwargs = copy_tensors((args, kwargs))
-        with quiet(model), quiet_random(model), recorder:
+        with keeping_buffers(model), evaluating(model), keeping_random_state(model), recorder:
             record.output = model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

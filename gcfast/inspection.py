@@ -1,296 +1,296 @@
 """What a model is made of: its head, what enters the head, and by which operators.
 
-The *head* is the last affine layer, an `nn.Linear` whose output is the model's output. Phase two trains it alone, and
-is convex only if the model is affine in it; every function here refuses, by name, a model of which this cannot be said.
+`find_head` names the last affine layer; `capture` and `FeatureTap` give the features that enter it;
+`analyticity` lists the operators that make these features, with a verdict on each; `wide_activation`
+recognises the wide layer σ(Qz + c) of the theorem. All of them run the model in evaluation mode and leave it
+as it was.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
 
-from gcfast._trace import ModuleCall, Trace, call_arguments, same_memory, trace, unwrap
+from gcfast._analytic_ops import ACTIVATIONS, Verdict, activation_verdict
+from gcfast._head import COPIES, AmbiguousHeadError, Head, HeadError, find_head, head_of_trace, place
+from gcfast._trace import (
+    ModuleCall,
+    OpCall,
+    Trace,
+    call_arguments,
+    copy_tensors,
+    evaluating,
+    keeping_buffers,
+    keeping_random_state,
+    same_memory,
+    trace,
+    unwrap,
+)
 
-__all__ = ["AmbiguousHeadError", "Head", "HeadError", "find_head"]
+__all__ = [
+    "AmbiguousHeadError",
+    "FeatureTap",
+    "Finding",
+    "Head",
+    "HeadError",
+    "Verdict",
+    "WideLayerFound",
+    "analyticity",
+    "capture",
+    "find_head",
+    "unwrap",
+    "wide_activation",
+]
 
 
-class HeadError(ValueError):
-    """The model has no head in the sense of this package; the message says why."""
+class FeatureTap:
+    """Context in which a call gives what enters `module` together with the model's output.
+
+    `module` is a `Head`, a module or its qualified name. Each call runs one forward pass, in evaluation mode
+    and without gradients, and returns `(h, output)`; `h` (batch, m) is a copy. Training flags and torch's
+    random state are given back after each call, buffers and hooks when the context is left, by an exception
+    too. Calls may be mixed with other work, but not with training the model.
+
+    >>> with FeatureTap(model, find_head(model)) as tap:                      # doctest: +SKIP
+    ...     features = torch.cat([tap(x)[0] for x, _ in loader])
+    """
+
+    def __init__(self, model: nn.Module, module: Head | nn.Module | str) -> None:
+        self.model = unwrap(model)
+        if isinstance(module, Head):
+            module = module.module
+        for name, candidate in self.model.named_modules():
+            if candidate is module or name == module:
+                self.name, self.module = name, candidate
+                break
+        else:
+            raise ValueError(f"module: {module!r} is not a module of the model")
+        self._seen: list[Any] = []
+        self._stack: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        if self._stack is not None:
+            raise RuntimeError("this FeatureTap is open already")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping_buffers(self.model))
+            handle: RemovableHandle = self.module.register_forward_pre_hook(self._note, with_kwargs=True)
+            stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        # a copy, for the model may go on to change it in place
+        self._seen.append(x.detach().clone() if isinstance(x, Tensor) else x)
+
+    def __call__(self, inputs: Any) -> tuple[Tensor, Any]:
+        """What enters the module, and the model's output, for one batch of `inputs` (as for `find_head`)."""
+        if self._stack is None:
+            raise RuntimeError(
+                "open the FeatureTap first: with FeatureTap(model, module) as tap: tap(inputs)"
+            )
+        args, kwargs = copy_tensors(call_arguments(inputs))
+        try:
+            with evaluating(self.model), keeping_random_state(self.model):
+                output = self.model(*args, **kwargs)
+            seen = self._seen
+        finally:
+            self._seen = []
+        if len(seen) != 1:
+            raise HeadError(f"{place(self.name)} is applied {len(seen)} times in one forward pass, not once")
+        if not isinstance(seen[0], Tensor) or seen[0].dim() != 2:
+            shape = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
+            raise HeadError(f"{place(self.name)} receives {shape}; it must receive a (batch, m) tensor")
+        return seen[0], output
 
 
-class AmbiguousHeadError(HeadError):
-    """The head cannot be told from the structure of the model alone."""
+def capture(model: nn.Module, head: Head | nn.Module | str, inputs: Any) -> tuple[Tensor, Any]:
+    """What enters the head, (batch, m), and the model's output: one forward pass, nothing left behind."""
+    with FeatureTap(model, head) as tap:
+        return tap(inputs)
 
 
 @dataclass(frozen=True)
-class Head:
-    """The last affine layer of a model. A head without bias has `bias` None."""
+class Finding:
+    """One operator on the way to the head.
 
-    name: str
-    module: nn.Linear
+    `module` is the qualified name of the innermost module that applied it, "" for the model's own forward.
+    """
 
-    @property
-    def in_features(self) -> int:
-        """Width m of the layer below."""
-        return self.module.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Number of outputs C."""
-        return self.module.weight.shape[0]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The (C, m) weight."""
-        return self.module.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The (C,) bias, None where the layer has none."""
-        return self.module.bias
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Weight and, where there is one, bias."""
-        return [p for p in (self.module.weight, self.module.bias) if p is not None]
+    op: str
+    module: str
+    verdict: Verdict
+    reason: str
 
     def __str__(self) -> str:
-        return _describe(self.name, self.module)
+        return f"{self.op} in {place(self.module)}: {self.verdict} ({self.reason})"
 
 
-def find_head(model: nn.Module, inputs: Any = None, head: nn.Module | str | None = None) -> Head:
-    """Find the head of `model`, or raise `HeadError` saying why it has none.
+def analyticity(model: nn.Module, head: Head | nn.Module | str | None, inputs: Any) -> list[Finding]:
+    """Every operator applied before the head, with a verdict on each: is it real analytic?
 
-    With `inputs` (a tensor, a tuple or list of positional arguments, or a dict of keyword arguments) one forward pass
-    is observed, in evaluation mode and without gradients; training flags, buffers, torch's random state and the inputs
-    themselves are left as they were. The head is the last `nn.Linear` applied. It must be applied once, to a
-    (batch, m) tensor; its output must be the model's output (up to a view or a copy); and its parameters must belong
-    to it alone.
+    One forward pass is watched at the level of dispatched operators, so that functional calls and in-place
+    forms are seen as well as modules. What acts on the data alone, and not on anything computed from a
+    weight, is a constant as far as the weights are concerned, and counts as analytic. "ties": analytic
+    except on a set such as equal arguments of a maximum, or outside an open domain; "unknown": no rule,
+    listed by name. Each pair of operator and module appears once, with the worst verdict it got, in the
+    order of the forward pass.
 
-    Without `inputs` the structure decides where it is unambiguous: one single `nn.Linear`, or an `nn.Sequential` that
-    ends in one. `head`, a module or its qualified name, says which layer is meant; it must satisfy the same conditions,
-    of which only the static ones can be checked without `inputs`.
-
-    `torch.compile`, `DataParallel` and `DistributedDataParallel` are looked through; names are those inside.
-
-    >>> find_head(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))).name
-    '2'
+    `head=None` finds the head from the same pass.
     """
+    record, call = _trace_to_head(model, head, inputs)
+    return _findings(record.ops[: call.start])
+
+
+_WORSE: dict[Verdict, int] = {"analytic": 0, "ties": 1, "unknown": 2, "not analytic": 3}
+
+
+def _findings(ops: list[OpCall]) -> list[Finding]:
+    found: dict[tuple[str, str], Finding] = {}
+    for op in ops:
+        old = found.get((op.op, op.module))
+        if old is None or _WORSE[op.verdict] > _WORSE[old.verdict]:
+            found[op.op, op.module] = Finding(op.op, op.module, op.verdict, op.reason)
+    return list(found.values())
+
+
+def _trace_to_head(
+    model: nn.Module,
+    head: Head | nn.Module | str | None,
+    inputs: Any,
+    watch: tuple[type[nn.Module], ...] = (nn.Linear,),
+) -> tuple[Trace, ModuleCall]:
     model = unwrap(model)
-    if inputs is None:
-        found = _by_name(model, head) if head is not None else _by_structure(model)
-        _check_static(model, found)
-        return found
-    args, kwargs = call_arguments(inputs)
-    return observe_head(model, args, kwargs, head)
+    chosen = None if head is None else find_head(model, head=head)
+    record = trace(model, *call_arguments(inputs), watch=watch)
+    found = head_of_trace(model, record, chosen)
+    return record, next(c for c in record.calls if c.module is found.module)
 
 
-def observe_head(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], head: nn.Module | str | None = None
-) -> Head:
-    """`find_head` with the arguments of the forward pass spelt out."""
-    model = unwrap(model)
-    chosen = _by_name(model, head) if head is not None else None
-    if chosen is not None:
-        _check_static(model, chosen)
-    else:
-        _linears(model)  # a model without any is refused before it is run
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise HeadError(f"parameter {lazy[0]!r} is not initialised yet (a lazy module): run one forward pass first")
-    return head_of_trace(model, trace(model, args, kwargs), chosen)
+@dataclass(frozen=True)
+class WideLayerFound:
+    """The layer σ(Qz + c) whose output enters the head.
 
-
-def head_of_trace(model: nn.Module, record: Trace, chosen: Head | None = None) -> Head:
-    """The head of an observed forward pass, all conditions checked."""
-    calls = [c for c in record.calls if isinstance(c.module, nn.Linear)]
-    if not calls:
-        raise HeadError(
-            "no nn.Linear was applied in the forward pass, so the model has no head" + _quantised_hint(model)
-        )
-    call = calls[-1]
-    if chosen is not None:
-        own = [c for c in calls if c.module is chosen.module]
-        if not own:
-            raise HeadError(f"the head {chosen} was not applied in the forward pass")
-        call = own[-1]
-    found = chosen or Head(call.name, call.module)  # type: ignore[arg-type]
-    _check_static(model, found)
-    times = sum(c.module is found.module for c in calls)
-    if times != 1:
-        raise HeadError(f"the head {found} is applied {times} times in one forward pass; it must be applied once")
-    x = call.input
-    if not isinstance(x, Tensor) or x.dim() != 2:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        letters = "(B, T, m)" if isinstance(x, Tensor) and x.dim() == 3 else "non-2-d"
-        raise HeadError(
-            f"the head {found} receives a {letters} tensor, of shape {shape}; it must receive (batch, m), one row a sample"
-        )
-    if not call.plain:
-        raise HeadError(
-            f"the head {found} does not compute x Wᵀ + b with its own weight and bias "
-            f"({type(found.module).__name__} changes them, or a hook changes its output)"
-        )
-    _check_used_once(record, call, found)
-    _check_output(record, call, found)
-    return found
-
-
-def _check_used_once(record: Trace, call: ModuleCall, head: Head) -> None:
-    """No operator before the head may take its parameters: the features would depend on the head."""
-    own = {id(p): n for n, p in head.module.named_parameters()}
-    for op in record.ops[: call.start]:
-        for key in op.arguments & own.keys():
-            raise HeadError(
-                f"the features depend on the head {head}: its {own[key]} is also used by {op.op} in {_place(op.module)}"
-            )
-
-
-# views and copies: they keep every value
-_COPIES = frozenset(
+    `module` takes z, (n, d), as its input: `FeatureTap(model, found.module)` gives it. `name` is the module
+    that applies σ, `linear_name` the one that holds Q (m, d) and c (m,); both are the same for a
+    `gcfast.WideLayer`.
     """
-    view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten alias detach clone contiguous _to_copy copy_
-    lift_fresh t transpose permute slice select expand empty empty_like new_empty empty_strided split unbind
-    _local_scalar_dense
-    """.split()
-)
+
+    name: str
+    linear_name: str
+    d: int
+    m: int
+    activation_name: str
+    analytic: bool
+    polynomial: bool
+    module: nn.Module = field(repr=False)
 
 
-def _check_output(record: Trace, call: ModuleCall, head: Head) -> None:
-    """The model's output must be what the head gave, up to a view or a copy."""
-    outputs = record.output_tensors()
-    later = [op for op in record.ops[call.end :] if op.op.split(".")[1] not in _COPIES]
-    if len(outputs) != 1:
-        raise HeadError(
-            f"the model's output is not the output of its head {head} alone: it holds {len(outputs)} tensors"
-        )
-    out, own = outputs[0], call.output
-    if own._version == call.version and same_memory(out, own):
-        return
-    if not later and out.numel() == own.numel() and own._version == call.version:
-        values = out.reshape(-1).to(own.dtype)
-        if torch.equal(values.nan_to_num(), own.reshape(-1).to(out.dtype).to(own.dtype).nan_to_num()):
-            return
-    names = list(dict.fromkeys(f"{op.op} in {_place(op.module)}" for op in later))
-    came = "after it came " + ", ".join(names[:4]) if names else "its values are rearranged afterwards"
-    raise HeadError(f"the model's output is not affine in the head: {came} (the last nn.Linear applied is {head})")
+def _wide_layer_class() -> type[nn.Module] | None:
+    try:
+        from gcfast.wide import WideLayer
+    except ImportError:
+        return None
+    return WideLayer
 
 
-def _place(name: str) -> str:
-    return repr(name) if name else "the model's own forward"
+def wide_activation(
+    model: nn.Module, head: Head | nn.Module | str | None, inputs: Any
+) -> WideLayerFound | None:
+    """The wide layer below the head; None if what enters it is not σ(Qz + c) with an elementwise σ known here.
+
+    Q and c are those of an `nn.Linear` or of a `gcfast.WideLayer`; σ may be a module or a function. Nothing
+    else may come between Q and the head than views, copies and modules without effect in evaluation mode. An
+    `nn.Linear` directly below the head counts as σ = identity, which is a polynomial. What is recognised is
+    then recomputed and compared with what entered the head.
+    """
+    wide = _wide_layer_class()
+    record, call = _trace_to_head(model, head, inputs, (nn.Linear, wide) if wide else (nn.Linear,))
+    below = [c for c in record.calls if c.end <= call.start and c is not call]
+    h = call.input
+    if not below or not isinstance(below[-1].input, Tensor) or below[-1].input.dim() != 2:
+        return None
+    layer = below[-1]
+    between = [op for op in record.ops[layer.end : call.start] if op.op.split(".")[1] not in COPIES]
+    if wide is not None and isinstance(layer.module, wide):
+        if between or not same_memory(layer.output, h):
+            return None
+        return _of_wide_layer(layer)
+    return _of_linear(unwrap(model), layer, between, h)
 
 
-def _describe(name: str, module: nn.Module) -> str:
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and not isinstance(weight, nn.parameter.UninitializedParameter) and weight.dim() == 2:
-        return f"{name!r} ({weight.shape[1]}→{weight.shape[0]})"
-    return f"{name!r} ({type(module).__name__})"
-
-
-def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """All nn.Linear of the model, the output projections of attention left out: these are not called as modules."""
-    attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in attention]
-    if not found:
-        raise HeadError("the model holds no nn.Linear, so it has no head" + _quantised_hint(model))
-    return found
-
-
-def _quantised_hint(model: nn.Module) -> str:
-    for name, module in model.named_modules():
-        if "Linear" in type(module).__name__ and "quantized" in type(module).__module__:
-            return f"; {name!r} is a quantised {type(module).__name__}, which cannot be trained"
-    return ""
-
-
-def _by_name(model: nn.Module, head: nn.Module | str) -> Head:
-    if isinstance(head, Head):
-        head = head.module
-    for name, module in model.named_modules():
-        if module is head or (isinstance(head, str) and name == head):
-            if not isinstance(module, nn.Linear):
-                raise HeadError(f"head={name!r} is a {type(module).__name__}; it must be an nn.Linear")
-            return Head(name, module)
-    given = repr(head) if isinstance(head, str) else f"the given {type(head).__name__}"
-    raise HeadError(f"head: {given} is not a module of the model; candidates: {_candidates(model)}")
-
-
-def _candidates(model: nn.Module) -> str:
-    return ", ".join(_describe(n, m) for n, m in _linears(model))
-
-
-def _by_structure(model: nn.Module) -> Head:
-    if isinstance(model, nn.Sequential):
-        found = _last_of_sequential(model, "")
-        if found is not None:
-            return found
-    linears = _linears(model)
-    if len(linears) == 1:
-        return Head(*linears[0])
-    raise AmbiguousHeadError(
-        f"the head cannot be told from the structure of {type(model).__name__}; candidates: {_candidates(model)}. "
-        "Pass inputs=…, so that one forward pass tells, or head=…, a module or one of these names"
+def _of_wide_layer(layer: ModuleCall) -> WideLayerFound:
+    weight, activation = layer.module.weight, str(layer.module.activation)
+    assert isinstance(weight, Tensor)
+    verdict, _ = activation_verdict(activation)
+    m, d = weight.shape
+    polynomial = activation in ("identity", "linear", "square")
+    return WideLayerFound(
+        layer.name, layer.name, d, m, activation, verdict == "analytic", polynomial, layer.module
     )
 
 
-_INERT = (nn.Identity, nn.Flatten, nn.Unflatten)
+# activations that torch computes by several operators
+_COMPOSED = {nn.Softsign: "softsign", nn.Tanhshrink: "tanhshrink"}
 
 
-def _last_of_sequential(model: nn.Sequential, prefix: str) -> Head | None:
-    """The nn.Linear an nn.Sequential ends in; None if its last part is something else that must be looked into."""
-    for key, child in reversed(list(model._modules.items())):
-        name = f"{prefix}{key}"
-        if child is None or isinstance(child, _INERT):
-            continue
-        if isinstance(child, nn.Linear):
-            return Head(name, child)
-        if isinstance(child, nn.Sequential):
-            if len(child):
-                return _last_of_sequential(child, name + ".")
-            continue
-        if next(child.parameters(), None) is None:
-            _linears(model)
-            raise HeadError(
-                f"the model's output is not affine in the head: after the last nn.Linear comes {name!r}, "
-                f"{type(child).__name__}"
-            )
+def _of_linear(
+    model: nn.Module, layer: ModuleCall, between: list[OpCall], h: Tensor
+) -> WideLayerFound | None:
+    linear = layer.module
+    assert isinstance(linear, nn.Linear)
+    if not layer.plain:
         return None
-    return None
+    with evaluating(model):
+        z = nn.functional.linear(layer.input, linear.weight, linear.bias)
+        if not between:
+            name, activation, verdict, again = layer.name, "identity", "analytic", z
+        else:
+            owner = model.get_submodule(between[0].module)
+            leaf = owner is not model and next(owner.children(), None) is None
+            name = between[0].module
+            if leaf and type(owner) in _COMPOSED and {op.module for op in between} == {name}:
+                activation = _COMPOSED[type(owner)]
+                verdict, _ = activation_verdict(activation)
+                again = owner(z)
+            elif len(between) == 1:
+                op = between[0]
+                activation, verdict = _activation_of(op.op), op.verdict
+                if activation not in ACTIVATIONS or op.again is None:
+                    return None
+                again = op.again(z)
+                again = again[0] if isinstance(again, tuple) else again
+                name = name if leaf else f"{activation} in {place(name)}"
+            else:
+                return None
+    if again.shape != h.shape or not _close(again, h):
+        return None
+    m, d = linear.weight.shape
+    polynomial = activation in ("identity", "square")
+    return WideLayerFound(name, layer.name, d, m, activation, verdict == "analytic", polynomial, linear)
 
 
-def _check_static(model: nn.Module, head: Head) -> None:
-    """What can be said of a head without running the model."""
-    module = head.module
-    owned = {"weight": module._parameters.get("weight"), "bias": module._parameters.get("bias")}
-    for key, value in owned.items():
-        if isinstance(value, nn.parameter.UninitializedParameter):
-            raise HeadError(f"the head {head.name!r} is lazy: its {key} is not initialised yet; run one forward first")
-    weight = owned["weight"]
-    if weight is None or (owned["bias"] is None and module.bias is not None):
-        raise HeadError(
-            f"the head {head.name!r} computes its weight or bias from other parameters (a parametrisation such as "
-            "weight_norm), so the model is not affine in its parameters"
-        )
-    if not weight.is_floating_point() or "quantized" in type(module).__module__:
-        raise HeadError(f"the head {head.name!r} is quantised ({type(module).__name__}, {weight.dtype})")
-    _check_tied(model, head)
+def _activation_of(op: str) -> str:
+    name = op.split(".")[1].strip("_")
+    return {"log_sigmoid_forward": "log_sigmoid", "rrelu_with_noise": "rrelu"}.get(name, name)
 
 
-def _check_tied(model: nn.Module, head: Head) -> None:
-    own = {key: p for key, p in head.module._parameters.items() if p is not None}
-    for prefix, other in model.named_modules():
-        if other is head.module:
-            continue
-        for key, p in other._parameters.items():
-            if p is None or isinstance(p, nn.parameter.UninitializedParameter):
-                continue
-            for mine, q in own.items():
-                if p is q or (p.numel() and p.device.type != "meta" and p.data_ptr() == q.data_ptr()):
-                    theirs = f"{prefix}.{key}" if prefix else key
-                    raise HeadError(
-                        f"tied weights: {head.name + '.' + mine!r} of the head is also {theirs!r}; "
-                        "phase two cannot train the head while the rest stays frozen"
-                    )
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.abs().nan_to_num().max()) if b.numel() else 0.0
+    eps = 64 * max(_eps(a), _eps(b)) * scale
+    return bool(((a - b).abs().nan_to_num() <= eps).all())
+
+
+def _eps(a: Tensor) -> float:
+    return torch.finfo(a.dtype).eps
