@@ -99,9 +99,10 @@ def load_dataset(
     """Read a data set by name.
 
     ``limit`` and ``test_limit`` keep the first samples: in file order (mnist, CIFAR batches), in the
-    order the split drew them (digits, semeion), an equal share of each class of images in folders. ``seed`` decides the stratified split of data sets that have none
-    (digits, semeion) and the choice among folder images. ``image_size`` resizes folder images to a
-    square. ``statistics`` = (mean, std) a channel replaces those of the training samples.
+    order the split drew them (digits, semeion), an equal share of each class of images in folders.
+    ``seed`` decides the stratified split of data sets that have none (digits, semeion) and the choice
+    among folder images. ``image_size`` resizes folder images to a square. ``statistics`` = (mean, std)
+    a channel replaces those of the training samples.
     """
     if name not in DATASETS:
         raise UserError(f"DATA: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -188,7 +189,7 @@ def _standardise(
 
 
 def _pixel_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How often each channel takes each of the 256 values: exact, so the statistics do not depend on the machine."""
+    """How often each channel takes each of the 256 values: exact, hence the same on every machine."""
     counts = np.zeros((images.shape[1], 256), dtype=np.int64)
     for start in range(0, len(images), 4096):  # bincount widens to 64 bits
         for channel, values in enumerate(counts):
@@ -207,10 +208,10 @@ def _existing_root(name: str, root: str | Path | None) -> Path:
 
 def _how_to_get(name: str) -> str:
     return {
-        "mnist": "It may hold mnist.npz, or MNIST/raw/train-images-idx3-ubyte and its three companions (.gz allowed),"
-        " which torchvision.datasets.MNIST(root, download=True) puts there.",
-        "semeion": "It may hold semeion.npz or semeion.data, which torchvision.datasets.SEMEION(root, download=True)"
-        " puts there.",
+        "mnist": "It may hold mnist.npz, or MNIST/raw/train-images-idx3-ubyte and its like (or .gz);"
+        " torchvision.datasets.MNIST(root, download=True) puts the latter there.",
+        "semeion": "It may hold semeion.npz or semeion.data; torchvision.datasets.SEMEION(root,"
+        " download=True) puts the latter there.",
         "cifar10": "It may hold cifar-10-batches-py/ (data_batch_1 to 5, test_batch, batches.meta), which"
         " torchvision.datasets.CIFAR10(root, download=True) puts there, or cifar10_jpeg_24k.zip.",
         "folder": "It must be a folder or a .zip of train/<class>/*.png|jpg and test/<class>/*.png|jpg.",

@@ -178,7 +178,7 @@ class ImageTree:
             except (zipfile.BadZipFile, EOFError) as error:
                 raise UserError(f"{path}: not a readable zip file, corrupt or cut short ({error})") from error
             names = [name for name in self._archive.namelist() if not name.endswith("/")]
-        # {"train": {"cat": ["train/cat/1.png", ...]}}, in sorted order so that every machine sees the same data.
+        # {"train": {"cat": ["train/cat/1.png", ...]}}, sorted so that every machine sees the same data.
         self.entries: dict[str, dict[str, list[str]]] = {}
         for name in sorted(names):
             parts = PurePosixPath(name).parts
@@ -237,7 +237,8 @@ class ImageTree:
             if arrays and array.shape != arrays[0].shape:
                 (_, height, width), (_, other, wide) = arrays[0].shape, array.shape
                 raise UserError(
-                    f"{self.path}: images differ in size ({pictures[0][0]} is {width}x{height}, {name} is {wide}x{other});"
+                    f"{self.path}: images differ in size ({pictures[0][0]} is {width}x{height}, {name} is"
+                    f" {wide}x{other});"
                     " give --image-size to bring them all to one"
                 )
             arrays.append(array)

@@ -87,7 +87,7 @@ class _Block(nn.Module):
 
 
 class PreActivationResNet(nn.Module):
-    """Four stages of pre-activation blocks for small images (32x32): no stem pooling, average pooling at the end."""
+    """Four stages of pre-activation blocks for small images: no pooling but the average at the end."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ def resnet18(
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's recipe. ``hidden`` is the MLP's layers; for a ResNet its one entry is the first stage's width."""
+    """A model's recipe. ``hidden`` is the MLP's layers, or a ResNet's one number: its first stage's width."""
 
     kind: str
     shape: tuple[int, int, int]
@@ -161,7 +161,7 @@ class ModelSpec:
         if self.kind == "mlp":
             inputs = self.shape[0] * self.shape[1] * self.shape[2]
             return "-".join(str(size) for size in (inputs, *self.hidden, self.wide, self.classes)) + " MLP"
-        return f"pre-activation ResNet-18 (width {self.hidden[0]}), wide layer {self.wide}, {self.classes} outputs"
+        return f"ResNet-18 (width {self.hidden[0]}, wide layer {self.wide}, {self.classes} outputs)"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape), "hidden": list(self.hidden)}
@@ -182,7 +182,7 @@ class ModelSpec:
 
 
 def default_hidden(kind: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """Layers below the wide one: 128-64 for inputs of up to 256 values, 256-128 above; a ResNet's width 64."""
+    """Layers below the wide one: 128-64 for up to 256 inputs, 256-128 above; a ResNet's width 64."""
     if kind == "resnet18":
         return (64,)
     return (128, 64) if shape[0] * shape[1] * shape[2] <= 256 else (256, 128)

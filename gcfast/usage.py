@@ -23,6 +23,6 @@ def require(module: str, purpose: str) -> ModuleType:
         top = module.split(".")[0]
         package = _INSTALL_NAMES.get(top, top)
         missing = error.name is None or error.name.split(".")[0] == top
-        # An installed package that fails on import is a different trouble, and reinstalling the extra hides it.
+        # An installed package that fails on import is a different trouble, and is told as such.
         detail = "it is not installed" if missing else f"importing it failed: {error}"
         raise UserError(f"{purpose} needs {package}, and {detail}: pip install 'gcfast[cli]'") from error

@@ -1,0 +1,157 @@
+"""The report's pictures, as SVG that takes its text colour from the page: it reads in light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .usage import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["lambda_path", "loss_curves", "singular_values"]
+
+BASE, TWO_PHASE, NEAREST = "#4c8ed9", "#e0782f", "#1f9d6b"
+# Stand-ins for the colours the page decides; matplotlib can write only fixed ones.
+_INK, _GRID = "#010203", "#040506"
+
+
+def loss_curves(values: Mapping[str, Any]) -> str:
+    """Full training loss of the base optimizer and of A(base), with tau and the solved head."""
+    figure, axes = _figure(4.0)
+    base_name = str(values["settings"]["base"])
+    for name, label, colour in (
+        ("base", f"{base_name} alone", BASE),
+        ("two_phase", f"A({base_name})", TWO_PHASE),
+    ):
+        points = [point for point in values["curves"][name] if point["loss"] and point["loss"] > 0]
+        if points:
+            epochs = [point["epoch"] for point in points]
+            axes.plot(epochs, [point["loss"] for point in points], color=colour, label=label, lw=1.8)
+    tau = values["steps"]["switch"] / values["steps"]["per_epoch"]
+    axes.axvline(tau, color=_INK, lw=1, ls=(0, (4, 3)))
+    # At the foot of the line, where the curves are not.
+    axes.annotate(
+        "tau",
+        (tau, 0),
+        (-6, 6),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color=_INK,
+        ha="right",
+    )
+    switch, final = values["loss"]["switch"], values["loss"]["final"]
+    if switch and final and final > 0:
+        axes.plot([tau, tau], [switch, final], color=NEAREST, lw=1.8)
+        axes.plot([tau], [final], "o", color=NEAREST, ms=7, label="nearest: the head, solved at tau")
+        axes.annotate(f"{final:.1e}", (tau, final), (9, -3), textcoords="offset points", color=_INK)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss on all training samples")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.1)
+    _finish(axes)
+    return _svg(figure, "loss", "Training loss over epochs, logarithmic")
+
+
+def lambda_path(values: Mapping[str, Any]) -> str:
+    """The way from V_tau to the global minimum: training loss along falling regularisation."""
+    figure, axes = _figure(3.2)
+    points = [(weight, loss) for weight, loss in values["path"] if weight > 0 and loss > 0]
+    axes.plot(
+        [weight for weight, _ in points], [loss for _, loss in points], "o-", color=NEAREST, lw=1.8, ms=4
+    )
+    infimum, target = values["loss"]["infimum"] or 0.0, values["settings"]["target_gap"]
+    axes.axhline(infimum + target, color=_INK, lw=1, ls=(0, (4, 3)))
+    axes.annotate(
+        f"L* + target gap {target:.0e}",
+        (0.0, infimum + target),
+        (6, 5),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        color=_INK,
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    if len(points) > 1:
+        axes.invert_xaxis()
+    axes.set_xlabel("λ, the pull towards the head at tau (falling to the right)")
+    axes.set_ylabel("training loss")
+    axes.margins(y=0.12)
+    _finish(axes, legend=False)
+    return _svg(figure, "path", "Training loss along the path of falling lambda")
+
+
+def singular_values(values: Mapping[str, Any]) -> str:
+    """Estimated singular values of [features, 1], the proved bound, and where float32 rank gives up."""
+    figure, axes = _figure(3.2)
+    spectrum = [value for value in values["spectrum"] or [] if value > 0]
+    n, width = values["n"], values["width"]
+    axes.plot(
+        range(1, len(spectrum) + 1), spectrum, color=TWO_PHASE, lw=1.8, label="singular values (estimated)"
+    )
+    if spectrum:
+        single = max(n, width + 1) * 2.0**-23 * spectrum[0]
+        axes.axhline(
+            single, color=_INK, lw=1, ls=(0, (1, 2)), label="below this, float32 matrix_rank counts zero"
+        )
+    bound = values["certificate"]["sigma_min_lower"]
+    if bound and bound > 0:
+        axes.axhline(bound, color=NEAREST, lw=1.8, label=f"proved: none is below {bound:.1e}")
+    axes.set_yscale("log")
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value")
+    axes.margins(y=0.1)
+    _finish(axes)
+    return _svg(figure, "spectrum", "Singular values of the features with the proved lower bound")
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure_module = require("matplotlib.figure", "the report's pictures")
+    figure: Figure = figure_module.Figure(figsize=(7.6, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _finish(axes: Axes, legend: bool = True) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GRID)
+    axes.tick_params(which="both", color=_GRID, labelcolor=_INK)
+    axes.grid(color=_GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(_INK)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+
+
+def _svg(figure: Figure, salt: str, title: str) -> str:
+    matplotlib = require("matplotlib", "the report's pictures")
+    buffer = io.StringIO()
+    # The salt makes ids of different pictures differ: they share one page.
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # Inside HTML none of these is needed, and without them the page names no address at all.
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text, count=0)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
+    for identifier in set(re.findall(r'\bid="([^"]+)"', text)):
+        text = re.sub(
+            rf'(id="|href="#|url\(#){re.escape(identifier)}(?=["\)])', rf"\g<1>{salt}-{identifier}", text
+        )
+    text = text.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+
+
+def legend_colours() -> Sequence[tuple[str, str]]:
+    """Colours of the three results, in the order of the table."""
+    return (("base", BASE), ("two_phase", TWO_PHASE), ("nearest", NEAREST))

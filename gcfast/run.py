@@ -1,0 +1,245 @@
+"""One ``gcfast train`` run: phase one, certificate, solved head, the paper's phase two, the base optimizer.
+
+The order puts what matters most first. Each stage adds to a record that can be saved at any time, so an
+interruption or a diverging comparison loses nothing that was finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint, DataSpec
+from .data import DataSplit
+from .models import ModelSpec
+from .progress import Progress
+from .record import Record, certificate_values
+from .storage import write_json
+from .train import Diverged, Point, Schedule, Settings, Trainer
+
+__all__ = ["Run"]
+
+_SPECTRUM_SAMPLES = 2048  # singular values for the picture: seconds up to here, minutes beyond
+# The solved head is rounded to the model's float32; aiming lower leaves room for that.
+_TARGET_SHARE = 0.8
+
+
+class Run:
+    """Executes the stages; ``say`` prints a line for the user."""
+
+    def __init__(
+        self,
+        data: DataSplit,
+        data_spec: DataSpec,
+        model: ModelSpec,
+        settings: Settings,
+        out: Path,
+        command: str,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self.data, self.spec, self.settings, self.out, self.quiet = data, model, settings, out, quiet
+        self.schedule = Schedule(
+            len(data.y_train), settings.batch_size, settings.epochs, settings.tau, settings.seed
+        )
+        self.record = Record(data, data_spec, model, settings, self.schedule, command)
+        self.trainer = Trainer(settings, self.schedule, data.to(settings.device), data.classes)
+        torch.manual_seed(settings.seed)
+        model_zero = model.build().to(settings.device)
+        self._initial = copy.deepcopy(model_zero.state_dict())
+        self._heads: dict[str, dict[str, torch.Tensor]] = {}
+        self._hidden: dict[str, torch.Tensor] = {}
+
+    def execute(self) -> None:
+        """All stages; :class:`Diverged` if the training of A(base) itself breaks down."""
+        from .optim import TwoPhase
+
+        settings, schedule = self.settings, self.schedule
+        model = self._model(self._initial)
+        optimizer = TwoPhase(
+            settings.optimizer(model.parameters()),
+            model,
+            switch_step=schedule.switch,
+            perturbation=settings.perturbation,
+            seed=settings.seed,
+        )
+        self._stage("phase_one")
+        curve = self.record.curves["two_phase"]
+        curve.append(self.trainer.evaluate(model, 0))
+        try:
+            self._train("phase_one", "phase one", model, optimizer, 0, schedule.switch, curve.append)
+        except KeyboardInterrupt:
+            self._save_checkpoint(model, "phase one", getattr(optimizer, "step_count", 0))
+            raise
+        # The last point was taken after the Gaussian step, which belongs to the last step of phase one.
+        self.record.switch = curve[-1]
+        self._hidden = _cpu_copy(model.state_dict())
+        self._heads["switch"] = _head_of(self._hidden)
+        self._save_checkpoint(model, "switch", schedule.switch)
+
+        self._stage("certify")
+        self._certify()
+        self._stage("solve")
+        self._solve()
+
+        self._stage("phase_two")
+        try:
+            self._train(
+                "phase_two",
+                "phase two (paper)",
+                model,
+                optimizer,
+                schedule.switch,
+                schedule.total,
+                curve.append,
+            )
+            self._heads["two_phase"] = _head_of(_cpu_copy(model.state_dict()))
+            self._save_checkpoint(
+                None, "nearest" if "nearest" in self._heads else "two_phase", schedule.total
+            )
+        except Diverged as trouble:
+            self._note(
+                f"The paper's phase two, {settings.base} on the head, diverged ({trouble}): a smaller --lr"
+                " would"
+                " cure it. The solved head does not depend on it."
+            )
+
+        if settings.compare:
+            self._stage("base")
+            self._compare()
+        self._picture()
+        self._stage("done")
+        self.record.status = "complete"
+
+    def save_result(self) -> Path:
+        return write_json(self.out / "result.json", self.record.values())
+
+    def _stage(self, name: str) -> None:
+        self.record.stage = name
+
+    def _note(self, text: str) -> None:
+        self.record.notes.append(text)
+
+    def _model(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
+        model = self.spec.build().to(self.settings.device)
+        model.load_state_dict(state)
+        return model
+
+    def _train(
+        self,
+        key: str,
+        title: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        start: int,
+        stop: int,
+        record: Callable[[Point], None],
+    ) -> None:
+        with Progress(title, stop - start, quiet=self.quiet) as progress:
+            try:
+                self.trainer.run(model, optimizer, start, stop, progress, record)
+            finally:
+                self.record.seconds[key] = self.trainer.seconds
+
+    def _certify(self) -> None:
+        from .certificate import certify
+
+        model = self._model(self._hidden).eval()
+        with Progress("certificate", quiet=self.quiet):
+            start = time.perf_counter()
+            try:
+                found = certify(model, (self.trainer.x_train, self.trainer.targets), loss=self.settings.loss)
+            except (ValueError, MemoryError) as trouble:
+                self._note(f"No certificate: {trouble}")
+            else:
+                self.record.certificate = certificate_values(found)
+            self.record.seconds["certify"] = time.perf_counter() - start
+
+    def _solve(self) -> None:
+        from .head import solve_head
+
+        model = self._model(self._hidden).eval()
+        target = self.settings.target_gap * _TARGET_SHARE
+        with Progress("phase two (solved)", 1000, quiet=self.quiet) as progress:
+
+            def show(state: Any) -> None:
+                share = getattr(state, "fraction", None) or 0.0
+                progress.update(round(1000 * min(max(share, 0.0), 1.0)), f"gap {state.gap:.2e}")
+
+            start = time.perf_counter()
+            try:
+                found = solve_head(
+                    model,
+                    (self.trainer.x_train, self.trainer.targets),
+                    loss=self.settings.loss,
+                    target_gap=target,
+                    method="nearest",
+                    callback=show,
+                )
+            except (ValueError, MemoryError) as trouble:
+                self._note(f"Phase two was not solved: {trouble}")
+                return
+            finally:
+                self.record.seconds["solve"] = time.perf_counter() - start
+            progress.update(1000, f"gap {found.gap:.2e}")
+        # Of the model as it is stored, so that the head's rounding to float32 is in the figure.
+        self.record.nearest = self.trainer.evaluate(model, self.schedule.switch)
+        self.record.path = [(float(weight), float(loss)) for weight, loss in found.path]
+        self.record.solver = {
+            "loss": float(found.loss),
+            "gap": float(found.gap),
+            "duality_gap": None if found.duality_gap is None else float(found.duality_gap),
+            "iterations": int(found.iterations),
+            "peak_bytes": None if found.peak_bytes is None else int(found.peak_bytes),
+        }
+        self._heads["nearest"] = _head_of(_cpu_copy(model.state_dict()))
+        self._save_checkpoint(None, "nearest", self.schedule.switch)
+        if getattr(found, "interrupted", False):
+            raise KeyboardInterrupt
+
+    def _compare(self) -> None:
+        model = self._model(self._initial)
+        curve = self.record.curves["base"]
+        curve.append(self.trainer.evaluate(model, 0))
+        optimizer = self.settings.optimizer(model.parameters())
+        try:
+            title = f"{self.settings.base} alone"
+            self._train("base", title, model, optimizer, 0, self.schedule.total, curve.append)
+        except Diverged as trouble:
+            self._note(f"The base optimizer alone diverged ({trouble}), so there is nothing to compare with.")
+
+    @torch.no_grad()
+    def _picture(self) -> None:
+        """Singular values of [features, 1] for the report's picture; the proof does not use them."""
+        if len(self.data.y_train) > _SPECTRUM_SAMPLES or not self._hidden:
+            return
+        model = self._model(self._hidden).eval()
+        caught: list[torch.Tensor] = []
+        head = model.get_submodule("head")
+        handle = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].double()))
+        model(self.trainer.x_train)
+        handle.remove()
+        with_ones = torch.cat([caught[0], caught[0].new_ones(len(caught[0]), 1)], dim=1)
+        self.record.spectrum = torch.linalg.svdvals(with_ones).tolist()
+
+    def _save_checkpoint(self, model: nn.Module | None, stage: str, step: int) -> None:
+        state = _cpu_copy(model.state_dict()) if model is not None else dict(self._hidden)
+        if stage in self._heads:
+            state.update(self._heads[stage])
+        Checkpoint(
+            self.spec, self.record.data_spec, self.settings.loss, stage, step, state, self._heads
+        ).save(self.out / "checkpoint.pt")
+
+
+def _head_of(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in state.items() if name.startswith("head.")}
+
+
+def _cpu_copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
