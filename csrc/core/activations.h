@@ -1,0 +1,304 @@
+// Activations and their first two derivatives: one source for host and device.
+//
+// Every function is branch-free (selects only), so that a loop over it vectorises, and none of it needs
+// -ffast-math. Two things carry the accuracy:
+//   * exp(-|t|) is returned in parts p, s1, s2 (value p*s1*s2, s1 and s2 powers of two), so that a factor can be
+//     multiplied in before the result becomes denormal: one rounding there instead of two;
+//   * products inside an exponent (beta*x, x*x/2) are carried as an unevaluated sum hi + lo, because an error of
+//     one ulp in t is an error of |t| ulps in exp(t).
+// Polynomials: Chebyshev interpolation in 60 digits, rewritten in powers; the erfc form follows Shepherd and
+// Laframboise (1981), the logarithm is fdlibm's arrangement.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define GCFAST_HD __host__ __device__ __forceinline__
+#else
+#define GCFAST_HD inline __attribute__((always_inline))
+#endif
+
+namespace gcfast {
+
+enum class Act { softplus, sigmoid, tanh, gelu, gelu_tanh, silu, relu };
+
+template <class T> struct Traits;
+
+template <> struct Traits<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23;
+  static constexpr uint32_t split_mask = 0xfffff000u;
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float exp_floor = -120.0f, half_scale = -100.0f;  // exp(-104) is already 0
+  static constexpr float erfc_max = 10.5f, big = 3e38f;
+};
+
+template <> struct Traits<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52;
+  static constexpr uint64_t split_mask = 0xfffffffff8000000ull;
+  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2e = 1.4426950408889634074, ln2_hi = 6.93147180369123816490e-01,
+                          ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double exp_floor = -800.0, half_scale = -1000.0;
+  static constexpr double erfc_max = 27.9, big = 1.7e308;
+};
+
+template <class To, class From> GCFAST_HD To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To out;
+  memcpy(&out, &v, sizeof(To));
+  return out;
+}
+
+// NaN in `a` survives both of these.
+template <class T> GCFAST_HD T at_least(T a, T low) { return a < low ? low : a; }
+template <class T> GCFAST_HD T at_most(T a, T high) { return a > high ? high : a; }
+template <class T> GCFAST_HD T magnitude(T a) { return a < T(0) ? -a : a; }
+
+template <class T, int N> GCFAST_HD T horner(T x, const T (&c)[N]) {
+  T r = c[N - 1];
+#pragma GCC unroll 32
+  for (int i = N - 2; i >= 0; --i) r = r * x + c[i];
+  return r;
+}
+
+GCFAST_HD float exp_poly(float r) {
+  constexpr float c[] = {0.500000001353872989f, 0.16666666681704215f,   0.0416664641974056923f,
+                         0.00833331084464786256f, 0.00139337307157920825f, 0.00019891080463998842f};
+  return horner(r, c);
+}
+GCFAST_HD double exp_poly(double r) {
+  constexpr double c[] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332608312,
+                          0.00138888888888837112, 0.000198412698750022788, 0.0000248015873256774619,
+                          2.75572551700008874e-6, 2.75572734787185805e-7, 2.51053127296221018e-8,
+                          2.09147553258932022e-9};
+  return horner(r, c);
+}
+// (2 atanh(s) - 2s) / s^3 as a polynomial in w = s^2, s <= 3 - 2 sqrt 2.
+GCFAST_HD float log_poly(float w) {
+  constexpr float c[] = {0.666666665535855383f, 0.400001225845840959f, 0.285507364053582024f, 0.233327618077414034f};
+  return horner(w, c);
+}
+GCFAST_HD double log_poly(double w) {
+  constexpr double c[] = {0.666666666666666973, 0.399999999998982734, 0.285714286265333359, 0.222222110438224861,
+                          0.181828957468014286, 0.153315017212074187, 0.146191647771864199};
+  return horner(w, c);
+}
+// (1 + 2z) erfcx(z) / 2 as a polynomial in u = (z - 3)/(z + 3).
+GCFAST_HD float erfcx_poly(float u) {
+  constexpr float c[] = {0.626504029571410391f, -0.0678105543715457021f, -0.0237812022032677061f,
+                         0.0648226216975999373f, -0.059635688544687149f, 0.0341539997907242738f,
+                         -0.0118938679941791158f, 0.00126040057275545553f, 0.000971547580719382205f,
+                         -0.000365159059404002978f, -0.0000825694274979010034f, 0.0000209408257947504036f};
+  return horner(u, c);
+}
+GCFAST_HD double erfcx_poly(double u) {
+  constexpr double c[] = {0.626504029134864829, -0.0678105530622905488, -0.0237811471767265302, 0.0648225793513751275,
+                          -0.0596368317075842847, 0.0341540136722030218, -0.0118852574609688233,
+                          0.00126469590395003148, 0.000944345199084840036, -0.000389916092762963984,
+                          -0.0000525800312064977424, 0.0000625493964637382508, 2.47527617481733332e-6,
+                          -0.0000100491269188129638, -3.67081582733419536e-7, 1.73307983563980871e-6,
+                          1.80334317377120625e-7, -3.02829319466882958e-7, -7.20517718984084447e-8,
+                          4.48874030580425211e-8, 2.05673781960790069e-8, -2.87825199807375371e-9,
+                          -3.23392222789149375e-9, -5.33629760748845805e-10};
+  return horner(u, c);
+}
+
+template <class T> struct Sum { T hi, lo; };  // an unevaluated hi + lo
+
+// a + b exactly (Knuth).
+template <class T> GCFAST_HD Sum<T> two_sum(T a, T b) {
+  const T s = a + b, t = s - a;
+  return {s, (a - (s - t)) + (b - t)};
+}
+
+// a * b to twice the precision (Dekker); splitting by bit mask cannot overflow, and FMA contraction only helps.
+template <class T> GCFAST_HD T upper_half(T a) {
+  using U = decltype(Traits<T>::split_mask + 0);
+  return bits<T>(static_cast<U>(bits<U>(a) & Traits<T>::split_mask));
+}
+template <class T> GCFAST_HD Sum<T> two_prod(T a, T b) {
+  const T p = a * b, ah = upper_half(a), al = a - ah, bh = upper_half(b), bl = b - bh;
+  return {p, ((ah * bh - p) + ah * bl + al * bh) + al * bl};
+}
+
+// exp(hi + lo) for hi <= 0 as p * s1 * s2; q = p - 1 to full relative precision.
+template <class T> struct Exp {
+  T p, q, s1, s2;
+  GCFAST_HD T value() const { return p * s1 * s2; }
+  GCFAST_HD T times(T factor) const { return p * factor * s1 * s2; }
+  // 1 - exp(t) without cancellation: q is exact in the sense above when the power of two is 1.
+  GCFAST_HD T one_minus() const {
+    const T s = s1 * s2;
+    return (T(1) - s) - s * q;
+  }
+};
+
+template <class T> GCFAST_HD T power_of_two(T n) {
+  using I = typename Traits<T>::Int;
+  using U = decltype(Traits<T>::split_mask + 0);
+  return bits<T>(static_cast<U>((bits<U>(n + Traits<T>::magic) << Traits<T>::mantissa) + bits<U>(T(1))));
+}
+
+template <class T> GCFAST_HD Exp<T> exp_parts(T hi, T lo) {
+  using R = Traits<T>;
+  const T t = at_least(hi, R::exp_floor);
+  const T tail = hi > R::exp_floor ? lo : T(0);
+  const T n = (t * R::log2e + R::magic) - R::magic;
+  const T r = ((t - n * R::ln2_hi) - n * R::ln2_lo) + tail;
+  const T q = r + (r * r) * exp_poly(r);
+  const T n1 = at_least(n, R::half_scale);
+  return {T(1) + q, q, power_of_two(n1), power_of_two(n - n1)};
+}
+
+// log(1 + y), 0 <= y <= 1.
+template <class T> GCFAST_HD T log1p_unit(T y) {
+  const bool upper = y > T(0.41421356237309504880);
+  const T f = upper ? (y - T(1)) * T(0.5) : y;  // log1p(y) = log 2 + log1p((y - 1) / 2)
+  const T s = f / (T(2) + f), w = s * s, half_square = T(0.5) * f * f;
+  const T low = half_square - s * (half_square + w * log_poly(w));
+  const T base_hi = upper ? Traits<T>::ln2_hi : T(0), base_lo = upper ? Traits<T>::ln2_lo : T(0);
+  return base_hi + (f - (low - base_lo));
+}
+
+// log(1 + y) for any y >= 0 (softmax sums): y = 2^k (1 + f) above 1.
+template <class T> GCFAST_HD T log1p_any(T y) {
+  using R = Traits<T>;
+  using U = decltype(R::split_mask + 0);
+  const T safe = at_least(y, T(1));
+  // 1 + y = (1 + 1/y) y, and log y by its exponent; 1/y <= 1 goes through the same polynomial.
+  const U b = bits<U>(safe);
+  const U one = bits<U>(T(1));
+  const T m = bits<T>(static_cast<U>((b & ((U(1) << R::mantissa) - 1)) | one));  // in [1, 2)
+  const T k = bits<T>(static_cast<U>((b >> R::mantissa) - (one >> R::mantissa) + bits<U>(R::magic))) - R::magic;
+  const T log_m = log1p_unit(m - T(1));
+  const T extra = log1p_unit(y > T(1) ? T(1) / y : y);
+  const T big = k * R::ln2_hi + (log_m + (extra + k * R::ln2_lo));
+  return y > T(1) ? big : (y == y ? extra : y);
+}
+
+// beta in two pieces (a float kernel is given a double beta) and its inverse.
+template <class T> struct Scale { T hi, lo, inverse; };
+
+// exp(-|beta x|); Scaled = false is beta == 1.
+template <bool Scaled, class T> GCFAST_HD Exp<T> exp_minus_abs(T x, const Scale<T>& beta) {
+  const T a = -magnitude(x);
+  if constexpr (!Scaled) return exp_parts(a, T(0));
+  const Sum<T> t = two_prod(a, beta.hi);
+  return exp_parts(t.hi, t.lo + a * beta.lo);
+}
+
+template <int K, bool Scaled, class T> GCFAST_HD T softplus(T x, const Scale<T>& beta) {
+  const Exp<T> e = exp_minus_abs<Scaled>(x, beta);
+  const T y = e.value();
+  if constexpr (K == 0) {
+    const T low = y < T(1e-18) ? e.times(beta.inverse) : log1p_unit(y) * beta.inverse;
+    return (x < T(0) ? T(0) : x) + low;
+  } else if constexpr (K == 1) {
+    const T r = T(1) / (T(1) + y);
+    return x < T(0) ? y * r : r;
+  } else {
+    const T r = T(1) / (T(1) + y);
+    return e.times(r * r * beta.hi);
+  }
+}
+
+template <int K, class T> GCFAST_HD T sigmoid(T x) {
+  const Scale<T> one{T(1), T(0), T(1)};
+  if constexpr (K < 2) return softplus<K + 1, false>(x, one);
+  const Exp<T> e = exp_minus_abs<false>(x, one);
+  const T r = T(1) / (T(1) + e.value());
+  const T v = e.times(e.one_minus() * r * r * r);
+  return x > T(0) ? -v : v;
+}
+
+template <int K, class T> GCFAST_HD T tanh_(T x) {
+  const Exp<T> e = exp_parts(T(-2) * magnitude(x), T(0));
+  const T r = T(1) / (T(1) + e.value());
+  if constexpr (K == 0) {
+    const T v = e.one_minus() / (T(1) + e.value());
+    return x < T(0) ? -v : (x == T(0) ? x : v);
+  } else if constexpr (K == 1) {
+    return e.times(T(4) * r * r);
+  } else {
+    const T v = e.times(T(8) * e.one_minus() * r * r * r);
+    return x > T(0) ? -v : v;
+  }
+}
+
+// x s(v) with v = v(x) odd, given v' and v'' (silu: v = x; gelu_tanh: a cubic). xc is x clamped to where s is not 0.
+template <int K, class T> GCFAST_HD T gated(T x, T xc, const Exp<T>& e, T dv, T ddv) {
+  const T y = e.value(), r = T(1) / (T(1) + y);
+  const bool neg = x < T(0);
+  if constexpr (K == 0) {
+    return neg ? e.times(xc * r) : x * r;
+  } else if constexpr (K == 1) {
+    return neg ? e.times((T(1) + y + xc * dv) * r * r) : (T(1) + y + y * (xc * dv)) * r * r;
+  } else {
+    const T slope = (neg ? e.one_minus() : -e.one_minus()) * r;  // 1 - 2 s(v)
+    return e.times((T(2) * dv + xc * ddv + xc * dv * dv * slope) * r * r);
+  }
+}
+
+template <int K, class T> GCFAST_HD T silu(T x) {
+  const T xc = at_most(at_least(x, Traits<T>::exp_floor), -Traits<T>::exp_floor);
+  return gated<K>(x, xc, exp_parts(-magnitude(x), T(0)), T(1), T(0));
+}
+
+template <int K, class T> GCFAST_HD T gelu_tanh(T x) {
+  // v = x (A + B x^2), A = 2 sqrt(2/pi), B = 0.044715 A, in twice the precision.
+  const double A = 1.5957691216057308115, B = 0.071354816272600249394;
+  const T a_hi = T(A), b_hi = T(B);
+  const T a_lo = sizeof(T) == 8 ? T(-9.9693088091109203146e-17) : T(A - double(a_hi));
+  const T b_lo = sizeof(T) == 8 ? T(-6.1751499181553154534e-19) : T(B - double(b_hi));
+  const T xc = at_most(at_least(x, T(-40)), T(40));
+  const T a = -magnitude(xc);
+  const Sum<T> square = two_prod(a, a);
+  const Sum<T> cubic = two_prod(square.hi, b_hi);
+  const Sum<T> sum = two_sum(a_hi, cubic.hi);
+  const T sum_lo = sum.lo + (a_lo + (cubic.lo + (square.hi * b_lo + square.lo * b_hi)));
+  const Sum<T> v = two_prod(a, sum.hi);
+  const Exp<T> e = exp_parts(v.hi, v.lo + a * sum_lo);
+  return gated<K>(x, xc, e, a_hi + T(3) * b_hi * square.hi, T(6) * b_hi * xc);
+}
+
+template <int K, class T> GCFAST_HD T gelu(T x) {
+  using R = Traits<T>;
+  const T inv_sqrt_2pi = T(0.3989422804014326779399461);
+  const T a = at_most(magnitude(x), T(1.4142135623730951) * R::erfc_max);
+  const Sum<T> square = two_prod(a, T(-0.5) * a);
+  const Exp<T> e = exp_parts(square.hi, square.lo);  // exp(-x^2 / 2)
+  const T z = a * T(0.7071067811865475244);
+  const T half_erfcx = erfcx_poly((z - T(3)) / (z + T(3))) / (T(1) + T(2) * z);
+  const bool neg = x < T(0);
+  if constexpr (K == 0) {
+    return neg ? e.times(-a * half_erfcx) : x * (T(1) - e.times(half_erfcx));
+  } else if constexpr (K == 1) {
+    const T v = e.times(half_erfcx - a * inv_sqrt_2pi);
+    return neg ? v : T(1) - v;
+  } else {
+    const Sum<T> two_minus = two_sum(T(2), T(2) * square.hi);
+    return e.times((two_minus.hi + (two_minus.lo + T(2) * square.lo)) * inv_sqrt_2pi);
+  }
+}
+
+template <int K, class T> GCFAST_HD T relu(T x) {
+  if constexpr (K == 0) return x < T(0) ? T(0) : x;
+  const T nan_or_zero = x == x ? T(0) : x;
+  if constexpr (K == 1) return x > T(0) ? T(1) : nan_or_zero;
+  return nan_or_zero;
+}
+
+template <Act A, int K, bool Scaled, class T> GCFAST_HD T activate(T x, const Scale<T>& beta) {
+  if constexpr (A == Act::softplus) return softplus<K, Scaled>(x, beta);
+  else if constexpr (A == Act::sigmoid) return sigmoid<K>(x);
+  else if constexpr (A == Act::tanh) return tanh_<K>(x);
+  else if constexpr (A == Act::gelu) return gelu<K>(x);
+  else if constexpr (A == Act::gelu_tanh) return gelu_tanh<K>(x);
+  else if constexpr (A == Act::silu) return silu<K>(x);
+  else return relu<K>(x);
+}
+
+}  // namespace gcfast

@@ -1,0 +1,56 @@
+// gcfast._cpu: raw pointers, sizes and strides in elements. Arguments are checked in gcfast/ops.py, not here.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "activation.h"
+#include "softmax_residual.h"
+
+namespace py = pybind11;
+using gcfast::cpu::ActivationArgs;
+using gcfast::cpu::SoftmaxArgs;
+
+namespace {
+
+template <class T> T* ptr(uintptr_t p) { return reinterpret_cast<T*>(p); }
+
+template <class T>
+void activation(uintptr_t x, uintptr_t bias, uintptr_t grad, uintptr_t out, int64_t rows, int64_t cols,
+                int64_t x_stride, int64_t grad_stride, int64_t out_stride, int act, int order, double beta,
+                int threads) {
+  gcfast::cpu::activation(ActivationArgs<T>{ptr<const T>(x), ptr<const T>(bias), ptr<const T>(grad), ptr<T>(out), rows,
+                                            cols, x_stride, grad_stride, out_stride, act, order, beta, threads});
+}
+
+template <class T>
+void softmax_residual(uintptr_t logits, uintptr_t labels, uintptr_t probs, uintptr_t loss, uintptr_t residual,
+                      uintptr_t neg_entropy, int64_t rows, int64_t c, int64_t logits_stride, int64_t probs_stride,
+                      double smoothing, int threads) {
+  gcfast::cpu::softmax_residual(SoftmaxArgs<T>{ptr<const T>(logits), ptr<const int64_t>(labels), ptr<const T>(probs),
+                                               ptr<T>(loss), ptr<T>(residual), ptr<T>(neg_entropy), rows, c,
+                                               logits_stride, probs_stride, smoothing, threads});
+}
+
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    return "x86-64-v4";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "gcfast's CPU kernels on raw pointers; use gcfast.ops instead.";
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("activation_f32", &activation<float>, nogil);
+  m.def("activation_f64", &activation<double>, nogil);
+  m.def("softmax_residual_f32", &softmax_residual<float>, nogil);
+  m.def("softmax_residual_f64", &softmax_residual<double>, nogil);
+  m.def("instruction_set", &instruction_set);
+  m.attr("api") = 1;  // gcfast/_native.py refuses a module built from other sources
+}
