@@ -1,0 +1,212 @@
+"""The torch.library ops on rows: activation and softmax_residual, with fake kernels and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcfast import _dispatch, _native, _validate, reference
+
+_KINDS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}  # the order of Act in csrc/core/activations.h
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """A 2-d view with unit column stride, or such a copy."""
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1]) if x.dim() else x.view(1, 1)
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def run_activation(
+    backend: str,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    beta: float,
+    order: int,
+    grad: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(grad *) act^(order)(x + bias) on a named backend, into `out` if given (which may be x or grad)."""
+    if backend == "reference":
+        value = reference.activation(x, bias, activation=activation, beta=beta, order=order, grad=grad)
+        return value if out is None else out.copy_(value)
+    assert _native.cpu is not None
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if x.numel() == 0:
+        return result
+    rows = _as_rows(x)
+    # Only a row-strided `out` can be written in place; any other layout goes through a temporary.
+    in_place = result.is_contiguous() or (result.dim() == 2 and result.stride(1) == 1)
+    target = _as_rows(result) if in_place else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    upstream = None if grad is None else _as_rows(grad)
+    shift = None if bias is None else bias.contiguous()
+    kernel = _native.cpu.activation_f64 if x.dtype == torch.float64 else _native.cpu.activation_f32
+    kernel(
+        rows.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        0 if upstream is None else upstream.data_ptr(),
+        target.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        rows.stride(0),
+        0 if upstream is None else upstream.stride(0),
+        target.stride(0),
+        _KINDS[activation],
+        order,
+        beta,
+        torch.get_num_threads(),
+    )
+    if not in_place:
+        result.copy_(target.view(result.shape))
+    return result
+
+
+@torch.library.custom_op("gcfast::activation", mutates_args=())
+def activation_op(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
+    return run_activation(_dispatch.choose("activation", x), x, bias, activation, beta, order)
+
+
+@torch.library.custom_op("gcfast::activation_grad", mutates_args=())
+def activation_grad_op(
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int
+) -> Tensor:
+    """grad * act^(order)(x + bias)."""
+    return run_activation(_dispatch.choose("activation", x), x, bias, activation, beta, order, grad)
+
+
+@torch.library.custom_op("gcfast::activation_out", mutates_args=("out",))
+def activation_out_op(
+    x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int, out: Tensor
+) -> None:
+    run_activation(_dispatch.choose("activation", x), x, bias, activation, beta, order, None, out)
+
+
+@activation_op.register_fake
+def _(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@activation_grad_op.register_fake
+def _(grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@activation_out_op.register_fake
+def _(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int, out: Tensor) -> None:
+    return None
+
+
+def _next_order(activation: str, order: int) -> int:
+    if order >= 2:
+        raise RuntimeError(
+            f"the third derivative of {activation} is not implemented: "
+            "gcfast.ops.activation can be differentiated up to order 2 in all"
+        )
+    return order + 1
+
+
+def _sum_to_bias(g: Tensor) -> Tensor:
+    return g.sum_to_size(g.shape[-1:])
+
+
+def _setup_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.activation, ctx.beta, ctx.order = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward_activation(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    dx = activation_grad_op(g, x, bias, ctx.activation, ctx.beta, _next_order(ctx.activation, ctx.order))
+    db = _sum_to_bias(dx) if ctx.needs_input_grad[1] else None
+    return dx, db, None, None, None
+
+
+def _setup_activation_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, bias, ctx.activation, ctx.beta, ctx.order = inputs
+    ctx.save_for_backward(grad, x, bias)
+
+
+def _backward_activation_grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, bias = ctx.saved_tensors
+    need_grad, need_x, need_bias = ctx.needs_input_grad[:3]
+    dgrad = activation_grad_op(g, x, bias, ctx.activation, ctx.beta, ctx.order) if need_grad else None
+    dx = None
+    if need_x or need_bias:
+        order = _next_order(ctx.activation, ctx.order)
+        dx = activation_grad_op(g * grad, x, bias, ctx.activation, ctx.beta, order)
+    db = _sum_to_bias(dx) if need_bias and dx is not None else None
+    return dgrad, dx, db, None, None, None
+
+
+activation_op.register_autograd(_backward_activation, setup_context=_setup_activation)
+activation_grad_op.register_autograd(_backward_activation_grad, setup_context=_setup_activation_grad)
+
+
+@torch.library.custom_op("gcfast::softmax_residual", mutates_args=())
+def softmax_residual_op(
+    logits: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _validate.target_values(target, logits.shape[1])
+    if _dispatch.choose("softmax_residual", logits) == "reference":
+        return reference.softmax_residual(logits, target, label_smoothing=label_smoothing)
+    assert _native.cpu is not None
+    n, c = logits.shape
+    loss, neg_entropy = logits.new_empty(n), logits.new_empty(n)
+    residual = logits.new_empty(n, c)
+    if n == 0:
+        return loss, residual, neg_entropy
+    rows = _as_rows(logits)
+    soft = target.is_floating_point()
+    wanted = _as_rows(target) if soft else target.contiguous()
+    double = logits.dtype == torch.float64
+    kernel = _native.cpu.softmax_residual_f64 if double else _native.cpu.softmax_residual_f32
+    kernel(
+        rows.data_ptr(),
+        0 if soft else wanted.data_ptr(),
+        wanted.data_ptr() if soft else 0,
+        loss.data_ptr(),
+        residual.data_ptr(),
+        neg_entropy.data_ptr(),
+        n,
+        c,
+        rows.stride(0),
+        wanted.stride(0) if soft else 0,
+        label_smoothing,
+        torch.get_num_threads(),
+    )
+    return loss, residual, neg_entropy
+
+
+@softmax_residual_op.register_fake
+def _(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    n, c = logits.shape
+    return logits.new_empty(n), logits.new_empty(n, c), logits.new_empty(n)
+
+
+def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _backward_softmax(
+    ctx: Any, g_loss: Tensor | None, g_residual: Tensor | None, g_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, residual = ctx.saved_tensors
+    dlogits = None if g_loss is None else g_loss.unsqueeze(-1) * residual
+    if g_residual is not None or g_entropy is not None:
+        log_p = torch.log_softmax(logits, dim=-1)
+        p = log_p.exp()
+        pull = torch.zeros_like(p) if g_residual is None else g_residual
+        if g_entropy is not None:
+            pull = pull + g_entropy.unsqueeze(-1) * log_p.clamp(min=torch.finfo(log_p.dtype).min)
+        rest = p * (pull - (p * pull).sum(dim=-1, keepdim=True))
+        dlogits = rest if dlogits is None else dlogits + rest
+    return dlogits, None, None
+
+
+softmax_residual_op.register_autograd(_backward_softmax, setup_context=_setup_softmax)

@@ -1,0 +1,119 @@
+"""Checks of arguments before any kernel runs: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcfast import reference
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_float(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype; got {_short(value.dtype)}")
+
+
+def has_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}); got {tuple(value.shape)}")
+
+
+def matches(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device as `other`."""
+    is_float(name, value)
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {_short(other.dtype)}; got {_short(value.dtype)}"
+        )
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
+
+
+def is_activation(activation: str, beta: float, order: int = 0) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}")
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be a finite number > 0; got {beta!r}")
+    if beta != 1.0 and activation != "softplus":
+        raise ValueError(f"beta is softplus's sharpness: {activation} takes beta=1.0 only; got {beta!r}")
+    if order not in (0, 1, 2):
+        raise ValueError(f"order must be 0, 1 or 2 (the derivative's order); got {order!r}")
+
+
+def smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing!r}")
+
+
+def logits_and_target(logits: Tensor, target: Tensor) -> None:
+    is_float("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape (n, C) with C >= 1; got {tuple(logits.shape)}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor; got {type(target).__name__}")
+    if target.dtype == torch.int64:
+        has_shape("target", target, logits.shape[:1], "one class index a row of logits")
+        if target.device != logits.device:
+            raise ValueError(f"target must be on the device of logits, {logits.device}; got {target.device}")
+    elif target.dtype.is_floating_point:
+        has_shape("target", target, logits.shape, "class probabilities, as logits")
+        matches("target", target, "logits", logits)
+        if target.requires_grad:
+            raise ValueError("target must not require a gradient: pass target.detach()")
+    else:
+        raise TypeError(
+            f"target must hold int64 class indices or floating probabilities; got {_short(target.dtype)}"
+        )
+
+
+def target_values(target: Tensor, c: int) -> None:
+    """Labels in [0, c), or probability rows: non-negative and summing to one. Reads the data."""
+    if target.numel() == 0:
+        return
+    if not target.is_floating_point():
+        low, high = torch.aminmax(target)
+        if int(low) < 0 or int(high) >= c:
+            index = int(((target < 0) | (target >= c)).nonzero()[0])
+            raise ValueError(f"target must hold labels in [0, {c}); got {int(target[index])} at index {index}")
+        return
+    low = target.amin(dim=1)
+    off = (target.sum(dim=1) - 1).abs()
+    tolerance = max(1e-4, 4 * math.sqrt(c) * torch.finfo(target.dtype).eps)
+    bad = ~((low >= 0) & (off <= tolerance))  # also true for NaN
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target must hold probabilities that are >= 0 and sum to 1 in each row; "
+            f"row {index} has minimum {float(low[index])} and sum {float(target[index].sum())}"
+        )
+
+
+def wide(
+    z: Tensor, weight: Tensor, bias: Tensor, head_weight: Tensor | None = None, head_bias: Tensor | None = None
+) -> None:
+    is_float("z", z)
+    if z.dim() < 1:
+        raise ValueError("z must have shape (..., d); got a tensor without dimensions")
+    matches("weight", weight, "z", z)
+    if weight.dim() != 2 or weight.shape[1] != z.shape[-1]:
+        raise ValueError(f"weight must have shape (m, {z.shape[-1]}), d from z; got {tuple(weight.shape)}")
+    m = weight.shape[0]
+    matches("bias", bias, "z", z)
+    has_shape("bias", bias, (m,), "m from weight")
+    if head_weight is None:
+        return
+    matches("head_weight", head_weight, "z", z)
+    if head_weight.dim() != 2 or head_weight.shape[1] != m:
+        raise ValueError(f"head_weight must have shape (C, {m}), m from weight; got {tuple(head_weight.shape)}")
+    if head_bias is not None:
+        matches("head_bias", head_bias, "z", z)
+        has_shape("head_bias", head_bias, head_weight.shape[:1], "C from head_weight")

@@ -1,0 +1,160 @@
+"""The only door to the kernels: validated, dispatched, differentiable, compilable.
+
+Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
+``gcfast`` (fake kernel and gradient included, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
+the ``cpu`` backend (C++; float32 and float64 CPU tensors) or on ``reference`` (plain PyTorch; anything else).
+``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
+``last_backend(op)`` tells which one ran.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcfast import _validate
+from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
+from gcfast._ops_rows import activation_op, activation_out_op, softmax_residual_op
+from gcfast._ops_wide import wide_forward_op
+
+__all__ = [
+    "BackendError",
+    "BackendTable",
+    "activation",
+    "backend",
+    "backends",
+    "last_backend",
+    "softmax_residual",
+    "wide_features",
+    "wide_forward",
+]
+
+
+def activation(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    order: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """act(x + bias), or its first or second derivative there.
+
+    Args:
+        x: any shape and strides; float32 and float64 run on the C++ backend, other dtypes on the reference.
+        bias: shape ``x.shape[-1:]``, added along the last dimension.
+        activation: softplus (log(1 + exp(beta x)) / beta, without a threshold), sigmoid, tanh, gelu (by erf),
+            gelu_tanh, silu or relu (derivative 0 at 0).
+        beta: softplus's sharpness, > 0; the others take 1.0 only.
+        order: 0, 1 or 2. Gradients work as long as ``order`` and the number of differentiations add up to at most
+            2; one more raises.
+        out: written and returned; may be `x`. Not differentiable: an error if a gradient would be needed.
+
+    Returns:
+        x's shape and dtype, contiguous (or `out`).
+
+    Accuracy on the cpu backend: softplus, all orders, within 4 ulp over the whole range, denormal results
+    included; ``tests/test_activation.py`` states the figure of each of the others.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _validate.is_float("x", x)
+    _validate.is_activation(activation, beta, order)
+    if bias is not None:
+        _validate.matches("bias", bias, "x", x)
+        _validate.has_shape("bias", bias, x.shape[-1:] if x.dim() else (1,), "the last dimension of x")
+        if x.dim() == 0:
+            raise ValueError("bias needs an x with at least one dimension; got an x without dimensions")
+    if out is None:
+        return activation_op(x, bias, activation, float(beta), order)
+    _validate.matches("out", out, "x", x)
+    _validate.has_shape("out", out, x.shape, "as x")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, out)):
+        raise RuntimeError("out= cannot be differentiated: leave it out, or work under torch.no_grad()")
+    activation_out_op(x, bias, activation, float(beta), order, out)
+    return out
+
+
+def softmax_residual(
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, its residual and its conjugate term, per row, in one pass.
+
+    Args:
+        logits: (n, C), C >= 1, any strides.
+        target: int64 class indices (n,), or probabilities (n, C) of logits' dtype whose rows sum to one.
+        label_smoothing: in [0, 1); the targets are q = (1 - label_smoothing) y + label_smoothing / C.
+
+    Returns:
+        loss (n,), as ``torch.nn.functional.cross_entropy(..., reduction="none")``; residual (n, C), p - q with
+        p = softmax(logits), which is the gradient of the loss; neg_entropy (n,), sum p log p, the conjugate of the
+        loss's log-sum-exp at p. All have small relative error where they are tiny. A row with a NaN or an
+        infinite maximum gives NaN; a logit of -inf is a class of probability zero, and 0 log 0 = 0.
+
+    All three outputs can be differentiated in `logits`; `target` must not require a gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a label out of range with its index and value.
+    """
+    _validate.logits_and_target(logits, target)
+    _validate.smoothing(label_smoothing)
+    return softmax_residual_op(logits, target, float(label_smoothing))
+
+
+def wide_features(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The features act(z weight^T + bias), stored whole: z (..., d), weight (m, d), bias (m,) to (..., m).
+
+    Twice differentiable. With `out` (contiguous, shape (..., m)) nothing else of that size is allocated, and no
+    gradient flows.
+    """
+    _validate.wide(z, weight, bias)
+    _validate.is_activation(activation, beta)
+    if out is None:
+        pre = torch.nn.functional.linear(z, weight)
+        return activation_op(pre, bias, activation, float(beta), 0)
+    _validate.matches("out", out, "z", z)
+    _validate.has_shape("out", out, (*z.shape[:-1], weight.shape[0]), "(..., m)")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous; got strides {tuple(out.stride())}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight, bias, out)):
+        raise RuntimeError("out= cannot be differentiated: leave it out, or work under torch.no_grad()")
+    torch.mm(z.reshape(-1, z.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
+    activation_out_op(out, bias, activation, float(beta), 0, out)
+    return out
+
+
+def wide_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+) -> Tensor:
+    """act(z weight^T + bias) head_weight^T + head_bias without ever storing the features.
+
+    Args:
+        z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; one dtype and device.
+        activation, beta: as in :func:`activation`.
+
+    Returns:
+        (..., C). Features exist in row chunks of a few megabytes, in the backward pass too, where they are
+        computed again; gradients reach all five tensors, once (not twice) differentiable.
+    """
+    _validate.wide(z, weight, bias, head_weight, head_bias)
+    _validate.is_activation(activation, beta)
+    flat = z.reshape(-1, z.shape[-1])
+    out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta))
+    return out.reshape(*z.shape[:-1], head_weight.shape[0])

@@ -1,0 +1,181 @@
+"""Every op in plain PyTorch: the specification of the kernels, and a backend of its own.
+
+Any floating dtype, any device. Half and bfloat16 inputs are computed in float32 and rounded once. This module
+imports neither Triton nor the compiled modules.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("softplus", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "relu")
+ANALYTIC = ("softplus", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
+
+_A = 2.0 * math.sqrt(2.0 / math.pi)  # gelu_tanh(x) = x * sigmoid(A x + B x^3)
+_B = 0.044715 * _A
+
+
+def _softplus(x: Tensor, beta: float, order: int) -> Tensor:
+    t = x * beta
+    if order == 0:
+        # not F.softplus: its threshold of 20 is an error of 2e-9
+        low = torch.log1p(torch.exp(-t.abs())) / beta
+        return x.clamp(min=0) + low
+    if order == 1:
+        return torch.sigmoid(t)
+    return beta * torch.sigmoid(t) * torch.sigmoid(-t)
+
+
+def _sigmoid(x: Tensor, order: int) -> Tensor:
+    if order == 0:
+        return torch.sigmoid(x)
+    slope = torch.sigmoid(x) * torch.sigmoid(-x)
+    return slope if order == 1 else -slope * torch.tanh(0.5 * x)
+
+
+def _tanh(x: Tensor, order: int) -> Tensor:
+    if order == 0:
+        return torch.tanh(x)
+    slope = 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+    return slope if order == 1 else -2 * torch.tanh(x) * slope
+
+
+def _gated(x: Tensor, v: Tensor, dv: Tensor | float, ddv: Tensor | float, limit: float, order: int) -> Tensor:
+    """x * sigmoid(v(x)) and its derivatives; beyond `limit` the sigmoid is 0 or 1 to all digits."""
+    s, r = torch.sigmoid(v), torch.sigmoid(-v)
+    near = x.clamp(-limit, limit)
+    if order == 0:
+        return x.clamp(min=-limit) * s
+    if order == 1:
+        return s + near * s * r * dv
+    return s * r * (2 * dv + near * ddv - near * dv * dv * torch.tanh(0.5 * v))
+
+
+def _silu(x: Tensor, order: int) -> Tensor:
+    return _gated(x, x, 1.0, 0.0, 2000.0, order)
+
+
+def _gelu_tanh(x: Tensor, order: int) -> Tensor:
+    near = x.clamp(-40.0, 40.0)
+    v = near * (_A + _B * near * near)
+    return _gated(x, v, _A + 3 * _B * near * near, 6 * _B * near, 40.0, order)
+
+
+def _gelu(x: Tensor, order: int) -> Tensor:
+    near = x.clamp(-200.0, 200.0)
+    if order == 0:
+        return x.clamp(min=-200.0) * (0.5 * torch.erfc(-near * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * near * near) / math.sqrt(2 * math.pi)
+    if order == 1:
+        return 0.5 * torch.erfc(-near * math.sqrt(0.5)) + near * density
+    return density * (2 - near * near)
+
+
+def _relu(x: Tensor, order: int) -> Tensor:
+    if order == 0:
+        return x.clamp(min=0)
+    nan_or_zero = torch.where(x.isnan(), x, torch.zeros_like(x))
+    return nan_or_zero if order == 2 else torch.where(x > 0, torch.ones_like(x), nan_or_zero)
+
+
+_FUNCTIONS = {
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "relu": _relu,
+}
+
+
+def _working(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def activation(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    order: int = 0,
+    grad: Tensor | None = None,
+) -> Tensor:
+    """grad * act^(order)(x + bias), `bias` along the last dimension, `grad` of x's shape; both optional.
+
+    softplus is log(1 + exp(beta x)) / beta; the others take no beta. relu's first derivative at 0 is 0.
+    """
+    work = _working(x)
+    if bias is not None:
+        work = work + _working(bias)
+    out = _softplus(work, beta, order) if activation == "softplus" else _FUNCTIONS[activation](work, order)
+    if grad is not None:
+        out = out * _working(grad)
+    return out.to(x.dtype)
+
+
+_activation = activation  # below, `activation` is also a parameter's name
+
+
+def softmax_residual(
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row of logits (n, C): cross-entropy (n,), p - q (n, C), and sum p log p (n,), with p = softmax(logits).
+
+    `target` holds class indices (n,) or probabilities (n, C); q = (1 - label_smoothing) y + label_smoothing / C.
+    With k the first maximum and s the sum of exp(f_c - f_k) over c != k, all three come from log1p(s) and from
+    sums of terms of one sign, so they keep their relative accuracy when they are tiny. 0 log 0 = 0.
+    """
+    work = _working(logits)
+    c = work.shape[-1]
+    keep, spread = 1.0 - label_smoothing, label_smoothing / c
+    top, k = work.max(dim=-1, keepdim=True)
+    a = work - top
+    e = torch.exp(a).scatter(-1, k, 0.0)
+    s = e.sum(dim=-1, keepdim=True)
+    log_sum = torch.log1p(s) + (top - top)  # an infinite maximum leaves no softmax: NaN
+    inverse = 1.0 / (1.0 + s + (top - top))
+    neg_entropy = (e * a.clamp(min=-1e4)).sum(dim=-1, keepdim=True) * inverse - log_sum
+    p = e * inverse
+    if target.is_floating_point():
+        y = _working(target)
+        q = keep * y + spread
+        loss = q.sum(dim=-1, keepdim=True) * log_sum - torch.where(q == 0, 0.0, q * a).sum(dim=-1, keepdim=True)
+        one_minus_q = keep * (1.0 - y.gather(-1, k)) + spread * (c - 1)
+    else:
+        label = target.unsqueeze(-1)
+        q = torch.full_like(p, spread).scatter(-1, label, keep + spread)
+        at_label = a.gather(-1, label)
+        loss = log_sum - at_label
+        if label_smoothing:
+            loss = log_sum - keep * at_label - spread * a.sum(dim=-1, keepdim=True)
+        one_minus_q = spread * (c - 1) + keep * (label != k).to(work.dtype)
+    residual = (p - q).scatter(-1, k, one_minus_q - s * inverse)
+    dtype = logits.dtype
+    return loss.squeeze(-1).to(dtype), residual.to(dtype), neg_entropy.squeeze(-1).to(dtype)
+
+
+def wide_features(
+    z: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "softplus", beta: float = 1.0
+) -> Tensor:
+    """act(z weight^T + bias): z (..., d), weight (m, d), bias (m,) to (..., m)."""
+    return _activation(z @ weight.mT, bias, activation=activation, beta=beta)
+
+
+def wide_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+) -> Tensor:
+    """act(z weight^T + bias) head_weight^T + head_bias: (..., C), with head_weight (C, m)."""
+    return torch.nn.functional.linear(
+        wide_features(z, weight, bias, activation=activation, beta=beta), head_weight, head_bias
+    )
