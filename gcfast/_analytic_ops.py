@@ -221,9 +221,10 @@ class Marks:
         """Whether a tensor may have been computed from weights."""
         return _storage(value) in self.weighted
 
-    def note(self, func: Any, out: Any, sign: int, depends: bool) -> None:
+    def note(self, func: Any, out: Any, sign: int, depends: bool, constant: bool) -> None:
         """Remember what an operator gave."""
         fresh = not func._schema.is_mutable and all(r.alias_info is None for r in func._schema.returns)
+        fresh = fresh or constant
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self.signs[t] = sign
@@ -277,7 +278,8 @@ def classify(
     verdict = _verdict(namespace, name, args, kwargs, marks)
     sign = _new_sign(name, args, kwargs, marks)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    marks.note(func, out, sign, any(marks.depends(t) for t in tensors))
+    constant = name in _CONSTANTS or name in ("lift", "lift_fresh")
+    marks.note(func, out, sign, not constant and any(marks.depends(t) for t in tensors), constant)
     return verdict
 
 
@@ -293,6 +295,8 @@ def _verdict(
         return "unknown", f"no rule for operators of {namespace!r}"
     if name in _RANDOM:
         return "unknown", "draws random numbers, so the features are not a function of the weights"
+    if name in ("_local_scalar_dense", "item", "is_nonzero") and any(marks.depends(t) for t in reals):
+        return "unknown", "reads a number out of a tensor, and what is made of it is not seen"
     if name in _CONSTANTS:
         return "analytic", "a constant"
     if not any(marks.depends(t) for t in tensors):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast._analytic_ops import words
-from gcfast._trace import ModuleCall, Trace, call_arguments, same_memory, trace, unwrap
+from gcfast._trace import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
 
 __all__ = ["COPIES", "AmbiguousHeadError", "Head", "HeadError", "check_output", "find_head", "observe_head"]
 
@@ -169,10 +169,12 @@ def _check_output(record: Trace, call: ModuleCall, head: Head) -> None:
     """The model's output must be what the head gave, up to a view or a copy."""
     later = [op for op in record.ops[call.end :] if op.op.split(".")[1] not in COPIES]
     names = list(dict.fromkeys(f"{op.op} in {place(op.module)}" for op in later))
-    check_output(head, record.output_tensors(), call.output, call.version, names)
+    check_output(head, output_tensors(record.output), call.output, call.version, names)
 
 
-def check_output(head: Head, outputs: list[Tensor], own: Tensor, version: int, later: list[str]) -> None:
+def check_output(
+    head: Head, outputs: list[Tensor], own: Tensor, version: int, later: list[str], mode: str = ""
+) -> None:
     """Raise unless the only tensor of `outputs` is the head's output `own`, which had `version` when it came.
 
     `later` names what was applied afterwards. Equal values alone prove little (a ReLU keeps positive
@@ -180,7 +182,8 @@ def check_output(head: Head, outputs: list[Tensor], own: Tensor, version: int, l
     """
     if len(outputs) != 1:
         raise HeadError(
-            f"the model's output is not the output of its head {head} alone: it holds {len(outputs)} tensors"
+            f"the model's output{mode} is not the output of its head {head} alone: "
+            f"it holds {len(outputs)} tensors"
         )
     out = outputs[0]
     if own._version == version and same_memory(out, own):
@@ -193,7 +196,7 @@ def check_output(head: Head, outputs: list[Tensor], own: Tensor, version: int, l
             return
     came = "after it came " + ", ".join(later[:4]) if later else "its values are changed afterwards"
     raise HeadError(
-        f"the model's output is not affine in the head: {came} (the last nn.Linear applied is {head})"
+        f"the model's output{mode} is not affine in the head: {came} (the last nn.Linear applied is {head})"
     )
 
 

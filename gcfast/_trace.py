@@ -149,12 +149,12 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)  # in the order in which they ended
     output: Any = None
 
-    def output_tensors(self) -> list[Tensor]:
-        """The tensors of the model's output, whatever holds them."""
-        out = self.output
-        if not isinstance(out, (Tensor, dict, list, tuple)) and hasattr(out, "__dict__"):
-            out = vars(out)
-        return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, whatever holds them."""
+    if not isinstance(output, (Tensor, dict, list, tuple)) and hasattr(output, "__dict__"):
+        output = vars(output)
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 class _Recorder(TorchDispatchMode):

@@ -208,7 +208,7 @@ def _wide_layer_class() -> type[nn.Module] | None:
 def wide_activation(
     model: nn.Module, head: Head | nn.Module | str | None, inputs: Any
 ) -> WideLayerFound | None:
-    """The wide layer below the head; None if what enters it is not σ(Qz + c) with an elementwise σ known here.
+    """The wide layer below the head; None if what enters the head is not σ(Qz + c) with a known σ.
 
     Q and c are those of an `nn.Linear` or of a `gcfast.WideLayer`; σ may be a module or a function. Nothing
     else may come between Q and the head than views, copies and modules without effect in evaluation mode. An

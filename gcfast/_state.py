@@ -1,0 +1,160 @@
+"""Arguments of `optim.TwoPhase`, its Gaussian step, and the checks on a state before it is loaded."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gcfast._freeze import fingerprint, hidden_parameters, plain_name
+from gcfast._head import Head, find_head
+from gcfast._trace import unwrap
+
+__all__ = ["check_state", "perturb", "resolve_generator", "resolve_perturbation", "resolve_switch_step"]
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def resolve_switch_step(value: Any) -> float:
+    """The number of steps of phase one: an int, or infinity."""
+    if value is None:
+        return math.inf
+    if not _is_real(value) or math.isnan(value) or value <= 0:
+        raise ValueError(
+            "switch_step: expected a number of steps > 0 (or None to switch by hand), "
+            f"got {value!r} ({type(value).__name__})"
+        )
+    if math.isinf(value):
+        return math.inf
+    # 0.28 * 100 = 28.000000000000004 means 28
+    return max(1, math.ceil(value * (1 - 1e-12))) if not isinstance(value, int) else value
+
+
+def resolve_perturbation(value: Any) -> float:
+    """The standard deviation of the Gaussian step."""
+    if not _is_real(value) or not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"perturbation: expected a finite number ≥ 0, got {value!r} ({type(value).__name__})"
+        )
+    return float(value)
+
+
+def resolve_generator(generator: Any, seed: Any) -> torch.Generator:
+    """The generator of the Gaussian step."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("seed: expected None beside generator, got both")
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            what = getattr(generator, "device", type(generator).__name__)
+            raise ValueError(f"generator: expected a torch.Generator on the CPU, got {what}")
+        return generator
+    if seed is None:
+        # a stream of its own, which must not be that of the weights' initial values
+        seed = (torch.initial_seed() * 6364136223846793005 + 1442695040888963407) % 2**63
+    elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed: expected an int, got {seed!r} ({type(seed).__name__})")
+    return torch.Generator().manual_seed(int(seed))
+
+
+@torch.no_grad()
+def perturb(parameters: Iterable[Tensor], scale: float, generator: torch.Generator) -> None:
+    """Add scale · N(0, I): drawn on the CPU in float32 or wider, added there, rounded once."""
+    for p in parameters:
+        if not (p.is_floating_point() or p.is_complex()):
+            continue
+        value = torch.view_as_real(p) if p.is_complex() else p
+        wide = torch.promote_types(value.dtype, torch.float32)
+        noise = torch.randn(value.shape, dtype=wide, generator=generator)
+        if scale > 0:
+            value.copy_(value.to(wide) + noise.to(value.device) * scale)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "phase": (int,),
+    "step_count": (int,),
+    "switch_step": (int, float),
+    "perturbation": (int, float),
+    "generator": (Tensor,),
+    "head": (str, type(None)),
+    "trainable": (list,),
+    "fingerprint": (str,),
+}
+
+
+def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: Head | None) -> Head | None:
+    """Raise unless `state` can be loaded; the head it names, where the optimizer did not know one."""
+    own = state.get("two_phase")
+    if not isinstance(own, dict):
+        raise ValueError(
+            "the state has no entry 'two_phase': it was saved from a plain optimizer, not from TwoPhase; "
+            "load it into base (opt.base.load_state_dict) if that is meant"
+        )
+    if own.get("format") != 1:
+        raise ValueError(f"the state has format {own.get('format')!r}; this version of gcfast reads format 1")
+    for key, kinds in _KINDS.items():
+        if not isinstance(own.get(key), kinds) or isinstance(own.get(key), bool):
+            raise ValueError(f"the state is damaged: two_phase[{key!r}] is {own.get(key)!r}")
+    if own["phase"] not in (1, 2) or own["step_count"] < 0:
+        raise ValueError(f"the state is damaged: phase {own['phase']}, step_count {own['step_count']}")
+    resolve_switch_step(own["switch_step"])
+    resolve_perturbation(own["perturbation"])
+    _check_generator(own["generator"])
+    _check_groups(state, base, own)
+    name = own["head"]
+    here = None if head is None else plain_name(head.name)
+    if name is not None and here is not None and name != here:
+        raise ValueError(f"the state belongs to a model with head {name!r}, this one has {here!r}")
+    if head is None and name is not None:
+        head = find_head(model, head=_present_name(model, name))
+    if own["phase"] == 2:
+        if head is None:
+            raise ValueError("the state is damaged: phase 2 without a head")
+        _check_frozen(own, model, head)
+    return head
+
+
+def _check_generator(value: Tensor) -> None:
+    try:
+        torch.Generator().set_state(value.cpu())
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the state is damaged: two_phase['generator'] is no such state ({error})") from None
+
+
+def _check_groups(state: dict[str, Any], base: Optimizer, own: dict[str, Any]) -> None:
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
+        raise ValueError("the state is damaged: 'state' or 'param_groups' is missing")
+    if own.get("base") != type(base).__name__:
+        raise ValueError(f"the state was saved around {own.get('base')}, this base is {type(base).__name__}")
+    saved = [len(g["params"]) for g in groups]
+    here = [len(g["params"]) for g in base.param_groups]
+    if saved != here:
+        raise ValueError(f"the state has param_groups of {saved} parameters, base has {here}")
+
+
+def _present_name(model: nn.Module, name: str) -> str:
+    for present, _ in unwrap(model).named_modules():
+        if plain_name(present) == name:
+            return present
+    return name
+
+
+def _check_frozen(own: dict[str, Any], model: nn.Module, head: Head) -> None:
+    hidden = hidden_parameters(model, head)
+    strange = [n for n in own["trainable"] if n not in hidden]
+    if strange:
+        raise ValueError(
+            f"the state froze {strange[0]!r}, which is no parameter below the head of this model"
+        )
+    if own["fingerprint"] != fingerprint(model, head):
+        raise ValueError(
+            "the state is of phase two, and the model's hidden weights or buffers are not those it froze: "
+            "load the model's own state first (model.load_state_dict), then this one"
+        )
