@@ -2,13 +2,14 @@
 //
 // Every function is branch-free (selects only), so that a loop over it vectorises, and none of it needs
 // -ffast-math. Two things carry the accuracy:
-//   * exp(-|t|) is returned in parts p, s1, s2 (value p*s1*s2, s1 and s2 powers of two), so that a factor can be
-//     multiplied in before the result becomes denormal: one rounding there instead of two;
+//   * exp(-|t|) is returned as p * s with a power of two s that is scaled up out of the denormal range, so that a
+//     factor can be multiplied in before the result is scaled down: one rounding there instead of two;
 //   * products inside an exponent (beta*x, x*x/2) are carried as an unevaluated sum hi + lo, because an error of
 //     one ulp in t is an error of |t| ulps in exp(t).
 // Polynomials: Chebyshev interpolation in 60 digits, rewritten in powers; the erfc form follows Shepherd and
-// Laframboise (1981), the logarithm is fdlibm's arrangement.
+// Laframboise (1981).
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -30,8 +31,9 @@ template <> struct Traits<float> {
   static constexpr uint32_t split_mask = 0xfffff000u;
   static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
-  static constexpr float exp_floor = -120.0f, half_scale = -100.0f;  // exp(-104) is already 0
-  static constexpr float erfc_max = 10.5f, big = 3e38f;
+  static constexpr float exp_floor = -120.0f;  // exp(-104) is already 0
+  static constexpr float up = 18446744073709551616.0f, down = 5.42101086242752217e-20f;  // 2^64, 2^-64
+  static constexpr float erfc_max = 10.5f;
 };
 
 template <> struct Traits<double> {
@@ -41,8 +43,9 @@ template <> struct Traits<double> {
   static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double log2e = 1.4426950408889634074, ln2_hi = 6.93147180369123816490e-01,
                           ln2_lo = 1.90821492927058770002e-10;
-  static constexpr double exp_floor = -800.0, half_scale = -1000.0;
-  static constexpr double erfc_max = 27.9, big = 1.7e308;
+  static constexpr double exp_floor = -800.0;
+  static constexpr double up = 1.3407807929942597e154, down = 7.458340731200207e-155;  // 2^512, 2^-512
+  static constexpr double erfc_max = 27.9;
 };
 
 template <class To, class From> GCFAST_HD To bits(From v) {
@@ -55,36 +58,53 @@ template <class To, class From> GCFAST_HD To bits(From v) {
 // NaN in `a` survives both of these.
 template <class T> GCFAST_HD T at_least(T a, T low) { return a < low ? low : a; }
 template <class T> GCFAST_HD T at_most(T a, T high) { return a > high ? high : a; }
-template <class T> GCFAST_HD T magnitude(T a) { return a < T(0) ? -a : a; }
+GCFAST_HD float magnitude(float a) { return fabsf(a); }
+GCFAST_HD double magnitude(double a) { return fabs(a); }
 
-template <class T, int N> GCFAST_HD T horner(T x, const T (&c)[N]) {
-  T r = c[N - 1];
+template <int First, int Step, class T, int N> GCFAST_HD T horner(T x, const T (&c)[N]) {
+  constexpr int last = First + (N - 1 - First) / Step * Step;
+  T r = c[last];
 #pragma GCC unroll 32
-  for (int i = N - 2; i >= 0; --i) r = r * x + c[i];
+  for (int i = last - Step; i >= 0; i -= Step) r = r * x + c[i];
   return r;
+}
+
+// Long polynomials in two or four interleaved chains: one chain waits for itself more than the ports are busy.
+template <class T, int N> GCFAST_HD T polynomial(T x, const T (&c)[N]) {
+  if constexpr (N <= 5) return horner<0, 1>(x, c);
+  const T x2 = x * x;
+  if constexpr (N <= 8) return horner<0, 2>(x2, c) + x * horner<1, 2>(x2, c);
+  const T x4 = x2 * x2;
+  return (horner<0, 4>(x4, c) + x * horner<1, 4>(x4, c)) + x2 * (horner<2, 4>(x4, c) + x * horner<3, 4>(x4, c));
 }
 
 GCFAST_HD float exp_poly(float r) {
   constexpr float c[] = {0.500000001353872989f, 0.16666666681704215f,   0.0416664641974056923f,
                          0.00833331084464786256f, 0.00139337307157920825f, 0.00019891080463998842f};
-  return horner(r, c);
+  return polynomial(r, c);
 }
 GCFAST_HD double exp_poly(double r) {
   constexpr double c[] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332608312,
                           0.00138888888888837112, 0.000198412698750022788, 0.0000248015873256774619,
                           2.75572551700008874e-6, 2.75572734787185805e-7, 2.51053127296221018e-8,
                           2.09147553258932022e-9};
-  return horner(r, c);
+  return polynomial(r, c);
 }
-// (2 atanh(s) - 2s) / s^3 as a polynomial in w = s^2, s <= 3 - 2 sqrt 2.
-GCFAST_HD float log_poly(float w) {
-  constexpr float c[] = {0.666666665535855383f, 0.400001225845840959f, 0.285507364053582024f, 0.233327618077414034f};
-  return horner(w, c);
+// (y - log(1 + y)) / y^2 on [0, 1]: longer than the usual form in y/(2 + y), but without its division and selects.
+GCFAST_HD float log_poly(float y) {
+  constexpr float c[] = {0.499999995222237707f, -0.33333237346213987f, 0.249967599082639252f, -0.199567079522518358f,
+                         0.163651528692055351f, -0.130333642382428156f, 0.0913941377401492021f,
+                         -0.0493099734345496944f, 0.0171842669824487093f, -0.00280164199280334992f};
+  return polynomial(y, c);
 }
-GCFAST_HD double log_poly(double w) {
-  constexpr double c[] = {0.666666666666666973, 0.399999999998982734, 0.285714286265333359, 0.222222110438224861,
-                          0.181828957468014286, 0.153315017212074187, 0.146191647771864199};
-  return horner(w, c);
+GCFAST_HD double log_poly(double y) {
+  constexpr double c[] = {0.5, -0.333333333333324656, 0.249999999998720501, -0.1999999999247163, 0.166666664309783401,
+                          -0.142857097454455445, 0.124999412815076874, -0.111105711428558057, 0.0999632434755013683,
+                          -0.0907183529253426044, 0.0825618541627825036, -0.0744481701994222684,
+                          0.0650401036603685578, -0.0532235224603212144, 0.0391250511523394424,
+                          -0.0246829501916849337, 0.0127321505282476731, -0.00508109047854899415,
+                          0.00145692484733291744, -0.000265295970542531044, 0.0000229388568184714378};
+  return polynomial(y, c);
 }
 // (1 + 2z) erfcx(z) / 2 as a polynomial in u = (z - 3)/(z + 3).
 GCFAST_HD float erfcx_poly(float u) {
@@ -92,7 +112,7 @@ GCFAST_HD float erfcx_poly(float u) {
                          0.0648226216975999373f, -0.059635688544687149f, 0.0341539997907242738f,
                          -0.0118938679941791158f, 0.00126040057275545553f, 0.000971547580719382205f,
                          -0.000365159059404002978f, -0.0000825694274979010034f, 0.0000209408257947504036f};
-  return horner(u, c);
+  return polynomial(u, c);
 }
 GCFAST_HD double erfcx_poly(double u) {
   constexpr double c[] = {0.626504029134864829, -0.0678105530622905488, -0.0237811471767265302, 0.0648225793513751275,
@@ -103,7 +123,7 @@ GCFAST_HD double erfcx_poly(double u) {
                           1.80334317377120625e-7, -3.02829319466882958e-7, -7.20517718984084447e-8,
                           4.48874030580425211e-8, 2.05673781960790069e-8, -2.87825199807375371e-9,
                           -3.23392222789149375e-9, -5.33629760748845805e-10};
-  return horner(u, c);
+  return polynomial(u, c);
 }
 
 template <class T> struct Sum { T hi, lo; };  // an unevaluated hi + lo
@@ -124,44 +144,36 @@ template <class T> GCFAST_HD Sum<T> two_prod(T a, T b) {
   return {p, ((ah * bh - p) + ah * bl + al * bh) + al * bl};
 }
 
-// exp(hi + lo) for hi <= 0 as p * s1 * s2; q = p - 1 to full relative precision.
+// exp(hi + lo) for hi <= 0 as p * s * down; q = p - 1 to full relative precision.
 template <class T> struct Exp {
-  T p, q, s1, s2;
-  GCFAST_HD T value() const { return p * s1 * s2; }
-  GCFAST_HD T times(T factor) const { return p * factor * s1 * s2; }
+  T p, q, s;
+  GCFAST_HD T value() const { return p * s * Traits<T>::down; }
+  GCFAST_HD T times(T factor) const { return p * factor * s * Traits<T>::down; }
   // 1 - exp(t) without cancellation: q is exact in the sense above when the power of two is 1.
   GCFAST_HD T one_minus() const {
-    const T s = s1 * s2;
-    return (T(1) - s) - s * q;
+    const T power = s * Traits<T>::down;
+    return (T(1) - power) - power * q;
   }
 };
 
-template <class T> GCFAST_HD T power_of_two(T n) {
-  using I = typename Traits<T>::Int;
+// 2^n up from n + magic, whose low bits hold n.
+template <class T> GCFAST_HD T power_of_two(T shifted) {
   using U = decltype(Traits<T>::split_mask + 0);
-  return bits<T>(static_cast<U>((bits<U>(n + Traits<T>::magic) << Traits<T>::mantissa) + bits<U>(T(1))));
+  return bits<T>(static_cast<U>((bits<U>(shifted) << Traits<T>::mantissa) + bits<U>(Traits<T>::up)));
 }
 
 template <class T> GCFAST_HD Exp<T> exp_parts(T hi, T lo) {
   using R = Traits<T>;
   const T t = at_least(hi, R::exp_floor);
   const T tail = hi > R::exp_floor ? lo : T(0);
-  const T n = (t * R::log2e + R::magic) - R::magic;
+  const T shifted = t * R::log2e + R::magic, n = shifted - R::magic;
   const T r = ((t - n * R::ln2_hi) - n * R::ln2_lo) + tail;
   const T q = r + (r * r) * exp_poly(r);
-  const T n1 = at_least(n, R::half_scale);
-  return {T(1) + q, q, power_of_two(n1), power_of_two(n - n1)};
+  return {T(1) + q, q, power_of_two(shifted)};
 }
 
 // log(1 + y), 0 <= y <= 1.
-template <class T> GCFAST_HD T log1p_unit(T y) {
-  const bool upper = y > T(0.41421356237309504880);
-  const T f = upper ? (y - T(1)) * T(0.5) : y;  // log1p(y) = log 2 + log1p((y - 1) / 2)
-  const T s = f / (T(2) + f), w = s * s, half_square = T(0.5) * f * f;
-  const T low = half_square - s * (half_square + w * log_poly(w));
-  const T base_hi = upper ? Traits<T>::ln2_hi : T(0), base_lo = upper ? Traits<T>::ln2_lo : T(0);
-  return base_hi + (f - (low - base_lo));
-}
+template <class T> GCFAST_HD T log1p_unit(T y) { return y - (y * y) * log_poly(y); }
 
 // log(1 + y) for any y >= 0 (softmax sums): y = 2^k (1 + f) above 1.
 template <class T> GCFAST_HD T log1p_any(T y) {
@@ -194,7 +206,8 @@ template <int K, bool Scaled, class T> GCFAST_HD T softplus(T x, const Scale<T>&
   const Exp<T> e = exp_minus_abs<Scaled>(x, beta);
   const T y = e.value();
   if constexpr (K == 0) {
-    const T low = y < T(1e-18) ? e.times(beta.inverse) : log1p_unit(y) * beta.inverse;
+    T low = log1p_unit(y);
+    if constexpr (Scaled) low = y < T(1e-18) ? e.times(beta.inverse) : low * beta.inverse;
     return (x < T(0) ? T(0) : x) + low;
   } else if constexpr (K == 1) {
     const T r = T(1) / (T(1) + y);
