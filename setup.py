@@ -3,8 +3,8 @@
 gcfast._cpu   always (a C++17 compiler with OpenMP is required)
 gcfast._cuda  if nvcc is found; GCFAST_CUDA = auto (default) | 0 (never) | 1 (fail without it);
               GCFAST_CUDA_ARCHS = "80;90a;100" (default; PTX is added for the last)
-nvcc is looked for in CUDACXX, CUDA_HOME/bin, PATH, /usr/local/cuda/bin, in this order; a set but wrong CUDACXX or
-CUDA_HOME ends the search. Torch is not needed here.
+nvcc is looked for in CUDACXX, CUDA_HOME/bin, PATH, /usr/local/cuda/bin, in this order; a set but wrong CUDACXX
+or CUDA_HOME ends the search. Torch is not needed here.
 """
 
 from __future__ import annotations
@@ -101,31 +101,35 @@ class Build(build_ext):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             target.unlink(missing_ok=True)
-            self.without_cuda(ext, mode, f"nvcc failed with code {done.returncode}", done.stdout + done.stderr)
+            output = done.stdout + done.stderr
+            self.without_cuda(ext, mode, f"nvcc failed with code {done.returncode}", output)
 
     def without_cuda(self, ext: Extension, mode: str, why: str, output: str = "") -> None:
         if mode == "1":
             raise SystemExit(f"gcfast: GCFAST_CUDA=1 but {why}\n{output}")
         ext.optional = True
         reason = next((line for line in output.splitlines() if "error" in line.lower()), "")
-        print(f"gcfast: {why}: installing without CUDA (GCFAST_CUDA=1 makes this an error) {reason}", file=sys.stderr)
+        note = f"gcfast: {why}: installing without CUDA (GCFAST_CUDA=1 makes this an error)"
+        print(f"{note} {reason}".rstrip(), file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        # An editable install copies what was built; a CUDA module that was not built is not an error in auto mode.
-        built = [e for e in self.extensions if Path(self.get_ext_fullpath_built(e)).exists()]
-        self.extensions, wanted = built, self.extensions
+        # An editable install copies what was built; a missing CUDA module is not an error in auto mode.
+        wanted = self.extensions
+        self.extensions = [e for e in wanted if self.built_path(e).exists()]
         super().copy_extensions_to_source()
         self.extensions = wanted
 
-    def get_ext_fullpath_built(self, ext: Extension) -> str:
-        return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+    def built_path(self, ext: Extension) -> Path:
+        return Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
 
     def get_outputs(self) -> list[str]:
-        return [path for path in super().get_outputs() if "_cuda" not in os.path.basename(path) or os.path.exists(path)]
+        outputs = super().get_outputs()
+        return [p for p in outputs if "_cuda" not in os.path.basename(p) or os.path.exists(p)]
 
 
 extensions = [cpu_extension()]
 if cuda_mode() != "0":
-    extensions.append(Extension("gcfast._cuda", sources=["csrc/cuda/device.cu"], depends=HEADERS, language="c++"))
+    sources = ["csrc/cuda/device.cu"]
+    extensions.append(Extension("gcfast._cuda", sources=sources, depends=HEADERS, language="c++"))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -68,7 +68,7 @@ def backends() -> BackendTable:
     """Every op's backends: usable, or the reason why not. ``print(gcfast.backends())`` shows a table."""
     cuda = _native.cuda_status()
     notes = {
-        "cpu": f"instruction set {_native.cpu_instruction_set() or 'none'}, {torch.get_num_threads()} threads",
+        "cpu": f"{_native.cpu_instruction_set() or 'no kernels'}, {torch.get_num_threads()} threads",
         "cuda": cuda["why"] or ", ".join(str(d["name"]) for d in cuda["devices"]),
         "in force": forced() or "auto",
     }
@@ -79,9 +79,9 @@ def backends() -> BackendTable:
 def backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block: ``"reference"``, ``"cpu"`` or ``"auto"``.
 
-    It overrides ``GCFAST_BACKEND``. The choice is per thread and per asynchronous task (a context variable), and
-    is read when an op runs: around a call of a ``torch.compile``-d function it works, inside the compiled function
-    it does not belong. An op that the forced backend cannot serve raises :class:`BackendError`.
+    It overrides ``GCFAST_BACKEND``. The choice is per thread and per asynchronous task (a context variable) and
+    is read when an op runs: it works around a call of a ``torch.compile``-d function and does not belong inside
+    one. An op that the forced backend cannot serve raises :class:`BackendError`.
     """
     _check_name(name, "backend(name)")
     token = _forced.set(name)
@@ -115,7 +115,7 @@ def _input_reason(backend_name: str, tensor: torch.Tensor) -> str:
 
 
 def choose(op: str, tensor: torch.Tensor) -> str:
-    """The backend for `op` on inputs of `tensor`'s dtype and device; raises if a forced one cannot serve them."""
+    """The backend for `op` on inputs like `tensor`; raises if a forced one cannot serve them."""
     name = forced()
     if name is not None:
         reason = _static_reason(op, name) or _input_reason(name, tensor)

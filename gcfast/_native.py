@@ -18,7 +18,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, str(error)
     if getattr(module, "api", None) != _API:
-        return None, f"gcfast.{name} was built from other sources (api {getattr(module, 'api', None)}, need {_API})"
+        return None, f"gcfast.{name} was built from other sources: its api is not {_API}"
     return module, ""
 
 
@@ -44,5 +44,5 @@ def cuda_status() -> dict[str, Any]:
 
 
 def cpu_instruction_set() -> str:
-    """The instruction set the CPU kernels run with here: x86-64-v4, x86-64-v3, baseline, or '' without them."""
+    """What the CPU kernels run with here: x86-64-v4, x86-64-v3 or baseline; '' without the kernels."""
     return str(cpu.instruction_set()) if cpu is not None else ""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gcfast import _dispatch, _native, _validate, reference
 
-_KINDS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}  # the order of Act in csrc/core/activations.h
+# The order of Act in csrc/core/activations.h.
+_KINDS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
 
 
 def _as_rows(x: Tensor) -> Tensor:

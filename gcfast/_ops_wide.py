@@ -1,4 +1,4 @@
-"""The torch.library op wide_forward: row chunks of features in one reused buffer, in forward and in backward."""
+"""The torch.library op wide_forward: row chunks of features in one reused buffer, in backward too."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def wide_backward_op(
     """Gradients of z, weight, bias and head_weight; the ones not needed are empty."""
     backend = _dispatch.choose("wide_forward", z)
     n, m = z.shape[0], weight.shape[0]
-    dz = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_z else z.new_empty(0)
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_hidden else z.new_empty(0)
+    dz = z.new_zeros(z.shape) if need_z else z.new_empty(0)
+    dweight = z.new_zeros(weight.shape) if need_hidden else z.new_empty(0)
     dbias = z.new_zeros(m) if need_hidden else z.new_empty(0)
     dhead = z.new_zeros(head_weight.shape) if need_head else z.new_empty(0)
     step = chunk_rows(n, m, z.element_size())

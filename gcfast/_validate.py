@@ -1,4 +1,4 @@
-"""Checks of arguments before any kernel runs: each error names the argument, what was expected and what came."""
+"""Checks of arguments before any kernel runs: errors name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def target_values(target: Tensor, c: int) -> None:
         low, high = torch.aminmax(target)
         if int(low) < 0 or int(high) >= c:
             index = int(((target < 0) | (target >= c)).nonzero()[0])
-            raise ValueError(f"target must hold labels in [0, {c}); got {int(target[index])} at index {index}")
+            got = int(target[index])
+            raise ValueError(f"target must hold labels in [0, {c}); got {got} at index {index}")
         return
     low = target.amin(dim=1)
     off = (target.sum(dim=1) - 1).abs()
@@ -98,7 +99,11 @@ def target_values(target: Tensor, c: int) -> None:
 
 
 def wide(
-    z: Tensor, weight: Tensor, bias: Tensor, head_weight: Tensor | None = None, head_bias: Tensor | None = None
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor | None = None,
+    head_bias: Tensor | None = None,
 ) -> None:
     is_float("z", z)
     if z.dim() < 1:
@@ -113,7 +118,8 @@ def wide(
         return
     matches("head_weight", head_weight, "z", z)
     if head_weight.dim() != 2 or head_weight.shape[1] != m:
-        raise ValueError(f"head_weight must have shape (C, {m}), m from weight; got {tuple(head_weight.shape)}")
+        got = tuple(head_weight.shape)
+        raise ValueError(f"head_weight must have shape (C, {m}), m from weight; got {got}")
     if head_bias is not None:
         matches("head_bias", head_bias, "z", z)
         has_shape("head_bias", head_bias, head_weight.shape[:1], "C from head_weight")

@@ -1,8 +1,8 @@
 """The only door to the kernels: validated, dispatched, differentiable, compilable.
 
 Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
-``gcfast`` (fake kernel and gradient included, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
-the ``cpu`` backend (C++; float32 and float64 CPU tensors) or on ``reference`` (plain PyTorch; anything else).
+``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on the
+``cpu`` backend (C++; float32 and float64 CPU tensors) or on ``reference`` (plain PyTorch; anything else).
 ``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
 ``last_backend(op)`` tells which one ran.
 """
@@ -47,8 +47,8 @@ def activation(
         activation: softplus (log(1 + exp(beta x)) / beta, without a threshold), sigmoid, tanh, gelu (by erf),
             gelu_tanh, silu or relu (derivative 0 at 0).
         beta: softplus's sharpness, > 0; the others take 1.0 only.
-        order: 0, 1 or 2. Gradients work as long as ``order`` and the number of differentiations add up to at most
-            2; one more raises.
+        order: 0, 1 or 2. Gradients work as long as ``order`` and the number of differentiations add up to at
+            most 2; one more raises.
         out: written and returned; may be `x`. Not differentiable: an error if a gradient would be needed.
 
     Returns:
@@ -89,9 +89,9 @@ def softmax_residual(
 
     Returns:
         loss (n,), as ``torch.nn.functional.cross_entropy(..., reduction="none")``; residual (n, C), p - q with
-        p = softmax(logits), which is the gradient of the loss; neg_entropy (n,), sum p log p, the conjugate of the
-        loss's log-sum-exp at p. All have small relative error where they are tiny. A row with a NaN or an
-        infinite maximum gives NaN; a logit of -inf is a class of probability zero, and 0 log 0 = 0.
+        p = softmax(logits), which is the gradient of the loss; neg_entropy (n,), sum p log p, the conjugate of
+        log-sum-exp at p. All have small relative error where they are tiny. A row with a NaN or an infinite
+        maximum gives NaN; a logit of -inf is a class of probability zero, and 0 log 0 = 0.
 
     All three outputs can be differentiated in `logits`; `target` must not require a gradient.
 
@@ -114,8 +114,8 @@ def wide_features(
 ) -> Tensor:
     """The features act(z weight^T + bias), stored whole: z (..., d), weight (m, d), bias (m,) to (..., m).
 
-    Twice differentiable. With `out` (contiguous, shape (..., m)) nothing else of that size is allocated, and no
-    gradient flows.
+    Twice differentiable. With `out` (contiguous, shape (..., m)) nothing else of that size is allocated, and
+    no gradient flows.
     """
     _validate.wide(z, weight, bias)
     _validate.is_activation(activation, beta)
@@ -146,7 +146,8 @@ def wide_forward(
     """act(z weight^T + bias) head_weight^T + head_bias without ever storing the features.
 
     Args:
-        z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; one dtype and device.
+        z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; all of one dtype
+            and device.
         activation, beta: as in :func:`activation`.
 
     Returns:

@@ -18,6 +18,12 @@ _A = 2.0 * math.sqrt(2.0 / math.pi)  # gelu_tanh(x) = x * sigmoid(A x + B x^3)
 _B = 0.044715 * _A
 
 
+def _logistic(t: Tensor) -> Tensor:
+    """sigmoid, with its relative accuracy kept down to denormal results (torch.sigmoid gives 0 there)."""
+    e = torch.exp(-t.abs())
+    return torch.where(t < 0, e, torch.ones_like(e)) / (1 + e)
+
+
 def _softplus(x: Tensor, beta: float, order: int) -> Tensor:
     t = x * beta
     if order == 0:
@@ -25,27 +31,27 @@ def _softplus(x: Tensor, beta: float, order: int) -> Tensor:
         low = torch.log1p(torch.exp(-t.abs())) / beta
         return x.clamp(min=0) + low
     if order == 1:
-        return torch.sigmoid(t)
-    return beta * torch.sigmoid(t) * torch.sigmoid(-t)
+        return _logistic(t)
+    return beta * _logistic(t) * _logistic(-t)
 
 
 def _sigmoid(x: Tensor, order: int) -> Tensor:
     if order == 0:
-        return torch.sigmoid(x)
-    slope = torch.sigmoid(x) * torch.sigmoid(-x)
+        return _logistic(x)
+    slope = _logistic(x) * _logistic(-x)
     return slope if order == 1 else -slope * torch.tanh(0.5 * x)
 
 
 def _tanh(x: Tensor, order: int) -> Tensor:
     if order == 0:
         return torch.tanh(x)
-    slope = 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+    slope = 4 * _logistic(2 * x) * _logistic(-2 * x)
     return slope if order == 1 else -2 * torch.tanh(x) * slope
 
 
 def _gated(x: Tensor, v: Tensor, dv: Tensor | float, ddv: Tensor | float, limit: float, order: int) -> Tensor:
     """x * sigmoid(v(x)) and its derivatives; beyond `limit` the sigmoid is 0 or 1 to all digits."""
-    s, r = torch.sigmoid(v), torch.sigmoid(-v)
+    s, r = _logistic(v), _logistic(-v)
     near = x.clamp(-limit, limit)
     if order == 0:
         return x.clamp(min=-limit) * s
@@ -123,11 +129,11 @@ _activation = activation  # below, `activation` is also a parameter's name
 def softmax_residual(
     logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row of logits (n, C): cross-entropy (n,), p - q (n, C), and sum p log p (n,), with p = softmax(logits).
+    """Per row of logits (n, C): cross-entropy (n,), p - q (n, C), sum p log p (n,), with p = softmax(logits).
 
-    `target` holds class indices (n,) or probabilities (n, C); q = (1 - label_smoothing) y + label_smoothing / C.
-    With k the first maximum and s the sum of exp(f_c - f_k) over c != k, all three come from log1p(s) and from
-    sums of terms of one sign, so they keep their relative accuracy when they are tiny. 0 log 0 = 0.
+    `target` holds class indices (n,) or probabilities (n, C); q = (1 - label_smoothing) y + label_smoothing/C.
+    With k the first maximum and s the sum of exp(f_c - f_k) over c != k, all three come from log1p(s) and
+    from sums of terms of one sign, so they keep their relative accuracy when they are tiny. 0 log 0 = 0.
     """
     work = _working(logits)
     c = work.shape[-1]
@@ -143,7 +149,8 @@ def softmax_residual(
     if target.is_floating_point():
         y = _working(target)
         q = keep * y + spread
-        loss = q.sum(dim=-1, keepdim=True) * log_sum - torch.where(q == 0, 0.0, q * a).sum(dim=-1, keepdim=True)
+        weighted = torch.where(q == 0, 0.0, q * a).sum(dim=-1, keepdim=True)
+        loss = q.sum(dim=-1, keepdim=True) * log_sum - weighted
         one_minus_q = keep * (1.0 - y.gather(-1, k)) + spread * (c - 1)
     else:
         label = target.unsqueeze(-1)

@@ -19,19 +19,19 @@ class WideLayer(nn.Module):
     Args:
         d: width of the input.
         m: number of units; the guarantee needs about as many as there are training samples.
-        activation: softplus, sigmoid, tanh, gelu, gelu_tanh, silu or relu. Every one but relu is real analytic,
-            which the theorem route of ``certify`` asks for.
-        beta: softplus's sharpness. The default 1.0 keeps the curvature of the layer, and so the step sizes that
-            suit the rest of the model, as in any other softplus layer; a larger beta puts sharper kinks between
-            the samples and lowers the condition number of the features.
+        activation: softplus, sigmoid, tanh, gelu, gelu_tanh, silu or relu. Every one but relu is real
+            analytic, which the theorem route of ``certify`` asks for.
+        beta: softplus's sharpness. The default 1.0 is the ordinary softplus, so that step sizes that suit the
+            rest of the model suit this layer; a larger beta puts sharper kinks between the samples and lowers
+            the condition number of the features.
         device, dtype: of the parameters.
 
     Attributes: ``weight`` (m, d), ``bias`` (m,), ``activation``, ``beta``.
 
-    Initialisation: weight ~ N(0, 1/d), so that an input with entries of size one gives pre-activations of size one
-    at any d and m, and random directions differ between units; bias ~ U(-sqrt 3, sqrt 3), of variance one, spreads
-    the kinks over the range of the data, so that no two units are alike even for d = 1 and none is dead or
-    saturated.
+    Initialisation: weight ~ N(0, 1/d), so that an input with entries of size one gives pre-activations of size
+    one at any d and m, and random directions differ between units; bias ~ U(-sqrt 3, sqrt 3), of variance one,
+    spreads the kinks over the range of the data, so that no two units are alike even for d = 1 and none is dead
+    or saturated.
     """
 
     def __init__(
