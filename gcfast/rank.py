@@ -1,0 +1,375 @@
+"""Proof of full row rank in floating point, rounding errors included.
+
+``prove_full_rank`` shows that H1 = [H, 1] (n x (m+1)) has rank n, as stored. Only matrix products are
+trusted, through |fl(AB) - AB| <= gamma_k |A||B| (any order of summation, with or without FMA; k the inner
+length; Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5) plus underflow.
+Factorisations only propose a witness X; a bad proposal makes the proof fail, never succeed wrongly.
+
+The proof: for any X, rank(X H1) = n implies rank(H1) = n. Take X = L^-1 from the Cholesky factor of the
+Gram (shifted and repeated where that is ill-conditioned; Fukaya, Kannan, Nakatsukasa, Yamamoto,
+Yanagisawa, 2020). With Q = fl(X H1), G2 = fl(Q Q^T):
+
+    sigma_min(X H1) >= sqrt(1 - ||G2 - I|| - gamma || |Q||Q|^T ||) - gamma || |X||H1| ||,
+    sigma_min(H1)   >= sigma_min(X H1) / ||X||.
+
+The sharp bound on ||X|| comes from a second proof on well-scaled data: t I - X X^T = L L^T + E, so that
+||X||^2 <= t + ||E||. Unlike a shift of the Gram itself it loses nothing to the square of the condition number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROW_BLOCK = 512  # rows of the lower block triangle computed at once: half the work, still large products
+PANEL = 1024  # columns of H1 in flight
+PANEL32 = 256  # inner length of a float32 product: gamma stays 1.5e-5 whatever m is
+_UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+_TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero allowed for
+
+
+@dataclass(frozen=True)
+class RankProof:
+    """Outcome of :func:`prove_full_rank`.
+
+    ``proved``: rank(H1) = n is proved. ``sigma_min_lower`` / ``sigma_max_upper``: proved bounds on the extreme
+    singular values (0 and inf where not proved). ``margin``: proved lower bound of sigma_min(X H1), 1 is perfect.
+    ``reason``: one sentence. ``null_vector`` (n,) proposes u with u^T H1 ~ 0 where the proof failed.
+    """
+
+    proved: bool
+    sigma_min_lower: float
+    sigma_max_upper: float
+    margin: float
+    passes: int
+    reason: str
+    null_vectors: Tensor | None = None
+
+
+def _up(x: float, terms: int = 8) -> float:
+    """x enlarged by the rounding of a sum of ``terms`` non-negative float64 terms, upward."""
+    return float(x) * (1.0 + 4.0 * (terms + 8) * _UNIT[torch.float64])
+
+
+def gamma(k: int, dtype: torch.dtype = torch.float64) -> float:
+    """gamma_k = k u / (1 - k u), rounded up; inf where k u >= 1/2 (the bound is of no use there)."""
+    ku = k * _UNIT[dtype]
+    return math.inf if ku >= 0.5 else _up(ku / (1.0 - ku))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products by the plain IEEE rules the bounds assume: no TF32, no bf16, no emulation, for the block."""
+    precision = torch.get_float32_matmul_precision()
+    deny = torch.backends.cuda.matmul.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.matmul.allow_tf32 = deny
+
+
+class StackedOnes:
+    """H1 = [H, 1] by column panels in float64; H float32 or float64, any strides, never copied whole."""
+
+    def __init__(self, features: Tensor, ones: bool = True):
+        self.features, self.ones = features, ones
+        self.n, self.columns = features.shape[0], features.shape[1] + int(ones)
+
+    def panels(self, width: int = PANEL) -> Iterator[Tensor]:
+        m = self.features.shape[1]
+        for j in range(0, self.columns, width):
+            panel = self.features[:, j : min(j + width, m)].to(torch.float64)
+            if self.ones and j + width >= self.columns:
+                panel = torch.cat([panel, panel.new_ones(self.n, 1)], 1)
+            # rows contiguous: every product below reads them so, and is then bitwise repeatable
+            yield panel.contiguous()
+
+
+def _blocks(n: int) -> Iterator[tuple[int, int]]:
+    for i in range(0, n, ROW_BLOCK):
+        yield i, min(i + ROW_BLOCK, n)
+
+
+def _reflect(g: Tensor) -> Tensor:
+    """Lower block triangle mirrored in place, so that g is symmetric as stored."""
+    for i0, i1 in _blocks(len(g)):
+        diagonal = g[i0:i1, i0:i1]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
+        g[:i0, i0:i1] = g[i0:i1, :i0].mT
+    return g
+
+
+def gram(h1: StackedOnes) -> Tensor:
+    """H1 H1^T (n x n), float64, lower block triangle computed and mirrored. A proposal, not a proof."""
+    g = h1.features.new_zeros((h1.n, h1.n), dtype=torch.float64)
+    for panel in h1.panels():
+        for i0, i1 in _blocks(h1.n):
+            g[i0:i1, :i1].addmm_(panel[i0:i1], panel[:i1].mT)
+    return _reflect(g)
+
+
+def _invert_lower_(low: Tensor, leaf: int = 128) -> Tensor:
+    """Inverse of a lower triangular matrix in place, by halves: almost all the work is matrix products."""
+    n = len(low)
+    if n <= leaf:
+        low.copy_(torch.linalg.solve_triangular(low.tril(), torch.eye(n, dtype=low.dtype, device=low.device), upper=False))
+        return low
+    k = (n // 2 + leaf - 1) // leaf * leaf
+    _invert_lower_(low[:k, :k], leaf)
+    _invert_lower_(low[k:, k:], leaf)
+    low[k:, :k] = -_lower_times(low[k:, k:], low[k:, :k] @ low[:k, :k])
+    return low
+
+
+def _lower_times(x: Tensor, b: Tensor) -> Tensor:
+    """x @ b for lower triangular x, skipping the zero blocks above the diagonal."""
+    out = torch.empty_like(b)
+    for i0, i1 in _blocks(len(x)):
+        torch.mm(x[i0:i1, :i1], b[:i1], out=out[i0:i1])
+    return out
+
+
+def _cholesky_inverse(g: Tensor, start_shift: float) -> tuple[Tensor, float] | None:
+    """X = L^-1 with L L^T = g + shift I; the smallest shift of 0, s, 100 s, ... that lets Cholesky through."""
+    scale = float(g.diagonal().amax())
+    shift, tries = 0.0, 0
+    while tries < 6:
+        work = g.clone()
+        if shift:
+            work.diagonal().add_(shift)
+        low, info = torch.linalg.cholesky_ex(work)
+        del work
+        if int(info) == 0 and bool(torch.isfinite(low.diagonal()).all()):
+            # a pivot at rounding level means the factor is noise from there on: shift instead
+            if shift or float(low.diagonal().amin()) ** 2 > 4 * len(g) * _UNIT[torch.float64] * scale:
+                return _invert_lower_(low.tril_()), shift
+        shift = start_shift * scale if shift == 0.0 else shift * 100.0
+        tries += 1
+    return None
+
+
+def _row_sums_abs(x: Tensor, v: Tensor) -> Tensor:
+    """|x| @ v by row blocks."""
+    return torch.cat([x[i0:i1].abs() @ v for i0, i1 in _blocks(len(x))])
+
+
+def _column_sums_abs(x: Tensor, v: Tensor) -> Tensor:
+    """|x|^T @ v by row blocks."""
+    total = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
+    for i0, i1 in _blocks(len(x)):
+        total += x[i0:i1].abs().mT @ v[i0:i1]
+    return total
+
+
+def norm_upper(x: Tensor) -> float:
+    """Proved upper bound of ||x||_2: sqrt(||x||_1 ||x||_inf), float64."""
+    ones_r, ones_c = x.new_ones(len(x)), x.new_ones(x.shape[1])
+    one = float(_column_sums_abs(x, ones_r).amax())
+    inf = float(_row_sums_abs(x, ones_c).amax())
+    return _up(math.sqrt(one * inf), max(x.shape))
+
+
+def _add_gram_(g: Tensor, q: Tensor, inner: int) -> None:
+    """g += q q^T on the lower block triangle, in float32 or float64, products of inner length ``inner``."""
+    for k in range(0, q.shape[1], inner):
+        part = q[:, k : k + inner]
+        for i0, i1 in _blocks(len(g)):
+            # the product is rounded by itself, then added: gamma_(inner + number of panels), not gamma_m
+            g[i0:i1, :i1] += part[i0:i1] @ part[:i1].mT
+
+
+@dataclass
+class _Whitened:
+    gram: Tensor
+    distance: float  # ||G2 - I||
+    product_error: float  # bound on ||G2 - Q Q^T||
+    witness_error: float  # bound on ||Q - X H1||
+    margin: float
+
+
+def _whiten(h1: StackedOnes, x: Tensor, dtype: torch.dtype) -> _Whitened:
+    """Q = X H1 by column panels, G2 = Q Q^T in ``dtype``, and every error term of the proof."""
+    n, columns = h1.n, h1.columns
+    device = x.device
+    g2 = torch.zeros((n, n), dtype=dtype, device=device)
+    inner = PANEL32 if dtype == torch.float32 else PANEL
+    x_columns = _column_sums_abs(x, x.new_ones(n))
+    h_rows = torch.zeros(n, dtype=torch.float64, device=device)
+    q_rows = torch.zeros(n, dtype=torch.float64, device=device)
+    h_norm1, square = 0.0, 0.0
+    for panel in h1.panels():
+        q = _lower_times(x, panel)
+        h_abs = panel.abs()
+        h_rows += h_abs.sum(1)
+        h_norm1 = max(h_norm1, float((x_columns @ h_abs).amax()))
+        del h_abs
+        q_abs = q.abs()
+        q_rows += q_abs @ q_abs.sum(0)
+        square += float((q_abs * q_abs).sum())
+        del q_abs
+        _add_gram_(g2, q.to(dtype), inner)
+    terms = n + columns
+    # || |X||H1| || from its row and column sums; |Q||Q|^T is symmetric, its largest row sum is enough
+    xh = _up(math.sqrt(_up(float(_row_sums_abs(x, h_rows).amax()), terms) * _up(h_norm1, terms)), terms)
+    qq = _up(float(q_rows.amax()), terms)
+    tiny, tiny64 = n * columns * _TINY[dtype], n * n * _TINY[torch.float64]
+    panels = -(-columns // PANEL) * (PANEL // inner)
+    witness_error = _up(gamma(n + 2) * xh + tiny64)
+    product_error = _up(gamma(inner + panels + 2, dtype) * qq * (1 + 3 * _UNIT[dtype]) + tiny)
+    if dtype != torch.float64:  # Q itself was rounded to float32 before its Gram
+        unit = _UNIT[dtype]
+        witness_error = _up(witness_error + unit * _up(math.sqrt(square), terms) + tiny)
+    _reflect(g2)
+    residual = torch.zeros(n, dtype=torch.float64, device=device)
+    for i0, i1 in _blocks(n):
+        block = g2[i0:i1].to(torch.float64, copy=True)
+        block[torch.arange(i1 - i0), torch.arange(i0, i1)] -= 1.0
+        residual[i0:i1] = block.abs().sum(1)
+    distance = _up(float(residual.amax()), terms)
+    inside = 1.0 - distance - product_error
+    margin = (math.sqrt(inside) * (1 - 1e-15) - witness_error) if inside > 0 else -math.inf
+    if not all(map(math.isfinite, (distance, product_error, witness_error))):
+        margin = -math.inf
+    return _Whitened(g2, distance, product_error, witness_error, margin)
+
+
+def _norm_sharp(x: Tensor) -> float:
+    """Proved upper bound of ||x||_2 for lower triangular x, a few per cent above the truth.
+
+    Proves t I - X X^T positive semidefinite up to a bounded residual, in float32 on X scaled to norm about 1:
+    the proof is well conditioned whatever X is. Falls back to row and column sums.
+    """
+    n = len(x)
+    plain = norm_upper(x)
+    if n == 1 or plain == 0.0 or not math.isfinite(plain):
+        return plain
+    dtype = torch.float32 if n > 256 else torch.float64
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    y = (x * (1.0 / plain)).to(dtype)
+    v = torch.linalg.qr(torch.randn((n, 8), generator=generator, dtype=dtype).to(x.device))[0]
+    top = 0.0
+    for _ in range(40):
+        v = y @ (y.mT @ v)
+        v, r = torch.linalg.qr(v)
+        new = float(torch.linalg.matrix_norm(r, 2))
+        if new <= top * 1.002:
+            break
+        top = new
+    top = max(top, new)
+    scale = 1.0 / (plain * math.sqrt(top))
+    scale = 2.0 ** math.floor(math.log2(scale))  # a power of two: y is X rounded once, nothing else
+    y = (x * scale).to(dtype)
+    top = top * (plain * scale) ** 2
+    unit, tiny = _UNIT[dtype], n * n * _TINY[dtype]
+    ones = torch.ones(n, dtype=torch.float64, device=x.device)
+    y_rows = _up(float(_row_sums_abs(y, _column_sums_abs(y, ones.to(dtype))).to(torch.float64).amax()) * (1 + 4 * n * unit), n)
+    frobenius = _up(float(torch.linalg.vector_norm(y, dtype=torch.float64)) * (1 + 4 * unit), n * n)
+    inner = PANEL32 if dtype == torch.float32 else PANEL
+    terms = inner + -(-n // inner) + 2
+    m = torch.zeros_like(y)
+    for k in range(0, n, inner):  # column block k of lower triangular y is zero above row k
+        part = y[k:, k : k + inner]
+        for i0, i1 in _blocks(n - k):
+            m[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
+    _reflect(m)
+    error = gamma(terms, dtype) * y_rows + tiny
+    for slack in (1.05, 1.25, 2.0):
+        t = float(torch.tensor(slack * top, dtype=dtype))
+        shifted = -m
+        shifted.diagonal().add_(t)
+        low, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) != 0:
+            continue
+        low = low.tril_()
+        product = torch.zeros_like(m)
+        for k in range(0, n, inner):
+            part = low[k:, k : k + inner]
+            for i0, i1 in _blocks(n - k):
+                product[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
+        _reflect(product)
+        residual = float((product - shifted).abs().sum(1, dtype=torch.float64).amax()) * (1 + 4 * n * unit)
+        low_rows = float(_row_sums_abs(low, _column_sums_abs(low, ones.to(dtype))).to(torch.float64).amax()) * (1 + 4 * n * unit)
+        # t I - Y Y^T = L L^T + (what each product, the shift's subtraction and the residual's rounding hide)
+        hidden = error + gamma(terms, dtype) * low_rows + _up(residual, n) * (1 + 4 * unit) + 4 * unit * (t + top * slack) + tiny
+        bound = math.sqrt(_up(t + hidden, n)) + unit * frobenius
+        return min(plain, _up(bound / scale))
+    return plain
+
+
+def proof_bytes(n: int, m: int, sharp: bool = True) -> int:
+    """Peak bytes of :func:`prove_full_rank` beyond the features."""
+    return 8 * n * (3 * n + 3 * min(PANEL, m + 1)) + (4 * n * n if sharp else 0)
+
+
+def prove_full_rank(
+    features: Tensor,
+    *,
+    ones: bool = True,
+    sharp: bool = True,
+    max_passes: int = 3,
+    progress: Callable[[str, float], None] | None = None,
+) -> RankProof:
+    """Prove that [features, 1] has full row rank n; see the module's docstring for the method.
+
+    Args:
+        features: (n, m) float32 or float64, finite, n <= m + 1; float32 is taken exactly, as float64.
+        ones: append the column of ones (the head's bias).
+        sharp: spend about a quarter more time on a bound of sigma_min within a few per cent of the truth.
+        max_passes: whitening passes; one is enough up to a condition number of about 1e7.
+        progress: called with a step's name and the fraction done.
+    """
+    tell = progress or (lambda step, fraction: None)
+    h1 = StackedOnes(features, ones)
+    n = h1.n
+    if n == 0:
+        return RankProof(True, math.inf, 0.0, 1.0, 0, "no rows")
+    with exact_products():
+        tell("Gram", 0.0)
+        rows = torch.cat([r.to(torch.float64).abs().sum(1) for r in features.split(4096)]) + int(ones)
+        columns = max((float(p.abs().sum(0).amax()) for p in h1.panels()), default=0.0)
+        sigma_max = _up(math.sqrt(float(rows.amax()) * columns), n + h1.columns)
+        g = gram(h1)
+        if not bool(torch.isfinite(g.diagonal()).all()) or float(g.diagonal().amin()) < 1e-290:
+            return RankProof(False, 0.0, sigma_max, 0.0, 0, "the Gram over- or underflows float64; rescale the features")
+        tell("Cholesky", 0.25)
+        found = _cholesky_inverse(g, 11.0 * (n + h1.columns) * _UNIT[torch.float64])
+        if found is None:
+            return RankProof(False, 0.0, sigma_max, 0.0, 0, "no Cholesky factor, even of the shifted Gram")
+        x, shift = found
+        del g
+        white = None
+        for done in range(1, max_passes + 1):
+            tell("whitening", 0.3 + 0.2 * done)
+            # float32 for the second Gram: it is near the identity, and halves the time where its bound allows
+            single = shift == 0.0 and 0.8 * n * gamma(PANEL32 + h1.columns // PANEL32, torch.float32) < 0.2
+            white = _whiten(h1, x, torch.float32 if single else torch.float64)
+            if white.margin > 0 or done == max_passes or white.witness_error >= 1.0:
+                break
+            found = _cholesky_inverse(white.gram.to(torch.float64), 11.0 * (n + h1.columns) * _UNIT[torch.float64])
+            if found is None:
+                break
+            x = _lower_times(found[0], x)
+            shift = found[1]
+            del found
+        assert white is not None
+        if white.margin <= 0:
+            reason = (
+                f"whitening proves nothing here: ||G2 - I|| <= {white.distance:.1e}, product error {white.product_error:.1e}, "
+                f"witness error {white.witness_error:.1e} (their sum must stay below 1)"
+            )
+            return RankProof(False, 0.0, sigma_max, white.margin, done, reason)
+        del white.gram
+        tell("norm of the witness", 0.85)
+        norm = _norm_sharp(x) if sharp else norm_upper(x)
+        lower = white.margin / norm * (1 - 1e-14)
+        tell("done", 1.0)
+        reason = f"whitening: sigma_min(X H1) >= {white.margin:.6f}, ||X|| <= {norm:.3e}"
+        return RankProof(True, lower, sigma_max, white.margin, done, reason)
