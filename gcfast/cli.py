@@ -21,7 +21,7 @@ from .record import certificate_values, versions
 from .report import write_report
 from .run import Run
 from .summary import print_summary
-from .train import BASES, Diverged, Settings, targets_for
+from .train import Diverged, Settings, default_lr, targets_for
 from .usage import UserError, require
 
 __all__ = ["main"]
@@ -77,8 +77,8 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         options.seed,
         image_size=options.image_size,
     )
-    settings = _settings(options, device)
     spec = _model_spec(options, data)
+    settings = _settings(options, device, spec.wide)
     if len(data.y_train) <= settings.batch_size and settings.epochs == 1:
         raise UserError(
             "--epochs: one epoch of one batch is a single step, expected at least one in each phase"
@@ -149,16 +149,19 @@ _STAGE_NAMES = {
 }
 
 
-def _settings(options: argparse.Namespace, device: str) -> Settings:
+_SMALL = ("digits", "semeion")  # seconds an epoch are few, so take more of them
+
+
+def _settings(options: argparse.Namespace, device: str, width: int) -> Settings:
     if options.momentum is not None and options.base not in ("sgd", "rmsprop"):
         raise UserError(f"--momentum: only sgd and rmsprop take one, --base is {options.base}")
     momentum = options.momentum if options.momentum is not None else 0.9 if options.base == "sgd" else 0.0
     return Settings(
         base=options.base,
-        lr=options.lr or BASES[options.base],
+        lr=options.lr or default_lr(options.base, width),
         momentum=momentum,
         batch_size=options.batch_size,
-        epochs=options.epochs,
+        epochs=options.epochs or (100 if options.data in _SMALL else 20),
         tau=options.tau,
         perturbation=options.perturbation,
         loss=options.loss,

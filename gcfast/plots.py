@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ BASE, TWO_PHASE, NEAREST = "#4c8ed9", "#e0782f", "#1f9d6b"
 _INK, _GRID = "#010203", "#040506"
 
 
-def loss_curves(values: Mapping[str, Any]) -> str:
+def loss_curves(values: Mapping[str, Any], narrow: bool = False) -> str:
     """Full training loss of the base optimizer and of A(base), with tau and the solved head."""
-    figure, axes = _figure(4.0)
+    figure, axes = _figure(4.0, narrow)
     base_name = str(values["settings"]["base"])
     for name, label, colour in (
         ("base", f"{base_name} alone", BASE),
@@ -54,13 +55,13 @@ def loss_curves(values: Mapping[str, Any]) -> str:
     axes.set_ylabel("loss on all training samples")
     axes.set_xlim(left=0)
     axes.margins(y=0.1)
-    _finish(axes)
-    return _svg(figure, "loss", "Training loss over epochs, logarithmic")
+    _finish(axes, narrow)
+    return _svg(figure, f"loss{narrow:d}", "Training loss over epochs, logarithmic")
 
 
-def lambda_path(values: Mapping[str, Any]) -> str:
+def lambda_path(values: Mapping[str, Any], narrow: bool = False) -> str:
     """The way from V_tau to the global minimum: training loss along falling regularisation."""
-    figure, axes = _figure(3.2)
+    figure, axes = _figure(3.2, narrow, legend=False)
     points = [(weight, loss) for weight, loss in values["path"] if weight > 0 and loss > 0]
     axes.plot(
         [weight for weight, _ in points], [loss for _, loss in points], "o-", color=NEAREST, lw=1.8, ms=4
@@ -79,26 +80,22 @@ def lambda_path(values: Mapping[str, Any]) -> str:
     axes.set_yscale("log")
     if len(points) > 1:
         axes.invert_xaxis()
-    axes.set_xlabel("λ, the pull towards the head at tau (falling to the right)")
+    axes.set_xlabel("λ, falling to the right")
     axes.set_ylabel("training loss")
     axes.margins(y=0.12)
-    _finish(axes, legend=False)
-    return _svg(figure, "path", "Training loss along the path of falling lambda")
+    _finish(axes, narrow, legend=False)
+    return _svg(figure, f"path{narrow:d}", "Training loss along the path of falling lambda")
 
 
-def singular_values(values: Mapping[str, Any]) -> str:
+def singular_values(values: Mapping[str, Any], narrow: bool = False) -> str:
     """Estimated singular values of [features, 1], the proved bound, and where float32 rank gives up."""
-    figure, axes = _figure(3.2)
+    figure, axes = _figure(3.2, narrow)
     spectrum = [value for value in values["spectrum"] or [] if value > 0]
     n, width = values["n"], values["width"]
-    axes.plot(
-        range(1, len(spectrum) + 1), spectrum, color=TWO_PHASE, lw=1.8, label="singular values (estimated)"
-    )
+    axes.plot(range(1, len(spectrum) + 1), spectrum, color=TWO_PHASE, lw=1.8, label="estimated")
     if spectrum:
         single = max(n, width + 1) * 2.0**-23 * spectrum[0]
-        axes.axhline(
-            single, color=_INK, lw=1, ls=(0, (1, 2)), label="below this, float32 matrix_rank counts zero"
-        )
+        axes.axhline(single, color=_INK, lw=1, ls=(0, (1, 2)), label="zero for float32 matrix_rank")
     bound = values["certificate"]["sigma_min_lower"]
     if bound and bound > 0:
         axes.axhline(bound, color=NEAREST, lw=1.8, label=f"proved: none is below {bound:.1e}")
@@ -106,28 +103,53 @@ def singular_values(values: Mapping[str, Any]) -> str:
     axes.set_xlabel("index")
     axes.set_ylabel("singular value")
     axes.margins(y=0.1)
-    _finish(axes)
-    return _svg(figure, "spectrum", "Singular values of the features with the proved lower bound")
+    _finish(axes, narrow)
+    return _svg(figure, f"spectrum{narrow:d}", "Singular values of the features with the proved lower bound")
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, Axes]:
+    """Narrow is for telephones: the same letters on a smaller sheet, so that they stay readable."""
     figure_module = require("matplotlib.figure", "the report's pictures")
-    figure: Figure = figure_module.Figure(figsize=(7.6, height), layout="constrained")
+    width, height = (4.0, 0.9 * height) if narrow else (7.6, height)
+    figure: Figure = figure_module.Figure(figsize=(width, height))
+    # Margins in inches; laying out by measuring every label takes longer than drawing.
+    above = 0.1 if not legend else 0.75 if narrow else 0.35
+    figure.subplots_adjust(0.7 / width, 0.55 / height, 1 - 0.1 / width, 1 - above / height)
     return figure, figure.add_subplot()
 
 
-def _finish(axes: Axes, legend: bool = True) -> None:
+def _finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
+    ticker = require("matplotlib.ticker", "the report's pictures")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_GRID)
     axes.tick_params(which="both", color=_GRID, labelcolor=_INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_minor_locator(ticker.NullLocator())
+            axis.set_major_formatter(ticker.FuncFormatter(_power_of_ten))
     axes.grid(color=_GRID, lw=0.6)
     axes.set_axisbelow(True)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(_INK)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    if legend:
+        # Above the axes, where no curve can be under it.
+        handles, labels = axes.get_legend_handles_labels()
+        axes.figure.legend(
+            handles,
+            labels,
+            loc="upper left",
+            ncols=1 if narrow else 3,
+            frameon=False,
+            labelcolor=_INK,
+            fontsize=9,
+        )
+
+
+def _power_of_ten(value: float, _: object) -> str:
+    # Raised digits of the font itself: typesetting formulas is slow.
+    return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _svg(figure: Figure, salt: str, title: str) -> str:

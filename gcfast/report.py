@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def render(values: Mapping[str, Any]) -> str:
     body = [
         f"<header><p class=kicker>gcfast train</p><h1>{escape(title)}</h1></header>",
         "<section class='verdict"
-        f" {judged.level}'><h2>{escape(judged.headline)}</h2><p>{escape(judged.detail)}</p></section>",
+        f" {judged.level}'><h2>{escape(judged.headline)}</h2><p>{_prose(judged.detail)}</p></section>",
         _cards(values),
         _notes(values),
         _section("Training loss", _curves(values)),
@@ -120,8 +121,17 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+def _figure(plot: Callable[[Mapping[str, Any], bool], str], values: Mapping[str, Any], caption: str) -> str:
+    wide, narrow = plot(values, False), plot(values, True)
+    return (
+        f"<figure><div class=wide>{wide}</div><div class=narrow>{narrow}</div>"
+        f"<figcaption>{_prose(caption)}</figcaption></figure>"
+    )
+
+
+def _prose(text: str) -> str:
+    """Escaped, with numbers such as 1.1e-07 kept on one line."""
+    return re.sub(r"\b\d[\d.]*e[+-]?\d+", r"<span class=number>\g<0></span>", escape(text))
 
 
 def _cards(values: Mapping[str, Any]) -> str:
@@ -158,7 +168,7 @@ def _route(route: str | None) -> str:
 
 
 def _notes(values: Mapping[str, Any]) -> str:
-    return "".join(f"<p class=note>{escape(note)}</p>" for note in values["notes"])
+    return "".join(f"<p class=note>{_prose(note)}</p>" for note in values["notes"])
 
 
 def _curves(values: Mapping[str, Any]) -> str:
@@ -167,7 +177,8 @@ def _curves(values: Mapping[str, Any]) -> str:
     base = values["settings"]["base"]
     steps = values["steps"]
     return _figure(
-        loss_curves(values),
+        loss_curves,
+        values,
         f"Loss on all {values['n']:,} training samples. A({base}) trains every weight up to tau (step"
         f" {steps['switch']:,} of {steps['total']:,}), then only the last layer. The green line is the jump"
         " from the"
@@ -248,7 +259,8 @@ def _certificate(values: Mapping[str, Any]) -> str:
     if values["spectrum"]:
         parts.append(
             _figure(
-                singular_values(values),
+                singular_values,
+                values,
                 "Singular values of H. The curve is an ordinary float64 computation, for orientation; only"
                 " the green line"
                 " is proved. It must be above zero, and is. Rank by tolerance in float32 would miss every"
@@ -269,7 +281,7 @@ def _assumption(entry: Mapping[str, Any]) -> str:
     kind = {"holds": "yes", "fails": "no"}.get(status, "open")
     return (
         f"<li class={kind}><b>{escape(str(entry['name']))}</b> <span class=status>{escape(status)}</span>"
-        f"<br>{escape(str(entry['reason']))}</li>"
+        f"<br>{_prose(str(entry['reason']))}</li>"
     )
 
 
@@ -279,7 +291,8 @@ def _path(values: Mapping[str, Any]) -> str:
         return ""
     solver = values["solver"]
     return _figure(
-        lambda_path(values),
+        lambda_path,
+        values,
         "Phase two has many minimisers. gcfast follows the path that starts at the head of tau and changes"
         " it as little"
         f" as each loss allows, and stops at the target: {len(points)} values of λ,"
@@ -376,6 +389,7 @@ h2 { font-size: 1.12rem; margin: 36px 0 10px }
 .value { font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap }
 .note { background: var(--partialbox); border-radius: 6px; padding: 10px 14px; margin: 12px 0 0 }
 figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
+.narrow { display: none } .number { white-space: nowrap }
 figcaption, .small { color: var(--soft); font-size: .88rem; margin: 6px 0 0 }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100% }
@@ -395,5 +409,6 @@ th, td { padding: 7px 8px; border-bottom: 1px solid var(--grid); vertical-align:
 pre { background: var(--box); border-radius: 6px; padding: 12px 14px; font-size: .85rem;
   white-space: pre-wrap; overflow-wrap: anywhere }
 summary { cursor: pointer; color: var(--soft); margin-top: 10px }
-@media (max-width: 520px) { main { padding: 18px 14px 40px } .cards { grid-template-columns: 1fr 1fr } }
+@media (max-width: 520px) { main { padding: 18px 14px 40px } .cards { grid-template-columns: 1fr 1fr }
+  .wide { display: none } .narrow { display: block } }
 """

@@ -16,13 +16,19 @@ from torch import nn
 from .progress import Progress
 from .usage import UserError
 
-__all__ = ["BASES", "LOSSES", "Diverged", "Point", "Schedule", "Settings", "Trainer"]
+__all__ = ["BASES", "LOSSES", "Diverged", "Point", "Schedule", "Settings", "Trainer", "default_lr"]
 
-# Low learning rates: the loss is as curved in the head as the wide layer is wide.
-BASES = {"sgd": 0.02, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 2e-4}
+# Default learning rates: the lesser of the first number and the second divided by the wide layer's width.
+# The loss is as curved in the head as that layer is wide, and a step moves the outputs in proportion.
+BASES = {"sgd": (0.02, 7.0), "adam": (1e-3, 1.4), "adamw": (1e-3, 1.4), "rmsprop": (2e-4, 0.3)}
 LOSSES = ("cross_entropy", "mse")
 _EVALUATION_ROWS = 1024
 _MOST_POINTS = 50  # of a curve: evaluating costs a pass over the data
+
+
+def default_lr(base: str, width: int) -> float:
+    most, over_width = BASES[base]
+    return float(f"{min(most, over_width / width):.1g}")
 
 
 class Diverged(RuntimeError):
@@ -34,10 +40,10 @@ class Settings:
     """What decides a run besides its data and model."""
 
     base: str = "sgd"
-    lr: float = 0.02
+    lr: float = 0.005
     momentum: float = 0.9
     batch_size: int = 64
-    epochs: int = 40
+    epochs: int = 100
     tau: float = 0.6
     perturbation: float = 1e-3
     loss: str = "cross_entropy"

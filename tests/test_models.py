@@ -55,7 +55,7 @@ def test_resnet18_is_the_eighteen_layer_one() -> None:
 def test_resnet18_blocks_add_their_input() -> None:
     model = resnet18(3, 10, width=4).eval()
     block = model.blocks[0]
-    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.get_parameter("conv2.weight"))
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(block(x), x)
 
