@@ -60,9 +60,15 @@ ACTIVATIONS: dict[str, tuple[bool, str]] = {
 }
 
 _ALIASES = {
-    "log_sigmoid_forward": "log_sigmoid", "logsigmoid": "log_sigmoid", "swish": "silu", "prelu_kernel":
-    "prelu", "rrelu_with_noise": "rrelu", "linear": "identity", "none": "identity",
-}  # fmt: skip
+    "gelu_tanh": "gelu",
+    "log_sigmoid_forward": "log_sigmoid",
+    "logsigmoid": "log_sigmoid",
+    "swish": "silu",
+    "prelu_kernel": "prelu",
+    "rrelu_with_noise": "rrelu",
+    "linear": "identity",
+    "none": "identity",
+}
 
 _KINKS = {
     "abs": "has a kink at 0",

@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module, head: Head, buffers: bool = True) -> str:
     def add(value: Tensor) -> None:
         digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
         bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(bits.numpy())
+        digest.update(bits.numpy().data)
 
     for parameter in hidden_parameters(model, head).values():
         add(parameter)

@@ -266,8 +266,8 @@ def _of_linear(
                 again = owner(z)
             elif len(between) == 1:
                 op = between[0]
-                activation, verdict = _activation_of(op.op), op.verdict
-                if activation not in ACTIVATIONS or op.again is None:
+                activation, verdict = _activation_of(op), op.verdict
+                if activation not in (*ACTIVATIONS, "power") or op.again is None:
                     return None
                 again = op.again(z)
                 again = again[0] if isinstance(again, tuple) else again
@@ -277,12 +277,14 @@ def _of_linear(
     if again.shape != h.shape or not _close(again, h):
         return None
     m, d = linear.weight.shape
-    polynomial = activation in ("identity", "square")
+    polynomial = activation in ("identity", "square", "power")
     return WideLayerFound(name, layer.name, d, m, activation, verdict == "analytic", polynomial, linear)
 
 
-def _activation_of(op: str) -> str:
-    name = op.split(".")[1].strip("_")
+def _activation_of(op: OpCall) -> str:
+    name = op.op.split(".")[1].strip("_")
+    if name == "pow":
+        return "power" if op.verdict == "analytic" else name  # a whole exponent
     return {"log_sigmoid_forward": "log_sigmoid", "rrelu_with_noise": "rrelu"}.get(name, name)
 
 
