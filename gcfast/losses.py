@@ -1,0 +1,382 @@
+"""Convex losses: value, residual, curvature, conjugate and infimum, sample by sample.
+
+The training loss is L = (1/n) sum_i loss_i(f_i) with f = logits (n, C). Values agree with the functions of
+``torch.nn.functional`` of the same name with ``reduction="mean"``: MSE, BCE and Huber average over the C
+outputs too, so that loss_i carries a factor 1/C.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from gcfast import ops
+
+
+class ConvexLoss(ABC):
+    """A convex, differentiable loss of the outputs; subclass it for a loss of your own.
+
+    :meth:`value` and :meth:`infimum` are enough: the rest is derived by automatic differentiation.
+    """
+
+    name = "custom"
+    separable = False  # no curvature between outputs of one sample
+
+    @abstractmethod
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """loss_i (n,) at outputs z (n, C) and prepared targets y."""
+
+    @abstractmethod
+    def infimum(self, y: Tensor) -> Tensor:
+        """inf_q loss_i(q) (n,), or a lower bound of it: what no model can beat."""
+
+    def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
+        """Check the targets of n samples with c outputs and bring them into the form the methods take."""
+        if len(y) != n:
+            raise ValueError(f"targets: expected {n} rows, one per sample; got shape {tuple(y.shape)}")
+        return y
+
+    def attained(self, y: Tensor) -> bool:
+        """Whether every infimum is attained at finite outputs (not so for cross-entropy with hard labels)."""
+        return False
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        """d loss_i / d z_i, (n, C)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.value(z, y).sum(), z)[0]
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """(d^2 loss_i / d z_i^2) v_i, (n, C)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (g,) = torch.autograd.grad(self.value(z, y).sum(), z, create_graph=True)
+            if not g.requires_grad:
+                return torch.zeros_like(v)
+            (h,) = torch.autograd.grad((g * v).sum(), z, allow_unused=True)
+        return torch.zeros_like(v) if h is None else h
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        """Diagonals of the C x C curvature matrices, (n, C)."""
+        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return torch.stack([self.curvature_product(z, y, e.expand_as(z))[:, c] for c, e in enumerate(eye)], 1)
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss_i, residual, conjugate loss_i*(residual_i)); the last two by Fenchel and Young's equality."""
+        value, residual = self.value(z, y), self.residual(z, y)
+        return value, residual, (residual * z).sum(1) - value
+
+    def smoothness(self, c: int) -> float:
+        """Upper bound of the largest eigenvalue of any curvature matrix with c outputs; inf if unknown."""
+        return math.inf
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        """inf_q sum_{i in group} loss_i(q), (groups,): samples that no model can tell apart. A lower bound of it."""
+        total = torch.zeros(groups, dtype=torch.float64, device=y.device)
+        return total.index_add_(0, group, self.infimum(y).to(torch.float64))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean of y (n, C) in each group and the number of members."""
+    y = y.to(torch.float64)
+    count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(0, group, torch.ones_like(y[:, 0]))
+    total = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device).index_add_(0, group, y)
+    return total / count.clamp(min=1).unsqueeze(1), count
+
+
+class CrossEntropy(ConvexLoss):
+    """-sum_c q_c log softmax(z)_c; y: int64 classes (n,) or probabilities (n, C), as in ``F.cross_entropy``."""
+
+    name = "cross_entropy"
+
+    def __init__(self, label_smoothing: float = 0.0):
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1); got {label_smoothing}")
+        self.label_smoothing = float(label_smoothing)
+
+    def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
+        if y.is_floating_point():
+            if tuple(y.shape) != (n, c):
+                raise ValueError(f"targets: probabilities must have shape ({n}, {c}); got {tuple(y.shape)}")
+            y = y.to(torch.float64)
+            _finite(y)
+            bad = ((y < 0).any(1) | ((y.sum(1) - 1).abs() > 1e-4)).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise ValueError(f"targets: row {i} is no probability vector (minimum {float(y[i].min()):.3g}, sum {float(y[i].sum()):.6g})")
+            y = y / y.sum(1, keepdim=True)
+        else:
+            if y.dtype == torch.bool or y.is_complex():
+                raise TypeError(f"targets: expected integer class labels or probabilities; got {y.dtype}")
+            if y.dim() == 2 and y.shape[1] == 1:
+                y = y[:, 0]
+            if tuple(y.shape) != (n,):
+                raise ValueError(f"targets: class labels must have shape ({n},); got {tuple(y.shape)}")
+            y = y.long()
+            bad = ((y < 0) | (y >= c)).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise ValueError(f"targets: label {int(y[i])} of sample {i} is out of range for {c} outputs (0..{c - 1})")
+            if self.label_smoothing:
+                y = nn.functional.one_hot(y, c).to(torch.float64)
+        if self.label_smoothing:
+            y = (1 - self.label_smoothing) * y + self.label_smoothing / c
+        return y
+
+    def attained(self, y: Tensor) -> bool:
+        return y.dim() == 2 and bool((y > 0).all())
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.terms(z, y)[0]
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.terms(z, y)[1]
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # conjugate of log-sum-exp minus <q, .> at p - q is sum p log p
+        return ops.softmax_residual(z, y.to(z.dtype) if y.dim() == 2 else y)
+
+    def probabilities(self, residual: Tensor, y: Tensor) -> Tensor:
+        """softmax(z) from the residual: exact where it is tiny."""
+        if y.dim() == 2:
+            return residual + y
+        return residual.scatter_add(1, y[:, None], torch.ones_like(residual[:, :1]))
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        p = self.probabilities(self.residual(z, y), y)
+        return p * v - p * (p * v).sum(1, keepdim=True)
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        p = self.probabilities(self.residual(z, y), y)
+        return p * (1 - p)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        if y.dim() == 1:
+            return torch.zeros(len(y), dtype=torch.float64, device=y.device)
+        return -torch.xlogy(y, y).sum(1)
+
+    def smoothness(self, c: int) -> float:
+        return 0.5 if c > 1 else 0.0
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        classes = int(y.max()) + 1 if y.dim() == 1 and len(y) else 1
+        mean, count = _group_mean(nn.functional.one_hot(y, classes) if y.dim() == 1 else y, group, groups)
+        return -count * torch.xlogy(mean, mean).sum(1)
+
+
+class _Elementwise(ConvexLoss):
+    """Losses that are a mean of one-dimensional losses; y (n, C) float64, or (n,) where C = 1."""
+
+    separable = True
+
+    def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
+        if y.is_complex():
+            raise TypeError(f"targets: expected real numbers; got {y.dtype}")
+        if y.dim() == 1 and c == 1:
+            y = y.unsqueeze(1)
+        if tuple(y.shape) != (n, c):
+            raise ValueError(f"targets: expected shape ({n}, {c}); got {tuple(y.shape)}")
+        y = y.to(torch.float64)
+        _finite(y)
+        return y
+
+
+class MSE(_Elementwise):
+    """(1/C) |z - y|^2, as ``F.mse_loss``."""
+
+    name = "mse"
+
+    def attained(self, y: Tensor) -> bool:
+        return True
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return ((z - y) ** 2).mean(1)
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - y) * (2.0 / z.shape[1])
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return v * (2.0 / z.shape[1])
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.full_like(z, 2.0 / z.shape[1])
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r = self.residual(z, y)
+        return self.value(z, y), r, (r * y + r * r * (z.shape[1] / 4.0)).sum(1)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        return torch.zeros(len(y), dtype=torch.float64, device=y.device)
+
+    def smoothness(self, c: int) -> float:
+        return 2.0 / c
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        mean, _ = _group_mean(y, group, groups)
+        total = torch.zeros(groups, dtype=torch.float64, device=y.device)
+        return total.index_add_(0, group, ((y - mean[group]) ** 2).mean(1))
+
+
+class BCEWithLogits(_Elementwise):
+    """Mean of log(1 + e^z) - y z, as ``F.binary_cross_entropy_with_logits``; y in [0, 1]."""
+
+    name = "bce_with_logits"
+
+    def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
+        y = super().prepare(y, n, c)
+        bad = ((y < 0) | (y > 1)).nonzero()
+        if len(bad):
+            i, j = bad[0].tolist()
+            raise ValueError(f"targets: expected numbers in [0, 1]; got {float(y[i, j]):.6g} at sample {i}, output {j}")
+        return y
+
+    def attained(self, y: Tensor) -> bool:
+        return bool(((y > 0) & (y < 1)).all())
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        # (1 - y) softplus(z) + y softplus(-z): small relative error for either label
+        return ((1 - y) * ops.activation(z) + y * ops.activation(-z)).mean(1)
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        return ((1 - y) * torch.sigmoid(z) - y * torch.sigmoid(-z)) / z.shape[1]
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return self.curvature_diagonal(z, y) * v
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.sigmoid(z) * torch.sigmoid(-z) / z.shape[1]
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p, q = torch.sigmoid(z), torch.sigmoid(-z)
+        conjugate = -(p * ops.activation(-z) + q * ops.activation(z)).mean(1)  # p log p + q log q
+        return self.value(z, y), self.residual(z, y), conjugate
+
+    def infimum(self, y: Tensor) -> Tensor:
+        return -(torch.xlogy(y, y) + torch.xlogy(1 - y, 1 - y)).mean(1)
+
+    def smoothness(self, c: int) -> float:
+        return 0.25 / c
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        mean, count = _group_mean(y, group, groups)
+        return count * self.infimum(mean)
+
+
+class Huber(_Elementwise):
+    """Mean of t^2/2 for |t| <= delta, delta (|t| - delta/2) beyond; t = z - y; as ``F.huber_loss``."""
+
+    name = "huber"
+
+    def __init__(self, delta: float = 1.0):
+        if not (delta > 0 and math.isfinite(delta)):
+            raise ValueError(f"delta: expected a positive number; got {delta}")
+        self.delta = float(delta)
+
+    def attained(self, y: Tensor) -> bool:
+        return True
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        a = (z - y).abs()
+        return torch.where(a <= self.delta, 0.5 * a * a, self.delta * (a - 0.5 * self.delta)).mean(1)
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).clamp(-self.delta, self.delta) / z.shape[1]
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return self.curvature_diagonal(z, y) * v
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        return ((z - y).abs() <= self.delta).to(z.dtype) / z.shape[1]
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r = self.residual(z, y)
+        return self.value(z, y), r, (r * y + r * r * (0.5 * z.shape[1])).sum(1)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        return torch.zeros(len(y), dtype=torch.float64, device=y.device)
+
+    def smoothness(self, c: int) -> float:
+        return 1.0 / c
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        # the slope in each output is increasing: bisect for its zero, all groups and outputs at once
+        fill = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device)
+        index = group[:, None].expand_as(y)
+        low = fill.scatter_reduce(0, index, y, "amin", include_self=False)
+        high = fill.scatter_reduce(0, index, y, "amax", include_self=False)
+        for _ in range(80):
+            middle = 0.5 * (low + high)
+            slope = torch.zeros_like(fill).index_add_(0, group, (middle[group] - y).clamp(-self.delta, self.delta))
+            low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
+        return torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(0, group, self.value(high[group], y))
+
+
+_BY_NAME = {"cross_entropy": CrossEntropy, "mse": MSE, "bce_with_logits": BCEWithLogits, "huber": Huber}
+
+
+def _finite(y: Tensor) -> None:
+    bad = (~torch.isfinite(y)).nonzero()
+    if len(bad):
+        raise ValueError(f"targets: expected finite numbers; got {float(y[tuple(bad[0])])} at sample {int(bad[0][0])}")
+
+
+def resolve_loss(loss: str | nn.Module | ConvexLoss) -> ConvexLoss:
+    """The :class:`ConvexLoss` that ``loss`` names: a name, a ``torch.nn`` loss with mean reduction, or itself."""
+    if isinstance(loss, ConvexLoss):
+        return loss
+    if isinstance(loss, str):
+        name = loss.lower().replace("-", "_")
+        if name not in _BY_NAME:
+            raise ValueError(f"loss: expected one of {sorted(_BY_NAME)}, a torch.nn loss or a gcfast.ConvexLoss; got {loss!r}")
+        return _BY_NAME[name]()
+    if isinstance(loss, nn.Module):
+        if getattr(loss, "reduction", "mean") != "mean":
+            raise ValueError(f"loss: expected reduction='mean'; got reduction={loss.reduction!r}")
+        for extra in ("weight", "pos_weight"):
+            if getattr(loss, extra, None) is not None:
+                raise ValueError(f"loss: {type(loss).__name__} with {extra} is not supported; subclass gcfast.ConvexLoss")
+        if isinstance(loss, nn.CrossEntropyLoss):
+            return CrossEntropy(loss.label_smoothing)
+        if isinstance(loss, nn.MSELoss):
+            return MSE()
+        if isinstance(loss, nn.BCEWithLogitsLoss):
+            return BCEWithLogits()
+        if isinstance(loss, nn.HuberLoss):
+            return Huber(loss.delta)
+    raise TypeError(
+        f"loss: expected one of {sorted(_BY_NAME)}, nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, nn.HuberLoss "
+        f"or a gcfast.ConvexLoss (convex in the outputs); got {type(loss).__name__}"
+    )
+
+
+def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor) -> None:
+    """Raise ValueError where a user's loss is seen not to be convex, or its infimum not to be one.
+
+    Probes chords through random outputs around z at several scales: finds a counterexample, proves nothing.
+    """
+    if type(loss).__module__ == __name__:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 10.0):
+        a = z + scale * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+        b = z + scale * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+        at_a, at_b, middle = loss.value(a, y), loss.value(b, y), loss.value(0.5 * (a + b), y)
+        if not bool(torch.isfinite(at_a).all() and torch.isfinite(at_b).all()):
+            raise ValueError(f"loss: {loss!r} is not finite at finite outputs")
+        slack = 1e-9 * (at_a.abs() + at_b.abs() + 1.0)
+        bad = (middle > 0.5 * (at_a + at_b) + slack).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise ValueError(
+                f"loss: {loss!r} is not convex: at sample {i} the value {float(middle[i]):.6g} in the middle of a chord lies above "
+                f"the mean {0.5 * float(at_a[i] + at_b[i]):.6g} of its ends; the guarantee needs a loss convex in the outputs"
+            )
+        below = (torch.minimum(at_a, at_b) < loss.infimum(y) - slack).nonzero()
+        if len(below):
+            raise ValueError(f"loss: {loss!r} falls below its own infimum at sample {int(below[0])}")
