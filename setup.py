@@ -3,8 +3,8 @@
 gcfast._cpu   always (a C++17 compiler with OpenMP is required)
 gcfast._cuda  if nvcc is found; GCFAST_CUDA = auto (default) | 0 (never) | 1 (fail without it);
               GCFAST_CUDA_ARCHS = "80;90a;100" (default; PTX is added for the last)
-nvcc is looked for in CUDACXX, CUDA_HOME/bin, PATH, /usr/local/cuda/bin, in this order; a set but wrong CUDACXX
-or CUDA_HOME ends the search. Torch is not needed here.
+nvcc is looked for in CUDACXX, CUDA_HOME/bin, PATH, /usr/local/cuda/bin, in this order; a set but wrong
+CUDACXX or CUDA_HOME ends the search. Torch is not needed here.
 """
 
 from __future__ import annotations

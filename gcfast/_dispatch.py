@@ -79,9 +79,9 @@ def backends() -> BackendTable:
 def backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block: ``"reference"``, ``"cpu"`` or ``"auto"``.
 
-    It overrides ``GCFAST_BACKEND``. The choice is per thread and per asynchronous task (a context variable) and
-    is read when an op runs: it works around a call of a ``torch.compile``-d function and does not belong inside
-    one. An op that the forced backend cannot serve raises :class:`BackendError`.
+    It overrides ``GCFAST_BACKEND``. The choice is per thread and per asynchronous task (a context variable)
+    and is read when an op runs: it works around a call of a ``torch.compile``-d function and does not belong
+    inside one. An op that the forced backend cannot serve raises :class:`BackendError`.
     """
     _check_name(name, "backend(name)")
     token = _forced.set(name)

@@ -41,7 +41,7 @@ def matches(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 def is_activation(activation: str, beta: float, order: int = 0) -> None:
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}")
-    if not (beta > 0 and math.isfinite(beta)):
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a finite number > 0; got {beta!r}")
     if beta != 1.0 and activation != "softplus":
         raise ValueError(f"beta is softplus's sharpness: {activation} takes beta=1.0 only; got {beta!r}")

@@ -1,8 +1,8 @@
 """The only door to the kernels: validated, dispatched, differentiable, compilable.
 
 Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
-``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on the
-``cpu`` backend (C++; float32 and float64 CPU tensors) or on ``reference`` (plain PyTorch; anything else).
+``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
+the ``cpu`` backend (C++; float32 and float64 CPU tensors) or on ``reference`` (plain PyTorch; anything else).
 ``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
 ``last_backend(op)`` tells which one ran.
 """
@@ -88,10 +88,10 @@ def softmax_residual(
         label_smoothing: in [0, 1); the targets are q = (1 - label_smoothing) y + label_smoothing / C.
 
     Returns:
-        loss (n,), as ``torch.nn.functional.cross_entropy(..., reduction="none")``; residual (n, C), p - q with
-        p = softmax(logits), which is the gradient of the loss; neg_entropy (n,), sum p log p, the conjugate of
-        log-sum-exp at p. All have small relative error where they are tiny. A row with a NaN or an infinite
-        maximum gives NaN; a logit of -inf is a class of probability zero, and 0 log 0 = 0.
+        loss (n,), as ``torch.nn.functional.cross_entropy(..., reduction="none")``; residual (n, C), p - q
+        with p = softmax(logits), the gradient of the loss; neg_entropy (n,), sum p log p, the conjugate of
+        log-sum-exp at p. All have small relative error where they are tiny. A row with a NaN or an
+        infinite maximum gives NaN; a logit of -inf is a class of probability zero, and 0 log 0 = 0.
 
     All three outputs can be differentiated in `logits`; `target` must not require a gradient.
 
@@ -146,8 +146,8 @@ def wide_forward(
     """act(z weight^T + bias) head_weight^T + head_bias without ever storing the features.
 
     Args:
-        z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; all of one dtype
-            and device.
+        z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; all of one
+            dtype and device.
         activation, beta: as in :func:`activation`.
 
     Returns:

@@ -131,8 +131,8 @@ def softmax_residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of logits (n, C): cross-entropy (n,), p - q (n, C), sum p log p (n,), with p = softmax(logits).
 
-    `target` holds class indices (n,) or probabilities (n, C); q = (1 - label_smoothing) y + label_smoothing/C.
-    With k the first maximum and s the sum of exp(f_c - f_k) over c != k, all three come from log1p(s) and
+    `target` holds class indices (n,) or probabilities (n, C); q = (1 - s) y + s/C, s = label_smoothing.
+    With k the first maximum and S the sum of exp(f_c - f_k) over c != k, all three come from log1p(S) and
     from sums of terms of one sign, so they keep their relative accuracy when they are tiny. 0 log 0 = 0.
     """
     work = _working(logits)

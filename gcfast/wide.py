@@ -28,10 +28,10 @@ class WideLayer(nn.Module):
 
     Attributes: ``weight`` (m, d), ``bias`` (m,), ``activation``, ``beta``.
 
-    Initialisation: weight ~ N(0, 1/d), so that an input with entries of size one gives pre-activations of size
-    one at any d and m, and random directions differ between units; bias ~ U(-sqrt 3, sqrt 3), of variance one,
-    spreads the kinks over the range of the data, so that no two units are alike even for d = 1 and none is dead
-    or saturated.
+    Initialisation: weight ~ N(0, 1/d), so that an input with entries of size one gives pre-activations of
+    size one at any d and m, and random directions differ between units; bias ~ U(-sqrt 3, sqrt 3), of
+    variance one, spreads the kinks over the range of the data, so that no two units are alike even for d = 1
+    and none is dead or saturated.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Exact values for the tests: activations and softmax terms in 50 digits, and distances in units of the last place."""
+"""Exact values for the tests: activations and softmax terms in 50 digits, and distances in ulps."""
 
 from __future__ import annotations
 

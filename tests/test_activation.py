@@ -16,7 +16,7 @@ from gcfast import ops, reference
 
 DTYPES = [torch.float32, torch.float64]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-# Largest distance from the exact value, in ulps of it (of the sum of its terms where a derivative crosses zero).
+# Largest distance from the exact value in ulps of it (of the sum of its terms, where a derivative crosses 0).
 LIMITS = {
     "softplus": (4, 4, 4),
     "sigmoid": (4, 4, 7),
