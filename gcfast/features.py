@@ -1,0 +1,235 @@
+"""One pass over model and data: the features that enter the head, the targets, and who is a copy of whom."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+
+from gcfast.inspection import FeatureTap, Head, WideLayerFound, find_head, wide_activation
+
+BATCH = 512
+
+
+@dataclass
+class TrainingSet:
+    """What certify and solve_head know of a model's training set.
+
+    ``features`` (n, m) enter the head; ``below`` (n, d) enter the wide layer (None where there is none);
+    ``outputs`` (n, C) are the model's; ``copies`` lists groups of samples whose inputs are equal, number for number.
+    """
+
+    features: Tensor
+    targets: Tensor | None
+    outputs: Tensor
+    head: Head
+    wide: WideLayerFound | None
+    below: Tensor | None
+    copies: list[list[int]]
+    first_batch: Any
+
+
+def _batches(data: Any) -> Iterator[tuple[Any, Tensor | None]]:
+    for batch in _loader(data):
+        yield _pair(batch)
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor | None]:
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        return batch[0], torch.as_tensor(batch[1])
+    raise TypeError(f"data: expected batches (inputs, targets); got {type(batch).__name__} of length {len(batch)}")
+
+
+def _loader(data: Any) -> Any:
+    """A re-iterable of batches in a fixed order, or an error that says what is wrong with ``data``."""
+    if isinstance(data, DataLoader):
+        if isinstance(data.sampler, RandomSampler):
+            raise ValueError("data: this DataLoader shuffles; give one with shuffle=False (every pass must see the samples in one order)")
+        if data.drop_last and data.batch_size:
+            try:
+                n = len(data.dataset)  # type: ignore[arg-type]
+            except TypeError:
+                n = 0
+            if n % data.batch_size:
+                raise ValueError(f"data: this DataLoader drops the last {n % data.batch_size} of {n} samples; give one with drop_last=False")
+        return data
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
+        if len(data) > 2:
+            raise TypeError(f"data: expected (inputs, targets); got {len(data)} tensors")
+        if any(len(t) != len(data[0]) for t in data):
+            raise ValueError(f"data: inputs and targets differ in length: {', '.join(str(len(t)) for t in data)}")
+        if len(data) == 1:
+            return list(data[0].split(BATCH))
+        return list(zip(data[0].split(BATCH), data[1].split(BATCH), strict=True))
+    if isinstance(data, TensorDataset):
+        return _loader(data.tensors)
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=BATCH, shuffle=False)
+    raise TypeError(f"data: expected (inputs, targets), a Dataset or a DataLoader; got {type(data).__name__}")
+
+
+def _to_device(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, (tuple, list)):
+        return type(x)(_to_device(t, device) for t in x)
+    if isinstance(x, dict):
+        return {k: _to_device(v, device) for k, v in x.items()}
+    return x
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, dict):
+        x = list(x.values())
+    return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list)) else []
+
+
+def _digests(x: Any) -> list[bytes]:
+    """A 128-bit digest of each sample; equal samples have equal digests (-0.0 counts as 0.0)."""
+    parts = []
+    for t in _tensors(x):
+        t = t.detach().cpu()
+        if t.is_floating_point():
+            t = t.to(torch.float64) + 0.0
+        parts.append(t.reshape(len(t), -1).contiguous().numpy())
+    return [hashlib.blake2b(b"".join(p[i].tobytes() for p in parts), digest_size=16).digest() for i in range(len(parts[0]))] if parts else []
+
+
+def _copies(digests: list[bytes], data: Any) -> list[list[int]]:
+    """Groups of equal samples: candidates by digest, then compared number for number in a second pass."""
+    by_digest: dict[bytes, list[int]] = {}
+    for i, digest in enumerate(digests):
+        by_digest.setdefault(digest, []).append(i)
+    suspects = {i for group in by_digest.values() if len(group) > 1 for i in group}
+    if not suspects:
+        return []
+    rows: dict[int, list[Tensor]] = {}
+    start = 0
+    for x, _ in _batches(data):
+        parts = _tensors(x)
+        count = len(parts[0])
+        for i in range(start, start + count):
+            if i in suspects:
+                rows[i] = [t[i - start].detach().cpu().clone() for t in parts]
+        start += count
+    found = []
+    for group in by_digest.values():
+        rest = [i for i in group if i in rows]
+        while len(rest) > 1:
+            first = rest[0]
+            equal = [i for i in rest if all(torch.equal(a, b) for a, b in zip(rows[first], rows[i], strict=True))]
+            if len(equal) > 1:
+                found.append(equal)
+            rest = [i for i in rest if i not in equal]
+    return sorted(found)
+
+
+def equal_rows(rows: Tensor) -> list[list[int]]:
+    """Groups of equal rows of a matrix, exactly as stored; groups and their members ascending."""
+    if len(rows) < 2:
+        return []
+    return _copies(_digests(rows), rows)
+
+
+def check_features(features: Tensor, name: str = "features") -> None:
+    """Raise what is wrong with an (n, m) matrix of features."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor (n, m); got {type(features).__name__}")
+    if features.dim() != 2:
+        raise ValueError(f"{name}: expected shape (n, m); got {tuple(features.shape)}")
+    if not features.is_floating_point():
+        raise TypeError(f"{name}: expected a real floating point dtype; got {features.dtype}")
+    if features.shape[0] == 0:
+        raise ValueError(f"{name}: the training set is empty (shape {tuple(features.shape)})")
+    for start in range(0, len(features), 4096):
+        bad = (~torch.isfinite(features[start : start + 4096])).nonzero()
+        if len(bad):
+            i, j = (bad[0] + torch.tensor([start, 0], device=bad.device)).tolist()
+            raise ValueError(f"{name}: not finite: {float(features[i, j])} at sample {i}, unit {j}")
+
+
+def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = True) -> TrainingSet:
+    """Run the model over the data once, in evaluation mode, and look at a few rows a second time.
+
+    Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or the
+    features are not finite; HeadError where the model has no head.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    loader = _loader(data)
+    first: Any = None
+    features: list[Tensor] = []
+    below: list[Tensor] = []
+    outputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    digests: list[bytes] = []
+    wide: WideLayerFound | None = None
+    for x, y in _batches(loader):
+        x = _to_device(x, device)
+        if first is None:
+            first = (x, y)
+            head = find_head(model, x, head)
+            wide = wide_activation(model, head, x) if inspect else None
+            tap = FeatureTap(model, head)
+        with tap:
+            h, out = tap(x)
+        if wide is not None:
+            with FeatureTap(model, wide.module) as below_tap:
+                below.append(below_tap(x)[0])
+        features.append(h)
+        outputs.append(out.detach().reshape(len(h), -1))
+        if inspect:
+            digests += _digests(x)
+        if y is not None:
+            if len(y) != len(h):
+                raise ValueError(f"data: a batch of {len(h)} inputs came with {len(y)} targets")
+            targets.append(y.to(device))
+    if first is None:
+        raise ValueError("data: the training set is empty")
+    h = torch.cat(features)
+    del features
+    check_features(h, "features")
+    again, y = next(iter(_batches(loader)))
+    _same_again(model, head, first, (_to_device(again, device), y), h)
+    return TrainingSet(
+        features=h,
+        targets=torch.cat(targets) if targets else None,
+        outputs=torch.cat(outputs),
+        head=head,
+        wide=wide,
+        below=torch.cat(below) if below else None,
+        copies=_copies(digests, loader) if inspect else [],
+        first_batch=first[0],
+    )
+
+
+def _same_again(model: nn.Module, head: Head, first: Any, again: Any, features: Tensor) -> None:
+    (x, y), (x2, y2) = first, again
+    same = len(_tensors(x)) == len(_tensors(x2)) and all(
+        a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
+        for a, b in zip(_tensors(x), _tensors(x2), strict=True)
+    )
+    if not same or (y is not None and not torch.equal(y, y2)):
+        raise ValueError(
+            "data: the first batch is another one in the second pass: the loader shuffles or augments. "
+            "Give the samples in a fixed order and without random transforms; the guarantee is about one fixed training set"
+        )
+    with FeatureTap(model, head) as tap:
+        h, _ = tap(x2)
+    scale = float(h.abs().amax()) + 1e-30
+    difference = float((h - features[: len(h)]).abs().amax()) / scale
+    if difference > 1e-4:
+        raise ValueError(
+            f"model: the same inputs gave other features in a second look (relative difference {difference:.1e}): "
+            "something random stays active in evaluation mode"
+        )
