@@ -51,7 +51,7 @@ def cuda_archs() -> list[str]:
 
 
 def cpu_extension() -> Extension:
-    flags = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     # Neither changes a value; without them comparisons and selects do not vectorise.
     flags += ["-fno-math-errno", "-fno-trapping-math"]
     if X86:
