@@ -34,8 +34,8 @@ class TrainingSet:
     first_batch: Any
 
 
-def _batches(data: Any) -> Iterator[tuple[Any, Tensor | None]]:
-    for batch in _loader(data):
+def _batches(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
+    for batch in loader:
         yield _pair(batch)
 
 
@@ -106,7 +106,7 @@ def _digests(x: Any) -> list[bytes]:
     return [hashlib.blake2b(b"".join(p[i].tobytes() for p in parts), digest_size=16).digest() for i in range(len(parts[0]))] if parts else []
 
 
-def _copies(digests: list[bytes], data: Any) -> list[list[int]]:
+def _copies(digests: list[bytes], loader: Any) -> list[list[int]]:
     """Groups of equal samples: candidates by digest, then compared number for number in a second pass."""
     by_digest: dict[bytes, list[int]] = {}
     for i, digest in enumerate(digests):
@@ -116,7 +116,7 @@ def _copies(digests: list[bytes], data: Any) -> list[list[int]]:
         return []
     rows: dict[int, list[Tensor]] = {}
     start = 0
-    for x, _ in _batches(data):
+    for x, _ in _batches(loader):
         parts = _tensors(x)
         count = len(parts[0])
         for i in range(start, start + count):
@@ -139,7 +139,7 @@ def equal_rows(rows: Tensor) -> list[list[int]]:
     """Groups of equal rows of a matrix, exactly as stored; groups and their members ascending."""
     if len(rows) < 2:
         return []
-    return _copies(_digests(rows), rows)
+    return _copies(_digests(rows), rows.split(4096))
 
 
 def check_features(features: Tensor, name: str = "features") -> None:
