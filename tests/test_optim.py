@@ -347,8 +347,8 @@ def test_frozen_statistics_and_dropout_survive_train_apply_and_partial_calls():
     x, _ = batch(0)
     for disturb in (
         nn.Module.train,
-        lambda model: model.apply(lambda m: setattr(m, "training", True)),
-        lambda model: model.body.train(),
+        lambda m: m.apply(lambda part: setattr(part, "training", True)),
+        lambda m: m.body.train(),
     ):
         disturb(model)
         model.seen.clear()
@@ -402,6 +402,18 @@ def test_lbfgs_goes_on_after_unfreeze():
     before = snapshot(model)
     train(model, opt, 2, start=4)
     assert {"0.weight", "6.weight"} <= set(same(before, snapshot(model)))
+
+
+def test_lbfgs_starts_its_history_anew_where_the_head_comes_first():
+    """LBFGS keeps its history with the first parameter, here one of the head in both phases."""
+    torch.manual_seed(0)
+    model = Fork()
+    opt = TwoPhase(BASES["lbfgs"](model.parameters()), model, 2)
+    train(model, opt, 4)
+    assert opt.state[model.out.weight]["d"].numel() == model.out.weight.numel() + model.out.bias.numel()
+    opt.unfreeze()
+    train(model, opt, 1, start=4)
+    assert opt.state[model.out.weight]["d"].numel() == sum(p.numel() for p in model.parameters())
 
 
 # -- company
@@ -877,6 +889,21 @@ def test_a_compiled_model_freezes_at_once(given):
     compiled.train()
     assert not torch.equal(compiled(x), compiled(x))
     assert int(model.body["a"][1].num_batches_tracked) == tracked + 2
+
+
+def test_a_compiled_model_freezes_where_no_gradient_changes():
+    """Hidden weights were frozen before: nothing but the hooks tells compiled code of phase two."""
+    model = make_model()
+    model[:HEAD].requires_grad_(False)
+    compiled = torch.compile(model, backend="eager")
+    opt = TwoPhase(BASES["sgd"](model[HEAD].parameters()), model, 2)
+    train(compiled, opt, 2)
+    before = int(model[1].num_batches_tracked)
+    train(compiled, opt, 2)
+    assert before == int(model[1].num_batches_tracked) == 2
+    opt.unfreeze()
+    compiled(batch(0)[0])
+    assert int(model[1].num_batches_tracked) == 3
 
 
 def test_data_parallel_is_looked_through():
