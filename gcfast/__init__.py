@@ -1,1 +1,36 @@
-"""gcfast: a provable global minimum for the PyTorch training you already do."""
+"""gcfast: a provable global minimum for the PyTorch training you already do.
+
+Implements Kawaguchi and Sun, *A Recipe for Global Convergence Guarantee in Deep Neural Networks* (AAAI 2021):
+a two-phase wrapper around any optimizer, a certificate that it reaches the global minimum, and a convex solve
+that finishes phase two.
+"""
+
+from gcfast._version import __version__
+from gcfast.certificate import Assumption, Certificate, Offender, certify
+from gcfast.head import HeadSolution, Progress, solve_head
+from gcfast.inspection import HeadError, find_head
+from gcfast.losses import ConvexLoss
+from gcfast.ops import backend, backends, softmax_residual
+from gcfast.optim import TwoPhase
+from gcfast.wide import WideLayer, wide_forward, widen
+
+__all__ = [
+    "Assumption",
+    "Certificate",
+    "ConvexLoss",
+    "HeadError",
+    "HeadSolution",
+    "Offender",
+    "Progress",
+    "TwoPhase",
+    "WideLayer",
+    "__version__",
+    "backend",
+    "backends",
+    "certify",
+    "find_head",
+    "softmax_residual",
+    "solve_head",
+    "wide_forward",
+    "widen",
+]

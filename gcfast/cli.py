@@ -169,6 +169,7 @@ def _settings(options: argparse.Namespace, device: str, width: int) -> Settings:
         seed=options.seed,
         compare=not options.no_compare,
         device=device,
+        threads=options.threads,
     )
 
 

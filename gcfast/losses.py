@@ -73,6 +73,10 @@ class ConvexLoss(ABC):
         """Upper bound of the largest eigenvalue of any curvature matrix with c outputs; inf if unknown."""
         return math.inf
 
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        """Outputs near z at which every loss_i is within eps of its infimum; None if not known."""
+        return None
+
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         """inf_q sum_{i in group} loss_i(q), (groups,): samples that no model can tell apart. A lower bound of it."""
         total = torch.zeros(groups, dtype=torch.float64, device=y.device)
@@ -164,6 +168,16 @@ class CrossEntropy(ConvexLoss):
     def smoothness(self, c: int) -> float:
         return 0.5 if c > 1 else 0.0
 
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        if y.dim() == 2:
+            if not self.attained(y):
+                return None
+            target = y.log()
+            return target + (z - target).mean(1, keepdim=True)  # a constant in a row changes nothing
+        label = y[:, None]
+        others = z.scatter(1, label, -math.inf).logsumexp(1, keepdim=True)
+        return z.scatter(1, label, torch.maximum(z.gather(1, label), others - math.log(math.expm1(eps))))
+
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         classes = int(y.max()) + 1 if y.dim() == 1 and len(y) else 1
         mean, count = _group_mean(nn.functional.one_hot(y, classes) if y.dim() == 1 else y, group, groups)
@@ -222,6 +236,9 @@ class MSE(_Elementwise):
         total = torch.zeros(groups, dtype=torch.float64, device=y.device)
         return total.index_add_(0, group, ((y - mean[group]) ** 2).mean(1))
 
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        return y
+
 
 class BCEWithLogits(_Elementwise):
     """Mean of log(1 + e^z) - y z, as ``F.binary_cross_entropy_with_logits``; y in [0, 1]."""
@@ -267,6 +284,10 @@ class BCEWithLogits(_Elementwise):
         mean, count = _group_mean(y, group, groups)
         return count * self.infimum(mean)
 
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        far = -math.log(math.expm1(eps))
+        return torch.where(y == 1, z.clamp(min=far), torch.where(y == 0, z.clamp(max=-far), torch.logit(y)))
+
 
 class Huber(_Elementwise):
     """Mean of t^2/2 for |t| <= delta, delta (|t| - delta/2) beyond; t = z - y; as ``F.huber_loss``."""
@@ -303,6 +324,9 @@ class Huber(_Elementwise):
 
     def smoothness(self, c: int) -> float:
         return 1.0 / c
+
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        return y
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         # the slope in each output is increasing: bisect for its zero, all groups and outputs at once

@@ -50,7 +50,7 @@ class Record:
 
     def values(self) -> dict[str, Any]:
         certificate = self.certificate or {}
-        infimum = certificate.get("infimum")
+        infimum = certificate.get("infimum", self.solver.get("infimum"))
         final = self.nearest.loss if self.nearest else None
         gap = final - infimum if final is not None and infimum is not None else None
 

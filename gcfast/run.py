@@ -169,8 +169,7 @@ class Run:
         with Progress("phase two (solved)", 1000, quiet=self.quiet) as progress:
 
             def show(state: Any) -> None:
-                share = getattr(state, "fraction", None) or 0.0
-                progress.update(round(1000 * min(max(share, 0.0), 1.0)), f"gap {state.gap:.2e}")
+                progress.update(round(1000 * state.fraction), f"gap {state.gap:.2e}")
 
             start = time.perf_counter()
             try:
@@ -194,13 +193,18 @@ class Run:
         self.record.solver = {
             "loss": float(found.loss),
             "gap": float(found.gap),
-            "duality_gap": None if found.duality_gap is None else float(found.duality_gap),
+            "duality_gap": float(found.duality_gap),
+            "infimum": float(found.infimum),
+            "converged": bool(found.converged),
+            "reason": found.reason,
             "iterations": int(found.iterations),
-            "peak_bytes": None if found.peak_bytes is None else int(found.peak_bytes),
+            "peak_bytes": int(found.peak_bytes),
         }
+        if not found.converged and not found.interrupted:
+            self._note(f"The solver stopped short of the target gap: {found.reason}.")
         self._heads["nearest"] = _head_of(_cpu_copy(model.state_dict()))
         self._save_checkpoint(None, "nearest", self.schedule.switch)
-        if getattr(found, "interrupted", False):
+        if found.interrupted:
             raise KeyboardInterrupt
 
     def _compare(self) -> None:

@@ -23,6 +23,7 @@ __all__ = ["BASES", "LOSSES", "Diverged", "Point", "Schedule", "Settings", "Trai
 BASES = {"sgd": (0.02, 7.0), "adam": (1e-3, 1.4), "adamw": (1e-3, 1.4), "rmsprop": (2e-4, 0.3)}
 LOSSES = ("cross_entropy", "mse")
 _EVALUATION_ROWS = 1024
+_SMALL_STEP = 5e8  # operations: below this, waiting for a second thread costs more than it brings
 _MOST_POINTS = 50  # of a curve: evaluating costs a pass over the data
 
 
@@ -51,6 +52,7 @@ class Settings:
     seed: int = 0
     compare: bool = True
     device: str = "cpu"
+    threads: int | None = None
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         if self.base == "sgd":
@@ -122,6 +124,7 @@ class Trainer:
         self.x_train, self.labels, self.x_test, self.y_test = data
         self.targets = targets_for(settings.loss, self.labels, classes)
         self.seconds = 0.0
+        self._threads = settings.threads
         self._every = max(1, math.ceil(schedule.epochs / _MOST_POINTS))
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -160,6 +163,29 @@ class Trainer:
         record: Callable[[Point], None],
     ) -> None:
         """Steps ``start`` to ``stop``; ``record`` gets a point at ends of epochs and after the last step."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads or self._suitable_threads(model, before))
+        try:
+            self._run(model, optimizer, start, stop, progress, record)
+        finally:
+            torch.set_num_threads(before)
+
+    def _suitable_threads(self, model: nn.Module, available: int) -> int:
+        """One for steps so small that threads mostly wait for each other, badly so on a busy machine."""
+        if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
+            return available
+        operations = 6 * self.schedule.batch_size * sum(parameter.numel() for parameter in model.parameters())
+        return 1 if operations < _SMALL_STEP else available
+
+    def _run(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        start: int,
+        stop: int,
+        progress: Progress,
+        record: Callable[[Point], None],
+    ) -> None:
         per_epoch = self.schedule.batches_per_epoch
         self.seconds = 0.0
         step = start

@@ -1,0 +1,419 @@
+"""The certificate: does the expressivity condition hold for this model and these data, and why.
+
+Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1]
+(n x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in floating
+point with every rounding error accounted for (:mod:`gcfast.rank`); needs no analyticity and no probability.
+*Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored rows that enter it
+are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden weights gives rank n.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gcfast.features import TrainingSet, check_features, collect, equal_rows
+from gcfast.inspection import Head, analyticity
+from gcfast.losses import ConvexLoss, check_convex, resolve_loss
+from gcfast.memory import require
+from gcfast.rank import near_dependency, proof_bytes, prove_full_rank
+
+Status = Literal["holds", "fails", "unknown", "not needed"]
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """One thing the guarantee rests on, and what was found."""
+
+    name: str
+    status: Status
+    reason: str
+
+    def __str__(self) -> str:
+        return f"[{self.status}] {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Offender:
+    """Samples that spoil the rank: ``kind`` equal inputs, equal features, or a (near-)dependency with coefficients."""
+
+    kind: str
+    samples: list[int]
+    targets: list[Any] = field(default_factory=list)
+    conflicting: bool | None = None
+    coefficients: list[float] = field(default_factory=list)
+    residual: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.kind}: samples {_shorten(self.samples)}"
+        if self.targets:
+            text += f", targets {_shorten(self.targets)}" + (" (conflicting)" if self.conflicting else "")
+        if self.residual is not None:
+            text += f", relative residual {self.residual:.1e}"
+        return text
+
+
+@dataclass
+class Certificate:
+    """What is proved of a model and its training set.
+
+    ``status``: "holds", "fails" (``offenders`` or the reason are the witness) or "unknown" (the reason says what
+    would decide it). ``route``: "direct", "theorem" or None. ``rank_lower``: proved lower bound of rank(H1).
+    ``sigma_min_lower``, ``sigma_max_upper``: proved bounds of its singular values, rounding included (0 and inf
+    where nothing is proved). ``loss``, ``infimum``, ``gap``: the current training loss, L*, and L - L* (None
+    without a loss).
+    """
+
+    status: Literal["holds", "fails", "unknown"]
+    route: Literal["direct", "theorem"] | None
+    reason: str
+    n: int
+    width: int
+    rank_lower: int
+    sigma_min_lower: float
+    sigma_max_upper: float
+    offenders: list[Offender]
+    assumptions: list[Assumption]
+    loss_name: str | None = None
+    loss: float | None = None
+    infimum: float | None = None
+    gap: float | None = None
+    _convex: ConvexLoss | None = field(default=None, repr=False)
+    _outputs: Tensor | None = field(default=None, repr=False)
+    _targets: Tensor | None = field(default=None, repr=False)
+
+    def steps_to(self, eps: float) -> float:
+        """Steps of gradient descent on the head, of size 1/beta, after which L - L* <= eps for sure.
+
+        From L(w_t) - L(V) <= beta |V - V_tau|^2 / (2 t), beta = smoothness * sigma_max(H1)^2 / n, for the V that
+        reaches loss L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss from the linear rate
+        1 - sigma_min^2/sigma_max^2. Infinite where sigma_min has no proved bound; ValueError without a loss.
+        """
+        if not (isinstance(eps, (int, float)) and eps > 0):
+            raise ValueError(f"eps: expected a positive number; got {eps!r}")
+        if self._convex is None or self._outputs is None or self._targets is None or self.gap is None:
+            raise ValueError("steps_to needs a loss and targets: call certify(..., loss=...)")
+        if self.gap <= eps:
+            return 0.0
+        if self.sigma_min_lower <= 0:
+            return math.inf
+        rate = (self.sigma_min_lower / self.sigma_max_upper) ** 2
+        if self._convex.name == "mse":
+            return math.ceil(0.5 * math.log(self.gap / eps) / -math.log1p(-rate)) if rate < 1 else 1.0
+        goal = self._convex.reachable(self._outputs, self._targets, 0.5 * eps)
+        beta = self._convex.smoothness(self._outputs.shape[1]) * self.sigma_max_upper**2 / self.n
+        if goal is None or not math.isfinite(beta):
+            return math.inf
+        distance2 = float(((goal - self._outputs) ** 2).sum()) / self.sigma_min_lower**2
+        return float(math.ceil(beta * distance2 / eps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; infinities become None."""
+
+        def plain(x: float | None) -> float | None:
+            return x if x is None or math.isfinite(x) else None
+
+        return {
+            "status": self.status,
+            "route": self.route,
+            "reason": self.reason,
+            "n": self.n,
+            "width": self.width,
+            "rank_lower": self.rank_lower,
+            "sigma_min_lower": self.sigma_min_lower,
+            "sigma_max_upper": plain(self.sigma_max_upper),
+            "offenders": [vars(o) for o in self.offenders],
+            "assumptions": [vars(a) for a in self.assumptions],
+            "loss_name": self.loss_name,
+            "loss": plain(self.loss),
+            "infimum": plain(self.infimum),
+            "gap": plain(self.gap),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        head = f"expressivity condition {self.status.upper()}" + (f" (route: {self.route})" if self.route else "")
+        lines = [head, f"  {self.reason}", f"  n = {self.n} samples, m = {self.width} features, rank(H1) >= {self.rank_lower} proved"]
+        if self.sigma_min_lower > 0:
+            lines.append(f"  {self.sigma_min_lower:.3e} <= sigma_min(H1), sigma_max(H1) <= {self.sigma_max_upper:.3e} (proved, rounding included)")
+        if self.loss is not None and self.infimum is not None and self.gap is not None:
+            lines.append(f"  {self.loss_name}: L = {self.loss:.6g}, global minimum L* = {self.infimum:.6g}, gap L - L* = {self.gap:.3g}")
+        lines += [f"  {a}" for a in self.assumptions] + [f"  offender: {o}" for o in self.offenders[:10]]
+        if len(self.offenders) > 10:
+            lines.append(f"  ... and {len(self.offenders) - 10} more offenders")
+        return "\n".join(lines)
+
+
+def certify(
+    model_or_features: nn.Module | Tensor,
+    data: Any = None,
+    *,
+    loss: str | nn.Module | ConvexLoss | None = None,
+    head: Head | nn.Module | str | None = None,
+    route: Literal["direct", "theorem"] | None = None,
+    sharp: bool = True,
+    max_bytes: int | None = None,
+    callback: Callable[[str, float], None] | None = None,
+) -> Certificate:
+    """Prove, or refute, that phase two reaches the global minimum for this model and training set.
+
+    Args:
+        model_or_features: the model with its frozen weights, or its features (n, m) without the ones column.
+        data: (inputs, targets), inputs alone, a Dataset, or a DataLoader in a fixed order; with features,
+            the targets or None.
+        loss: as for ``solve_head``; needed for L, L*, the gap and ``steps_to``.
+        head: module or name, where it is not the last Linear applied.
+        route: only this one; by default the direct route, and the theorem where that does not decide.
+        sharp: spend about a quarter more time for a sigma_min bound within a few per cent of the truth.
+        max_bytes: memory the direct route may use beyond the features (default: what is free).
+        callback: called with (step, fraction done).
+
+    Raises:
+        ValueError, TypeError: naming the argument; MemoryError: the direct route does not fit and the theorem
+        route does not decide, with the bytes and the way out.
+    """
+    if route not in (None, "direct", "theorem"):
+        raise ValueError(f"route: expected 'direct', 'theorem' or None; got {route!r}")
+    seen: TrainingSet | None = None
+    if isinstance(model_or_features, nn.Module):
+        if data is None:
+            raise ValueError("data: a model needs its training set")
+        seen = collect(model_or_features, data, head)
+        features, targets, ones = seen.features, seen.targets, seen.head.bias is not None
+    else:
+        check_features(model_or_features)
+        if route == "theorem":
+            raise ValueError("route: the theorem needs the model; features alone admit the direct route only")
+        if data is not None and not isinstance(data, Tensor):
+            raise TypeError(f"data: with features, expected the targets as a tensor; got {type(data).__name__}")
+        features, targets, ones = model_or_features, data, True
+    if loss is not None and targets is None:
+        raise ValueError("data: a loss needs targets")
+    return _Examiner(model_or_features, seen, features, targets, ones, loss, route, sharp, max_bytes, callback).run()
+
+
+class _Examiner:
+    """One run of certify: gathers assumptions and offenders, then the verdict."""
+
+    def __init__(
+        self,
+        model: nn.Module | Tensor,
+        seen: TrainingSet | None,
+        features: Tensor,
+        targets: Tensor | None,
+        ones: bool,
+        loss: str | nn.Module | ConvexLoss | None,
+        route: str | None,
+        sharp: bool,
+        max_bytes: int | None,
+        callback: Callable[[str, float], None] | None,
+    ):
+        self.model, self.seen, self.features, self.targets, self.ones = model, seen, features, targets, ones
+        self.route, self.sharp, self.max_bytes, self.callback = route, sharp, max_bytes, callback
+        self.n, self.m = features.shape
+        self.assumptions: list[Assumption] = []
+        self.offenders: list[Offender] = []
+        self.rank_lower, self.sigma_min, self.sigma_max = 0, 0.0, math.inf
+        self.convex = None if loss is None else resolve_loss(loss)
+        self.y: Tensor | None = None
+        if self.convex is not None and targets is not None:
+            c = seen.outputs.shape[1] if seen is not None else _outputs(targets)
+            self.y = self.convex.prepare(targets, self.n, c)
+            if seen is not None:
+                check_convex(self.convex, seen.outputs[:256].to(torch.float64), self.y[:256])
+        self.copies = seen.copies if seen is not None else equal_rows(features)
+
+    def run(self) -> Certificate:
+        kind = "equal inputs" if self.seen is not None else "equal features"
+        for group in self.copies:
+            self.offenders.append(self._offender(kind, group))
+        enough = self.n <= self.m + int(self.ones)
+        self._note(
+            "width",
+            "holds" if enough else "fails",
+            f"n = {self.n} samples, m = {self.m} features: rank(H1) = n needs n <= m{' + 1' if self.ones else ''}"
+            + ("" if enough else "; gcfast.widen(model, n_samples) puts a wide enough layer before the head"),
+        )
+        distinct = self.n - sum(len(g) - 1 for g in self.copies)
+        self._note(
+            "distinct inputs" if self.seen is not None else "distinct features",
+            "fails" if self.copies else "holds",
+            f"{self.n - distinct} samples are copies of others, number for number: no model can tell them apart"
+            if self.copies
+            else f"all {self.n} rows are pairwise distinct as stored",
+        )
+        if not enough:
+            reason = f"n = {self.n} exceeds m{' + 1' if self.ones else ''} = {self.m + int(self.ones)}: rank(H1) = n is impossible; gcfast.widen the model"
+            return self._verdict("fails", None, reason)
+        direct = self._direct() if self.route != "theorem" else None
+        if self.copies:
+            conflicts = sum(bool(o.conflicting) for o in self.offenders)
+            reason = f"{len(self.copies)} groups of equal samples make rank(H1) < n" + (
+                f"; {conflicts} of them have conflicting targets, which L* accounts for" if conflicts else "; their targets agree"
+            )
+            return self._verdict("fails", "direct" if self.seen is None else None, reason)
+        if direct is True:
+            return self._verdict("holds", "direct", f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included")
+        theorem = self._theorem() if self.seen is not None and self.route != "direct" else False
+        if theorem:
+            reason = "the theorem's assumptions hold: almost every choice of hidden weights gives rank(H1) = n"
+            return self._verdict("holds", "theorem", reason)
+        if isinstance(direct, MemoryError):
+            raise direct
+        if direct is False:
+            return self._verdict("fails", "direct", "rank(H1) < n at the frozen weights, with the witness below; perturb them anew (TwoPhase) or drop the samples")
+        reason = "neither route decides: " + "; ".join(f"{a.name}: {a.reason}" for a in self.assumptions if a.status in ("fails", "unknown"))
+        return self._verdict("unknown", None, reason)
+
+    def _note(self, name: str, status: Status, reason: str) -> None:
+        self.assumptions.append(Assumption(name, status, reason))
+
+    def _offender(self, kind: str, samples: list[int], coefficients: list[float] | None = None, residual: float | None = None) -> Offender:
+        targets: list[Any] = []
+        conflicting: bool | None = None
+        if self.targets is not None:
+            targets = [self.targets[i].tolist() for i in samples]
+            if coefficients is None:
+                conflicting = any(t != targets[0] for t in targets)
+        return Offender(kind, list(samples), targets, conflicting, coefficients or [], residual)
+
+    def _direct(self) -> bool | MemoryError | None:
+        """True: proved; False: refuted; None: undecided; MemoryError: does not fit."""
+        name = "rank at the frozen weights"
+        features = self.features
+        groups = self.copies or equal_rows(features)
+        if groups:
+            if not self.copies:
+                for group in groups:
+                    self.offenders.append(self._offender("equal features", group))
+            drop = {i for g in groups for i in g[1:]}
+            features = features[[i for i in range(self.n) if i not in drop]]
+        needed = proof_bytes(len(features), self.m, self.sharp)
+        try:
+            require(
+                f"certify's direct route for n = {len(features)}",
+                needed,
+                self.max_bytes,
+                features.device,
+                "sharp=False, fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer of m >= n units before the head)",
+            )
+        except MemoryError as refused:
+            self._note(name, "unknown", str(refused))
+            return False if groups else refused
+        proof = prove_full_rank(features, ones=self.ones, sharp=self.sharp, progress=self.callback)
+        self.sigma_max = proof.sigma_max_upper if not groups else math.inf
+        if proof.proved:
+            self.rank_lower = len(features)
+            if groups:
+                self._note(name, "fails", f"equal rows: rank(H1) = {len(features)} exactly, one for each distinct row")
+                return False
+            self.sigma_min = proof.sigma_min_lower
+            self._note(name, "holds", f"proved in floating point: {proof.reason}")
+            return True
+        if groups:
+            self._note(name, "fails", f"equal rows: rank(H1) <= {len(features)}")
+            return False
+        found = near_dependency(features, ones=self.ones)
+        if found is not None:
+            kind = "dependency" if found.exact else "near-dependency"
+            self.offenders.append(self._offender(kind, found.samples, found.coefficients, found.residual))
+            if found.exact:
+                self._note(name, "fails", f"rows {_shorten(found.samples)} are linearly dependent, verified in exact arithmetic")
+                return False
+        self._note(name, "unknown", f"{proof.reason}; features in float64, a fresh perturbation or a wider layer would decide")
+        return None
+
+    def _theorem(self) -> bool:
+        seen, model = self.seen, self.model
+        assert seen is not None and isinstance(model, nn.Module)
+        forced = self.route == "theorem"
+        wide = seen.wide
+        if wide is None:
+            self._note("wide layer", "fails", "what enters the head is not act(Q z + c) of a recognised layer; gcfast.widen inserts one")
+            if forced:
+                raise ValueError("route: the theorem needs a wide layer act(Q z + c) before the head, and the model has none; use gcfast.widen")
+            return False
+        ok = not wide.polynomial
+        self._note("wide layer", "holds" if ok else "fails", f"{wide.name!r} is {wide.activation_name}(Q z + c), {wide.d} to {wide.m}, " + ("not a polynomial" if ok else "a polynomial"))
+        if wide.m < self.n:
+            self._note("width of the wide layer", "fails", f"m = {wide.m} < n = {self.n}; the theorem needs m >= n (gcfast.widen)")
+            ok = False
+        bad = [f for f in analyticity(model, seen.head, seen.first_batch) if f.verdict != "analytic"]
+        if bad:
+            worst = "fails" if any(f.verdict == "not analytic" for f in bad) else "unknown"
+            self._note("analytic in the hidden weights", worst, "; ".join(str(f) for f in bad[:5]) + ("; ..." if len(bad) > 5 else ""))
+            if forced:
+                raise ValueError(f"route: the theorem needs features that are real analytic in the hidden weights; {'; '.join(str(f) for f in bad[:5])}. Use route='direct'")
+            ok = False
+        else:
+            self._note("analytic in the hidden weights", "holds", "every operator before the head is real analytic")
+        assert seen.below is not None
+        equal = equal_rows(seen.below)
+        if equal:
+            for group in equal:
+                self.offenders.append(self._offender("equal rows below the wide layer", group))
+            self._note("distinct rows below the wide layer", "unknown", f"{len(equal)} groups of equal rows at these weights; other hidden weights may separate them")
+            ok = False
+        else:
+            self._note("distinct rows below the wide layer", "holds", f"all {self.n} stored rows of width {wide.d} are pairwise distinct, exactly")
+        return ok
+
+    def _verdict(self, status: Literal["holds", "fails", "unknown"], route: Literal["direct", "theorem"] | None, reason: str) -> Certificate:
+        value = infimum = gap = None
+        outputs = None
+        if self.convex is not None and self.y is not None:
+            infimum = self._infimum()
+            if self.seen is not None:
+                outputs = self.seen.outputs.to(torch.float64)
+                value = float(self.convex.value(outputs, self.y).mean())
+                gap = value - infimum
+        return Certificate(
+            status=status,
+            route=route,
+            reason=reason,
+            n=self.n,
+            width=self.m,
+            rank_lower=self.rank_lower,
+            sigma_min_lower=self.sigma_min,
+            sigma_max_upper=self.sigma_max,
+            offenders=self.offenders,
+            assumptions=self.assumptions,
+            loss_name=None if self.convex is None else self.convex.name,
+            loss=value,
+            infimum=infimum,
+            gap=gap,
+            _convex=self.convex,
+            _outputs=outputs,
+            _targets=self.y,
+        )
+
+    def _infimum(self) -> float:
+        assert self.convex is not None and self.y is not None
+        return infimum_with_copies(self.convex, self.y, self.copies)
+
+
+def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
+    """L* = (1/n) sum_i inf loss_i, where equal samples must share one output."""
+    total = loss.infimum(y).to(torch.float64).clone()
+    for members in copies:
+        index = torch.tensor(members, device=y.device)
+        total[index] = 0.0
+        total[index[0]] = loss.group_infimum(y[index], torch.zeros_like(index), 1)[0]
+    return float(total.sum()) / max(len(y), 1)
+
+
+def _outputs(targets: Tensor) -> int:
+    return targets.shape[1] if targets.dim() == 2 else (1 if targets.is_floating_point() else max(int(targets.max()) + 1, 2))
+
+
+def _shorten(items: list[Any]) -> str:
+    return str(items) if len(items) <= 8 else str(items[:8])[:-1] + f", ... {len(items) - 8} more]"
