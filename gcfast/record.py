@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ._version import __version__
+from .certificate import Certificate
 from .checkpoint import DataSpec
 from .data import DataSplit
 from .models import ModelSpec
@@ -106,24 +107,9 @@ class Record:
         )
 
 
-def certificate_values(found: Any) -> dict[str, Any]:
+def certificate_values(found: Certificate) -> dict[str, Any]:
     """A certificate as plain values, with its text."""
-    values = dict(found.to_dict())
-    values.update(
-        {
-            "status": found.status,
-            "route": found.route,
-            "rank_lower": found.rank_lower,
-            "sigma_min_lower": found.sigma_min_lower,
-            "infimum": found.infimum,
-            "text": str(found),
-            "assumptions": [
-                {"name": entry.name, "status": entry.status, "reason": entry.reason}
-                for entry in found.assumptions
-            ],
-        }
-    )
-    values.setdefault("offenders", found.offenders)
+    values = {**found.to_dict(), "text": str(found)}
     plain = _plain(values)
     assert isinstance(plain, dict)
     return plain

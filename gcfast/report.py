@@ -32,21 +32,24 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
     status, n = values["certificate"]["status"], values["n"]
     loss, target = values["loss"], values["settings"]["target_gap"]
     gap = loss["gap"]
-    if status == "fails":
-        return Verdict(
-            "bad",
-            "The condition fails: no guarantee for these weights",
-            "The features do not have full rank, and the certificate below names a witness. "
-            + _reached(values, " All the same, the solved head brings the loss to {final} (L* = {infimum})."),
-        )
     if status != "holds":
-        reason = "The run was stopped before the certificate." if values["status"] != "complete" else ""
-        return Verdict(
-            "partial",
-            "Not decided: the condition is neither proved nor disproved",
-            (reason or "The certificate below says what would decide it.")
-            + _reached(values, " The solved head brings the loss to {final} (L* = {infimum})."),
+        reason = values["certificate_details"].get("reason") or "There is no certificate."
+        if gap is not None and gap <= target:
+            # L* bounds every network from below, so a loss this close to it needs no further proof.
+            return Verdict(
+                "partial",
+                f"The loss is within {gap:.1e} of the global minimum, though the condition "
+                + ("fails" if status == "fails" else "is not proved"),
+                f"{_sentence(reason)} The loss reached, {loss['final']:.3g}, was measured against"
+                f" L* = {loss['infimum']:.3g}, which no network can beat on this data.",
+            )
+        reached = "" if gap is None else f" The loss reached is {gap:.1e} above L* = {loss['infimum']:.3g}."
+        headline = (
+            "The condition fails: no guarantee for these weights"
+            if status == "fails"
+            else "Not decided: the condition is neither proved nor disproved"
         )
+        return Verdict("bad" if status == "fails" else "partial", headline, _sentence(reason) + reached)
     if gap is None:
         return Verdict(
             "partial",
@@ -70,11 +73,8 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
     )
 
 
-def _reached(values: Mapping[str, Any], sentence: str) -> str:
-    loss = values["loss"]
-    if loss["final"] is None or loss["infimum"] is None:
-        return ""
-    return sentence.format(final=f"{loss['final']:.1e}", infimum=f"{loss['infimum']:.3g}")
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def _why(values: Mapping[str, Any]) -> str:
@@ -247,15 +247,22 @@ def _certificate(values: Mapping[str, Any]) -> str:
             " training set, and"
             " the Gaussian step at tau lands on such a setting with probability one.</p>"
         )
+    else:
+        parts.append(f"<p>{_prose(_sentence(str(details.get('reason', ''))))}</p>")
     assumptions = details.get("assumptions") or []
     if assumptions:
         parts.append(
             "<ul class=assumptions>" + "".join(_assumption(entry) for entry in assumptions) + "</ul>"
         )
     if found["offenders"]:
-        shown = "; ".join(str(entry) for entry in found["offenders"][:10])
-        more = len(found["offenders"]) - 10
-        parts.append(f"<p>Offenders: {escape(shown)}{f' and {more} more' if more > 0 else ''}</p>")
+        items = "".join(
+            f"<li>{escape(_offender(entry))}</li>" for entry in found["offenders"][:_MOST_OFFENDERS]
+        )
+        more = len(found["offenders"]) - _MOST_OFFENDERS
+        parts.append(
+            f"<p>Offenders{f' (the first {_MOST_OFFENDERS}, and {more} more)' if more > 0 else ''}:</p>"
+        )
+        parts.append(f"<ul>{items}</ul>")
     if values["spectrum"]:
         parts.append(
             _figure(
@@ -274,6 +281,17 @@ def _certificate(values: Mapping[str, Any]) -> str:
             f"<details><summary>The certificate's own text</summary><pre>{escape(text)}</pre></details>"
         )
     return "".join(parts)
+
+
+_MOST_OFFENDERS = 10
+
+
+def _offender(entry: Mapping[str, Any]) -> str:
+    text = f"{entry['kind']}: samples {', '.join(str(index) for index in entry['samples'])}"
+    if entry.get("targets") and entry.get("conflicting") is not None:
+        agree = "conflicting" if entry["conflicting"] else "equal"
+        text += f", {agree} targets {', '.join(str(target) for target in entry['targets'])}"
+    return text
 
 
 def _assumption(entry: Mapping[str, Any]) -> str:

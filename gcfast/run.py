@@ -151,10 +151,15 @@ class Run:
         from .certificate import certify
 
         model = self._model(self._hidden).eval()
-        with Progress("certificate", quiet=self.quiet):
+        data = (self.trainer.x_train, self.trainer.targets)
+        with Progress("certificate", 1000, quiet=self.quiet) as progress:
+
+            def show(step: str, share: float) -> None:
+                progress.update(round(1000 * share), step)
+
             start = time.perf_counter()
             try:
-                found = certify(model, (self.trainer.x_train, self.trainer.targets), loss=self.settings.loss)
+                found = certify(model, data, loss=self.settings.loss, callback=show)
             except (ValueError, MemoryError) as trouble:
                 self._note(f"No certificate: {trouble}")
             else:

@@ -129,13 +129,13 @@ def test_summary_on_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_certify_command(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     code, out, err = run(capsys, "certify", finished / "checkpoint.pt", "digits")
-    assert code == 0 and "holds" in out and err == ""
+    assert code == 0 and "HOLDS (route: direct)" in out and "gap L - L*" in out and err == ""
     code, out, _ = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--json")
     values = json.loads(out)
     assert code == 0 and values["rank_lower"] == 120 and values["sigma_min_lower"] > 0
-    # More samples than the wide layer can tell apart: not proved, and said so by the exit code.
-    code, out, err = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--limit", "400")
-    assert code in (1, 2) and "holds" not in out.splitlines()[0:1] and "400" in out + err
+    # More samples than the wide layer can tell apart: refuted, and told by the exit code as well.
+    code, out, err = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--limit", "400", "--sharp")
+    assert code == 1 and "FAILS" in out and "n = 400 exceeds" in out and "not the samples" in err
 
 
 def test_info_names_backends(capsys: pytest.CaptureFixture[str]) -> None:

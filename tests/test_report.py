@@ -55,6 +55,7 @@ def a_record(root: Path, **certificate: Any) -> Record:
         "sigma_min_lower": 1e-3,
         "offenders": [],
         "infimum": 0.0,
+        "reason": "rank(H1) = n is proved",
         "assumptions": [{"name": "full rank", "status": "holds", "reason": "margin 0.98 > 0 & <proved>"}],
         "text": "holds, directly",
         **certificate,
@@ -128,8 +129,11 @@ def test_verdict_never_says_more_than_the_certificate(tmp_path: Path) -> None:
         ({}, 7e-7, "good", "Global minimum reached"),
         ({}, 5e-6, "partial", "still 5.0e-06 above"),
         ({}, None, "partial", "was not solved"),
-        ({"status": "unknown", "route": None}, 7e-7, "partial", "Not decided"),
-        ({"status": "fails"}, 7e-7, "bad", "condition fails"),
+        ({"status": "unknown", "route": None}, 5e-6, "partial", "Not decided"),
+        ({"status": "unknown", "route": None}, 7e-7, "partial", "though the condition is not proved"),
+        ({"status": "fails"}, 5e-6, "bad", "condition fails"),
+        ({"status": "fails"}, None, "bad", "condition fails"),
+        ({"status": "fails"}, 7e-7, "partial", "though the condition fails"),
     )
     for certificate, final, level, headline in cases:
         record = a_record(tmp_path, **certificate)
@@ -156,8 +160,13 @@ def test_an_interrupted_run_still_gives_a_page(tmp_path: Path) -> None:
 
 
 def test_offenders_are_listed(tmp_path: Path) -> None:
-    record = a_record(tmp_path, status="fails", offenders=[{"samples": [3, 17], "targets": [1, 4]}])
-    assert "'samples': [3, 17]" in _Page(render(record.values())).text
+    offender = {"kind": "equal inputs", "samples": [3, 17], "targets": [1, 4], "conflicting": True}
+    record = a_record(
+        tmp_path, status="fails", offenders=[offender] * 12, reason="12 groups of equal samples"
+    )
+    text = _Page(render(record.values())).text
+    assert "equal inputs: samples 3, 17, conflicting targets 1, 4" in text
+    assert "and 2 more" in text and "12 groups of equal samples." in text
 
 
 def test_gap_is_final_minus_infimum(tmp_path: Path) -> None:
