@@ -449,6 +449,6 @@ class TwoPhase(Optimizer):
 
 
 def _recompile() -> None:
-    """Have compiled code traced again: it was made for the other phase."""
+    """Have compiled code traced again: it may have been made without the hooks, and would not notice them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gcfast._analytic_ops import Marks, classify
 from gcfast.inspection import (
     AmbiguousHeadError,
     FeatureTap,
@@ -404,6 +405,15 @@ def test_many_batches_through_one_tap():
         assert torch.equal(tap(X)[0], X)
 
 
+def test_a_tap_inside_compiled_code():
+    body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
+    model = nn.Sequential(torch.compile(body, backend="eager"), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model(X)  # compiled now, without any hook
+    h, _ = capture(model, body[2], X)
+    torch.testing.assert_close(h, torch.tanh(body[0](X)))
+
+
 def test_a_tap_refuses_what_has_no_rows():
     with pytest.raises(ValueError, match="'c' is not a module of the model"):
         FeatureTap(Net(), "c")
@@ -513,6 +523,15 @@ def test_unknown_operators_are_listed_by_name():
     assert ("unknown", "_local_scalar_dense") in worst(lambda h: h * float(h.sum()))
     batch = nn.BatchNorm1d(8, track_running_stats=False)
     assert [v for v, _ in worst(batch)] == ["unknown"]
+
+
+def test_memory_used_again_does_not_pass_for_a_weight():
+    marks, constant = Marks(), torch.zeros(3)
+    marks.weighted.add(constant.untyped_storage()._cdata)
+    lift = torch.ops.aten.lift_fresh.default
+    assert marks.depends(constant)
+    classify(lift, (constant,), {}, constant, marks)
+    assert not marks.depends(constant)
 
 
 def test_findings_name_the_module_and_stop_at_the_head():
