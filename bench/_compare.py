@@ -80,9 +80,8 @@ def show(title: str, timings: list[Timing], limit_seconds: float | None = None, 
     print(f"\n{title}")
     if limit_seconds is not None:
         print(f"  limit: {limit_seconds * 1e3:.3f} ms ({limit})")
-    print(
-        f"  {'candidate':<20}{'best':>12}{'median':>12}{'spread':>12}{'speedup':>10}{'quartiles':>14}{'best':>8}{'of limit':>10}"
-    )
+    times = f"{'best':>12}{'median':>12}{'spread':>12}"
+    print(f"  {'candidate':<20}{times}{'speedup':>10}{'quartiles':>14}{'best':>8}{'of limit':>10}")
     for t in timings:
         share = f"{limit_seconds / t.best:9.0%}" if limit_seconds is not None else "        -"
         quartiles = f"{t.speedup_low:.2f}-{t.speedup_high:.2f}"

@@ -32,6 +32,7 @@ template <> struct Traits<float> {
   static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr float exp_floor = -120.0f;  // exp(-104) is already 0
+  static constexpr float small = 1e-9f;        // far below an ulp of 1, its fourth power no denormal
   static constexpr float up = 18446744073709551616.0f, down = 5.42101086242752217e-20f;  // 2^64, 2^-64
   static constexpr float erfc_max = 10.5f;
 };
@@ -44,6 +45,7 @@ template <> struct Traits<double> {
   static constexpr double log2e = 1.4426950408889634074, ln2_hi = 6.93147180369123816490e-01,
                           ln2_lo = 1.90821492927058770002e-10;
   static constexpr double exp_floor = -800.0;
+  static constexpr double small = 1e-18;
   static constexpr double up = 1.3407807929942597e154, down = 7.458340731200207e-155;  // 2^512, 2^-512
   static constexpr double erfc_max = 27.9;
 };
@@ -169,11 +171,11 @@ template <class T> GCFAST_HD Exp<T> exp_parts(T hi, T lo) {
   const T shifted = t * R::log2e + R::magic, n = shifted - R::magic;
   const T r = ((t - n * R::ln2_hi) - n * R::ln2_lo) + tail;
   const T q = r + (r * r) * exp_poly(r);
-  return {T(1) + q, q, power_of_two(shifted)};
+  return {T(1) + q, q, hi < R::exp_floor ? T(0) : power_of_two(shifted)};
 }
 
-// log(1 + y), 0 <= y <= 1.
-template <class T> GCFAST_HD T log1p_unit(T y) { return y - (y * y) * log_poly(y); }
+// log(1 + y), 0 <= y <= 1. No power of a small y is formed: denormal intermediates cost a hundred cycles each.
+template <class T> GCFAST_HD T log1p_unit(T y) { return y * (T(1) - y * log_poly(y + Traits<T>::small)); }
 
 // log(1 + y) for any y >= 0 (softmax sums): y = 2^k (1 + f) above 1.
 template <class T> GCFAST_HD T log1p_any(T y) {
