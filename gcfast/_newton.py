@@ -60,9 +60,10 @@ class Problem:
     def __post_init__(self) -> None:
         n = len(self.gram)
         mean = self.gram.mean(1, dtype=torch.float64)
-        # of the centred K: the common mean of all features is one direction and misleads about the rest
-        self.diagonal = (self.gram.diagonal().to(torch.float64) - 2 * mean + mean.mean()).clamp(min=1e-300)
         self.n = n
+        diagonal = self.gram.diagonal().to(torch.float64)
+        # of the centred K: the common mean of all features is one direction and misleads about the rest
+        self.diagonal = torch.maximum(diagonal - 2 * mean + mean.mean(), diagonal / n).clamp(min=1e-300)
 
     def product(self, x: Tensor) -> Tensor:
         """K x (n, C), counted."""

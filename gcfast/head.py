@@ -498,7 +498,7 @@ def _descent(
     if method == "gd":
         step = 1.0 / (curvature * _sigma_max(h, bias is not None) ** 2 / n + weight_decay)
     else:
-        step = 1.0 / (2 * curvature * float((h * h).sum(1).amax() + 1) + weight_decay)
+        step = 1.0 / (curvature * float((h * h).sum(1).amax() + 1) + weight_decay)
         order = generator or torch.Generator().manual_seed(0)
 
     def advance(rows: Tensor, y: Tensor, eta: float) -> None:
@@ -519,7 +519,7 @@ def _descent(
                 batches = torch.randperm(n, generator=order).to(h.device).split(256)
                 for i, batch in enumerate(batches):
                     t = done + i / len(batches)
-                    advance(h[batch], task.targets[batch], step / (1 + t / 20) ** 0.6)  # sum eta = inf, sum eta^2 < inf
+                    advance(h[batch], task.targets[batch], step / (1 + t / limit) ** 0.6)  # sum eta = inf, sum eta^2 < inf
             done += 1
             if done % every and done < limit:
                 continue

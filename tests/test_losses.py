@@ -1,0 +1,176 @@
+"""Losses against torch.nn.functional, finite differences and direct minimisation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gcfast import ConvexLoss
+from gcfast.losses import BCEWithLogits, CrossEntropy, Huber, check_convex, resolve_loss
+from torch import nn
+
+N, C = 23, 4
+
+
+def _case(name):
+    g = torch.Generator().manual_seed(3)
+    z = 3 * torch.randn((N, C), generator=g, dtype=torch.float64)
+    real = 2 * torch.randn((N, C), generator=g, dtype=torch.float64)
+    labels = torch.randint(0, C, (N,), generator=g)
+    soft = torch.softmax(real, 1)
+    return {
+        "hard": (CrossEntropy(), z, labels, F.cross_entropy),
+        "soft": (CrossEntropy(), z, soft, F.cross_entropy),
+        "smoothed": (CrossEntropy(0.1), z, labels, lambda a, b: F.cross_entropy(a, b, label_smoothing=0.1)),
+        "mse": (resolve_loss("mse"), z, real, F.mse_loss),
+        "bce": (BCEWithLogits(), z, soft, F.binary_cross_entropy_with_logits),
+        "bce_hard": (BCEWithLogits(), z, F.one_hot(labels, C).double(), F.binary_cross_entropy_with_logits),
+        "huber": (Huber(0.7), z, real, lambda a, b: F.huber_loss(a, b, delta=0.7)),
+    }[name]
+
+
+NAMES = ["hard", "soft", "smoothed", "mse", "bce", "bce_hard", "huber"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_residual_and_curvature(name):
+    loss, z, targets, torch_loss = _case(name)
+    y = loss.prepare(targets, N, C)
+    assert math.isclose(float(loss.value(z, y).mean()), float(torch_loss(z, targets)), rel_tol=1e-12)
+    plain = ConvexLoss.residual(loss, z, y)  # by automatic differentiation of the value
+    torch.testing.assert_close(loss.residual(z, y), plain, rtol=1e-9, atol=1e-12)
+    v = torch.randn((N, C), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    step = 1e-6
+    numeric = (loss.residual(z + step * v, y) - loss.residual(z - step * v, y)) / (2 * step)
+    inside = torch.ones_like(z, dtype=torch.bool)
+    if name == "huber":  # away from the kinks of its residual
+        inside = ((z - y).abs() - 0.7).abs() > 1e-4
+    torch.testing.assert_close(loss.curvature_product(z, y, v)[inside], numeric[inside], rtol=1e-6, atol=1e-8)
+    diagonal = torch.stack([loss.curvature_product(z, y, torch.eye(C, dtype=z.dtype)[c].expand_as(z))[:, c] for c in range(C)], 1)
+    torch.testing.assert_close(loss.curvature_diagonal(z, y), diagonal)
+    assert float(loss.curvature_diagonal(z, y).max()) <= loss.smoothness(C) + 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fenchel_equality_and_inequality(name):
+    loss, z, targets, _ = _case(name)
+    y = loss.prepare(targets, N, C)
+    value, residual, conjugate = loss.terms(z, y)
+    torch.testing.assert_close(value + conjugate, (residual * z).sum(1), rtol=1e-10, atol=1e-10)
+    other = z + torch.randn_like(z)  # Fenchel and Young: loss(other) >= <r, other> - loss*(r)
+    assert bool((loss.value(other, y) >= (residual * other).sum(1) - conjugate - 1e-10).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_infimum_is_approached_and_never_beaten(name):
+    loss, z, targets, _ = _case(name)
+    y = loss.prepare(targets, N, C)
+    assert bool((loss.value(z, y) >= loss.infimum(y) - 1e-12).all())
+    near = loss.reachable(z, y, 1e-7)
+    assert near is not None
+    assert float((loss.value(near, y) - loss.infimum(y)).max()) <= 1.001e-7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_infimum_of_samples_that_share_an_output(name):
+    loss, _, targets, _ = _case(name)
+    y = loss.prepare(targets, N, C)
+    group = torch.arange(N) % 5
+    q = torch.zeros((5, C), dtype=torch.float64, requires_grad=True)
+    opt = torch.optim.LBFGS([q], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        total = loss.value(q[group], y).sum()
+        total.backward()
+        return total
+
+    opt.step(closure)
+    best = torch.zeros(5, dtype=torch.float64).index_add_(0, group, loss.value(q[group], y).detach())
+    torch.testing.assert_close(loss.group_infimum(y, group, 5), best, rtol=1e-6, atol=1e-6)
+
+
+def test_tiny_losses_keep_their_digits():
+    z = torch.zeros((1, 3), dtype=torch.float64)
+    z[0, 1] = 60.0
+    value, residual, _ = CrossEntropy().terms(z, torch.tensor([1]))
+    exact = 2 * math.exp(-60.0)
+    assert math.isclose(float(value), exact, rel_tol=1e-12)
+    assert math.isclose(float(residual[0, 1]), -exact, rel_tol=1e-12)
+
+
+def test_torch_losses_are_recognised_with_their_options():
+    assert resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.2)).label_smoothing == 0.2
+    assert resolve_loss(nn.HuberLoss(delta=3.0)).delta == 3.0
+    assert resolve_loss("BCE-with-logits").name == "bce_with_logits"
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        ("hinge", ValueError, "expected one of"),
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), ValueError, "weight"),
+        (nn.MSELoss(reduction="sum"), ValueError, "reduction"),
+        (nn.CosineEmbeddingLoss(), TypeError, "convex in the outputs"),
+        (3, TypeError, "got int"),
+    ],
+)
+def test_other_losses_are_refused(loss, error, words):
+    with pytest.raises(error, match=words):
+        resolve_loss(loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "words"),
+    [
+        (CrossEntropy(), torch.tensor([0, 4, 1]), r"label 4 of sample 1 is out of range for 4 outputs"),
+        (CrossEntropy(), torch.tensor([0, 1, -100]), r"label -100 of sample 2"),
+        (CrossEntropy(), torch.full((3, 4), 0.3), "row 0 is no probability vector"),
+        (CrossEntropy(), torch.zeros(2, dtype=torch.long), r"shape \(3,\)"),
+        (resolve_loss("mse"), torch.tensor([[1.0, 2, 3, math.nan]] * 3), "sample 0"),
+        (resolve_loss("mse"), torch.zeros(3, 3), r"shape \(3, 4\)"),
+        (BCEWithLogits(), torch.full((3, 4), 1.5), r"\[0, 1\]"),
+    ],
+)
+def test_bad_targets_are_named(loss, targets, words):
+    with pytest.raises(ValueError, match=words):
+        loss.prepare(targets, 3, 4)
+
+
+class _Quartic(ConvexLoss):
+    name = "quartic"
+
+    def value(self, z, y):
+        return ((z - y) ** 4).mean(1)
+
+    def infimum(self, y):
+        return torch.zeros(len(y), dtype=torch.float64)
+
+
+class _Wave(_Quartic):
+    name = "wave"
+
+    def value(self, z, y):
+        return torch.sin(z - y).mean(1) + 1
+
+
+class _TooHigh(_Quartic):
+    name = "too high"
+
+    def infimum(self, y):
+        return torch.full((len(y),), 1e6, dtype=torch.float64)
+
+
+def test_a_loss_of_the_users_own():
+    z = torch.randn((N, C), dtype=torch.float64)
+    y = torch.zeros_like(z)
+    loss = _Quartic()
+    check_convex(loss, z, y)
+    torch.testing.assert_close(loss.residual(z, y), z**3)
+    torch.testing.assert_close(loss.curvature_diagonal(z, y), 3 * z**2)
+    with pytest.raises(ValueError, match="wave.*is not convex"):
+        check_convex(_Wave(), z, y)
+    with pytest.raises(ValueError, match="below its own infimum"):
+        check_convex(_TooHigh(), z, y)

@@ -1,0 +1,62 @@
+"""widen: where the layer goes, what it keeps, and when it stays away."""
+
+from __future__ import annotations
+
+import gcfast
+import pytest
+import torch
+from torch import nn
+
+
+class _Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 7), nn.Tanh())
+        self.classify = nn.Linear(7, 3, bias=False)
+
+    def forward(self, x):
+        return self.classify(self.body(x))
+
+
+def test_widened_model_is_certified_and_trains():
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 4, 4), torch.randint(0, 3, (50,))
+    model = _Net().double()
+    assert gcfast.widen(model, 50, inputs=x.double()) is model
+    assert model.classify.wide.weight.shape == (55, 7) and model.classify.head.bias is None
+    assert model.classify.head.weight.dtype == torch.float64
+    model(x.double()).sum().backward()
+    assert model.classify.wide.weight.grad is not None
+    assert gcfast.certify(model, (x.double(), y)).status == "holds"
+
+
+def test_a_wide_enough_layer_is_not_widened_again():
+    model = _Net()
+    gcfast.widen(model, 20, head="classify")
+    layer = model.classify.wide
+    gcfast.widen(model, 20, head="classify.head")
+    assert model.classify.wide is layer
+
+
+def test_torchvision_resnet():
+    models = pytest.importorskip("torchvision.models")
+    model = gcfast.widen(models.resnet18(num_classes=10), 600)
+    assert model.fc.wide.weight.shape == (660, 512) and model.fc.head.out_features == 10
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_generator_makes_it_repeatable():
+    a, b = (gcfast.widen(nn.Sequential(nn.Linear(4, 2)), 9, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("n", "width", "words"), [(0, None, "n_samples"), (2.5, None, "n_samples"), (10, 9, "at least n_samples = 10")])
+def test_bad_numbers(n, width, words):
+    with pytest.raises(ValueError, match=words):
+        gcfast.widen(nn.Linear(3, 2), n, width=width)
+
+
+def test_an_ambiguous_head_lists_the_candidates():
+    with pytest.raises(gcfast.HeadError, match="classify"):
+        gcfast.widen(_Net(), 30)
