@@ -199,7 +199,7 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
             with FeatureTap(model, wide.module) as below_tap:
                 below.append(below_tap(x)[0])
         features.append(h)
-        outputs.append(out.detach().reshape(len(h), -1))
+        outputs.append(out.detach().reshape(-1, head.out_features))
         if inspect:
             digests += _digests(x)
         if y is not None:
@@ -210,6 +210,8 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
         raise ValueError("data: the training set is empty")
     h = torch.cat(features)
     del features
+    if len(h) == 0:
+        raise ValueError("data: the training set is empty")
     check_features(h, "features")
     again, y = next(iter(_batches(loader)))
     _same_again(model, head, first, (_to_device(again, device), y), h)

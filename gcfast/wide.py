@@ -109,7 +109,7 @@ def widen(
     """
     if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
         raise ValueError(f"n_samples: expected a positive int; got {n_samples!r}")
-    m = math.ceil(1.1 * n_samples) if width is None else width
+    m = -(-11 * n_samples // 10) if width is None else width
     if not isinstance(m, int) or m < n_samples:
         raise ValueError(f"width: expected an int of at least n_samples = {n_samples}; got {width!r}")
     root = unwrap(model)
