@@ -67,6 +67,8 @@ def _loader(data: Any) -> Any:
             raise TypeError(f"data: expected (inputs, targets); got {len(data)} tensors")
         if any(len(t) != len(data[0]) for t in data):
             raise ValueError(f"data: inputs and targets differ in length: {', '.join(str(len(t)) for t in data)}")
+        if len(data[0]) == 0:
+            raise ValueError("data: the training set is empty")
         if len(data) == 1:
             return list(data[0].split(BATCH))
         return list(zip(data[0].split(BATCH), data[1].split(BATCH), strict=True))
@@ -210,8 +212,6 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
         raise ValueError("data: the training set is empty")
     h = torch.cat(features)
     del features
-    if len(h) == 0:
-        raise ValueError("data: the training set is empty")
     check_features(h, "features")
     again, y = next(iter(_batches(loader)))
     _same_again(model, head, first, (_to_device(again, device), y), h)

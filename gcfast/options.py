@@ -60,7 +60,7 @@ def parser(run_train: Command, run_certify: Command, run_info: Command) -> argpa
     training.add_argument("--lr", type=_positive, help=f"learning rate (default: {rates})")
     training.add_argument("--momentum", type=_share, help="of sgd (default: 0.9) and rmsprop (default: 0)")
     training.add_argument("--batch-size", type=_count, default=64)
-    training.add_argument("--epochs", type=_count, help="default: 100 for digits and semeion, else 20")
+    training.add_argument("--epochs", type=_count, help="default: 150 for digits and semeion, else 20")
     training.add_argument(
         "--tau", type=_inner_share, default=0.6, help="share of the steps in phase one (default: 0.6)"
     )
