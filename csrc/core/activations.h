@@ -75,7 +75,7 @@ template <int First, int Step, class T, int N> GCFAST_HD T horner(T x, const T (
 template <class T, int N> GCFAST_HD T polynomial(T x, const T (&c)[N]) {
   if constexpr (N <= 5) return horner<0, 1>(x, c);
   const T x2 = x * x;
-  if constexpr (N <= 8) return horner<0, 2>(x2, c) + x * horner<1, 2>(x2, c);
+  if constexpr (N <= 12) return horner<0, 2>(x2, c) + x * horner<1, 2>(x2, c);
   const T x4 = x2 * x2;
   return (horner<0, 4>(x4, c) + x * horner<1, 4>(x4, c)) + x2 * (horner<2, 4>(x4, c) + x * horner<3, 4>(x4, c));
 }
@@ -86,10 +86,9 @@ GCFAST_HD float exp_poly(float r) {
   return polynomial(r, c);
 }
 GCFAST_HD double exp_poly(double r) {
-  constexpr double c[] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332608312,
-                          0.00138888888888837112, 0.000198412698750022788, 0.0000248015873256774619,
-                          2.75572551700008874e-6, 2.75572734787185805e-7, 2.51053127296221018e-8,
-                          2.09147553258932022e-9};
+  constexpr double c[] = {0.500000000000000103, 0.166666666666666675, 0.0416666666666238205, 0.0083333333333300382,
+                          0.00138888889173670806, 0.00019841269863171556, 0.0000248015210578682052,
+                          2.75572682769056962e-6, 2.76202015910315488e-7, 2.5100472505694996e-8};
   return polynomial(r, c);
 }
 // (y - log(1 + y)) / y^2 on [0, 1]: longer than the usual form in y/(2 + y), but without its division and selects.
