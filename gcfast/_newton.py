@@ -59,7 +59,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         n = len(self.gram)
-        mean = self.gram.mean(1, dtype=torch.float64)
+        mean = self.gram.mean(1).to(torch.float64)
         self.n = n
         diagonal = self.gram.diagonal().to(torch.float64)
         # of the centred K: the common mean of all features is one direction and misleads about the rest
@@ -68,8 +68,14 @@ class Problem:
     def product(self, x: Tensor) -> Tensor:
         """K x (n, C), counted."""
         self.products += 1
+        scale = float(x.abs().amax())
+        if scale == 0.0 or not math.isfinite(scale):
+            return x * 0.0
+        # to size one, and without what is 1e-30 of it: subnormals would slow the product tenfold
+        y = (x / scale).mT.contiguous()
+        y[y.abs() < 1e-30] = 0.0
         # K is symmetric: (x^T K)^T reads it along its rows
-        return (x.to(self.gram.dtype).mT.contiguous() @ self.gram).mT.to(torch.float64)
+        return (y.to(self.gram.dtype) @ self.gram).mT.to(torch.float64).contiguous() * scale
 
     def evaluate(self, a: Tensor, f: Tensor, lam: float) -> tuple[float, float]:
         """(P, mean loss)."""
@@ -123,7 +129,7 @@ def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Precondi
         correction = torch.zeros((len(rows), c), dtype=torch.float64, device=p.device)
         correction.index_put_((inverse, cls), x, accumulate=True)
         correction.index_put_((inverse, ref), -x, accumulate=True)
-        k_correction = (correction.to(k_rows.dtype).mT.contiguous() @ k_rows).mT.to(torch.float64)
+        k_correction = (correction.to(k_rows.dtype).mT @ k_rows).mT.to(torch.float64)
         return r.index_add(0, rows, -correction) / lam, (kr - k_correction) / lam
 
     return apply

@@ -1,0 +1,70 @@
+"""The end-to-end problem: MNIST features of an MLP with a wide layer, after a few epochs of SGD."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gcfast
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    """Features (n, m) and targets in training and test, and the head (W, b) at the switch."""
+
+    features: Tensor
+    targets: Tensor
+    test_features: Tensor
+    test_targets: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def test_error(self, weight: Tensor, bias: Tensor) -> float:
+        z = self.test_features @ weight.to(self.test_features.dtype).T + bias.to(self.test_features.dtype)
+        return 100 * float((z.argmax(1) != self.test_targets).float().mean())
+
+
+def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("GCFAST_DATA", default)) / "mnist.npz"
+    if not path.exists():
+        pytest.skip("mnist.npz not found: set GCFAST_DATA to its folder")
+    with np.load(path) as d:
+        x, y, xt, yt = (torch.from_numpy(d[k]) for k in ("train_images", "train_labels", "test_images", "test_labels"))
+
+    def flat(images: Tensor) -> Tensor:
+        return (images.reshape(len(images), -1).float() / 255 - 0.1307) / 0.3081
+
+    return flat(x), y.long(), flat(xt), yt.long()
+
+
+@cache
+def head_problem(n: int = 4000, m: int = 4400, epochs: int = 6) -> HeadProblem:
+    """MLP 784-256-128-m-10, softplus, SGD (lr 0.02, momentum 0.9, batch 64); features in float64.
+
+    The wide layer has beta = 4: with beta = 1 this step size is beyond the edge of stability.
+    """
+    torch.manual_seed(0)
+    x, y, xt, yt = mnist()
+    x, y = x[:n], y[:n]
+    model = nn.Sequential(
+        nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, 128), nn.Softplus(), gcfast.WideLayer(128, m, beta=4.0), nn.Linear(m, 10)
+    )
+    opt = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(epochs):
+        for batch in torch.randperm(n).split(64):
+            opt.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            opt.step()
+    with torch.no_grad():
+        body = model[:-1].double()
+        h, ht = (torch.cat([body(rows.double()) for rows in t.split(1000)]) for t in (x, xt))
+        return HeadProblem(h, y, ht.float(), yt, model[-1].weight.detach().double(), model[-1].bias.detach().double())
