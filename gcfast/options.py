@@ -50,26 +50,36 @@ def parser(run_train: Command, run_certify: Command, run_info: Command) -> argpa
     model.add_argument(
         "--hidden", type=_sizes, metavar="N,N", help="layers below the wide one (mlp), or the first width"
     )
-    model.add_argument("--width", type=_count, help="width of the wide layer, at least n (default: 1.1 n)")
+    model.add_argument(
+        "--width", type=_count, metavar="N", help="width of the wide layer, at least n (default: 1.1 n)"
+    )
     model.add_argument("--activation", choices=tuple(ACTIVATIONS), default="softplus")
     training = train.add_argument_group("training")
     training.add_argument(
         "--base", choices=tuple(BASES), default="sgd", help="the base optimizer (default: sgd)"
     )
     rates = "; ".join(f"{name} {most:g}, at most {over:g} / width" for name, (most, over) in BASES.items())
-    training.add_argument("--lr", type=_positive, help=f"learning rate (default: {rates})")
-    training.add_argument("--momentum", type=_share, help="of sgd (default: 0.9) and rmsprop (default: 0)")
-    training.add_argument("--batch-size", type=_count, default=64)
-    training.add_argument("--epochs", type=_count, help="default: 150 for digits and semeion, else 20")
+    training.add_argument("--lr", type=_positive, metavar="X", help=f"learning rate (default: {rates})")
     training.add_argument(
-        "--tau", type=_inner_share, default=0.6, help="share of the steps in phase one (default: 0.6)"
+        "--momentum", type=_share, metavar="X", help="of sgd (default: 0.9) and rmsprop (default: 0)"
+    )
+    training.add_argument("--batch-size", type=_count, metavar="N", default=64)
+    training.add_argument(
+        "--epochs", type=_count, metavar="N", help="default: 150 for digits and semeion, else 20"
     )
     training.add_argument(
-        "--perturbation", type=_positive, default=1e-3, help="size of the Gaussian step at tau"
+        "--tau",
+        type=_inner_share,
+        metavar="X",
+        default=0.6,
+        help="share of the steps in phase one (default: 0.6)",
+    )
+    training.add_argument(
+        "--perturbation", type=_positive, metavar="X", default=1e-3, help="size of the Gaussian step at tau"
     )
     training.add_argument("--loss", choices=LOSSES, default="cross_entropy")
     training.add_argument(
-        "--target-gap", type=_positive, default=1e-6, help="L - L* to reach (default: 1e-6)"
+        "--target-gap", type=_positive, metavar="X", default=1e-6, help="L - L* to reach (default: 1e-6)"
     )
     training.add_argument(
         "--no-compare", action="store_true", help="do not train the base optimizer alone as well"
@@ -107,12 +117,17 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-root", type=Path, metavar="PATH", help="where the data's files are; nothing is downloaded"
     )
-    group.add_argument("--limit", type=_count, help=f"training samples to use (default: {kept})")
-    group.add_argument("--test-limit", type=_count, help=f"test samples to use (default: {kept})")
-    group.add_argument("--image-size", type=_count, help="resize images of DATA=folder to this square")
+    group.add_argument("--limit", type=_count, metavar="N", help=f"training samples to use (default: {kept})")
+    group.add_argument(
+        "--test-limit", type=_count, metavar="N", help=f"test samples to use (default: {kept})"
+    )
+    group.add_argument(
+        "--image-size", type=_count, metavar="N", help="resize images of DATA=folder to this square"
+    )
     group.add_argument(
         "--seed",
         type=_natural,
+        metavar="N",
         default=None if certify else 0,
         help="of split, weights, batch order and Gaussian step",
     )
@@ -121,7 +136,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 def _machine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
-    group.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

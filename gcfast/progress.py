@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -44,7 +45,8 @@ class Progress:
                     total=total,
                     desc=f"{title:<22}",
                     file=self._stream,
-                    dynamic_ncols=True,
+                    # A terminal that does not tell its width would get an empty bar.
+                    ncols=shutil.get_terminal_size().columns,
                     bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
                 )
 

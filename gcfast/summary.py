@@ -19,10 +19,10 @@ def print_summary(values: Mapping[str, Any]) -> None:
     judged = verdict(values)
     print(judged.headline.upper() if judged.level == "good" else judged.headline)
     if certificate["status"]:
-        why = f"rank of [features, 1] is at least {certificate['rank_lower']:,} of n = {values['n']:,}"
+        route = f" ({certificate['route']})" if certificate["route"] else ""
+        print(f"certificate  {certificate['status']}{route}: {values['certificate_details']['reason']}")
         if certificate["sigma_min_lower"]:
-            why += f", its smallest singular value at least {certificate['sigma_min_lower']:.1e}; both proved"
-        print(f"certificate  {certificate['status']} ({certificate['route']}): {why}")
+            print(f"             smallest singular value >= {certificate['sigma_min_lower']:.1e}, proved")
     if loss["gap"] is not None:
         word = "<=" if loss["gap"] <= values["settings"]["target_gap"] else ">"
         print(
