@@ -45,8 +45,9 @@ class Progress:
                     total=total,
                     desc=f"{title:<22}",
                     file=self._stream,
-                    # A terminal that does not tell its width would get an empty bar.
+                    # Asked here, because tqdm shows nothing on a terminal that gives its size as zero.
                     ncols=shutil.get_terminal_size().columns,
+                    nrows=shutil.get_terminal_size().lines,
                     bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
                 )
 
