@@ -264,17 +264,14 @@ def _certificate(values: Mapping[str, Any]) -> str:
         )
         parts.append(f"<ul>{items}</ul>")
     if values["spectrum"]:
-        parts.append(
-            _figure(
-                singular_values,
-                values,
-                "Singular values of H. The curve is an ordinary float64 computation, for orientation; only"
-                " the green line"
-                " is proved. It must be above zero, and is. Rank by tolerance in float32 would miss every"
-                " value below the"
-                " dotted line.",
+        caption = "Singular values of H, by an ordinary float64 computation, for orientation."
+        if found["sigma_min_lower"]:
+            caption += (
+                " Only the green line is proved: it needs to be above zero, and is. Rank by tolerance in"
+                " float32 misses"
+                " every value below the dotted line."
             )
-        )
+        parts.append(_figure(singular_values, values, caption))
     text = details.get("text")
     if text:
         parts.append(
