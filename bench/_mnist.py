@@ -38,7 +38,9 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not path.exists():
         pytest.skip("mnist.npz not found: set GCFAST_DATA to its folder")
     with np.load(path) as d:
-        x, y, xt, yt = (torch.from_numpy(d[k]) for k in ("train_images", "train_labels", "test_images", "test_labels"))
+        x, y, xt, yt = (
+            torch.from_numpy(d[k]) for k in ("train_images", "train_labels", "test_images", "test_labels")
+        )
 
     def flat(images: Tensor) -> Tensor:
         return (images.reshape(len(images), -1).float() / 255 - 0.1307) / 0.3081
@@ -56,7 +58,12 @@ def head_problem(n: int = 4000, m: int = 4400, epochs: int = 6) -> HeadProblem:
     x, y, xt, yt = mnist()
     x, y = x[:n], y[:n]
     model = nn.Sequential(
-        nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, 128), nn.Softplus(), gcfast.WideLayer(128, m, beta=4.0), nn.Linear(m, 10)
+        nn.Linear(784, 256),
+        nn.Softplus(),
+        nn.Linear(256, 128),
+        nn.Softplus(),
+        gcfast.WideLayer(128, m, beta=4.0),
+        nn.Linear(m, 10),
     )
     opt = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(epochs):
@@ -67,4 +74,6 @@ def head_problem(n: int = 4000, m: int = 4400, epochs: int = 6) -> HeadProblem:
     with torch.no_grad():
         body = model[:-1].double()
         h, ht = (torch.cat([body(rows.double()) for rows in t.split(1000)]) for t in (x, xt))
-        return HeadProblem(h, y, ht.float(), yt, model[-1].weight.detach().double(), model[-1].bias.detach().double())
+        return HeadProblem(
+            h, y, ht.float(), yt, model[-1].weight.detach().double(), model[-1].bias.detach().double()
+        )

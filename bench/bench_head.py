@@ -1,7 +1,8 @@
-"""Phase two on MNIST to the same loss: nearest against torch L-BFGS and scikit-learn, with the test errors."""
+"""Phase two on MNIST to the same loss: nearest against torch L-BFGS and scikit-learn, with test errors."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 import warnings
@@ -16,10 +17,16 @@ TARGET = 1e-6
 
 
 def lbfgs(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """torch's L-BFGS (strong Wolfe, history 20) on (W, b) in float64, stopped as soon as the loss is there."""
+    """torch's L-BFGS (strong Wolfe, history 20) on (W, b) in float64, stopped once the loss is there."""
     w, b = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
     opt = torch.optim.LBFGS(
-        [w, b], max_iter=5000, max_eval=10_000, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
+        [w, b],
+        max_iter=5000,
+        max_eval=10_000,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0,
+        tolerance_change=0,
     )
     value = float("inf")
 
@@ -36,10 +43,8 @@ def lbfgs(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, float]:
         loss.backward()
         return loss
 
-    try:
+    with contextlib.suppress(Done):
         opt.step(closure)
-    except Done:
-        pass
     return w.detach(), b.detach(), value
 
 
@@ -68,14 +73,14 @@ def _seconds(f, p):
 def bench_nearest(benchmark):
     p = head_problem()
     benchmark.group = "phase two, MNIST n = 4000, m = 4400"
-    w, b, loss = benchmark.pedantic(nearest, args=(p,), rounds=3, warmup_rounds=1)
+    _, _, loss = benchmark.pedantic(nearest, args=(p,), rounds=3, warmup_rounds=1)
     assert loss <= TARGET
 
 
 def bench_torch_lbfgs(benchmark):
     p = head_problem()
     benchmark.group = "phase two, MNIST n = 4000, m = 4400"
-    w, b, loss = benchmark.pedantic(lbfgs, args=(p,), rounds=3, warmup_rounds=0)
+    _, _, loss = benchmark.pedantic(lbfgs, args=(p,), rounds=3, warmup_rounds=0)
     assert loss <= TARGET
 
 
@@ -90,10 +95,15 @@ def bench_table(benchmark):
     rows = benchmark.pedantic(rounds, rounds=1)
     slow = _seconds(sklearn, p)
     print(f"\nphase two to loss {TARGET:g} (start: test error {p.test_error(p.weight, p.bias):.2f} %)")
-    for name, values in (("nearest", [a for a, _ in rows]), ("torch L-BFGS", [b for _, b in rows]), ("scikit-learn", [slow])):
+    for name, values in (
+        ("nearest", [a for a, _ in rows]),
+        ("torch L-BFGS", [b for _, b in rows]),
+        ("scikit-learn", [slow]),
+    ):
         seconds = [v[0] for v in values]
         print(
-            f"  {name:<14}{statistics.median(seconds):>9.3f} s (min {min(seconds):.3f}, max {max(seconds):.3f})"
+            f"  {name:<14}{statistics.median(seconds):>9.3f} s "
+            f"(min {min(seconds):.3f}, max {max(seconds):.3f})"
             f"   loss {values[-1][1]:.1e}   test error {values[-1][2]:.2f} %"
         )
     ratios = sorted(b[0] / a[0] for a, b in rows)

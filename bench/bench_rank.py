@@ -29,7 +29,12 @@ def bench_table(benchmark):
     # Gram, X H1 and its Gram at half a product each, the last in float32; Cholesky and inverse n^3/3 each
     double = 2 * n * n * (m + 1) + 2 * n**3 / 3
     limit = double / matmul_peak(torch.float64) + n * n * (m + 1) / matmul_peak(torch.float32)
-    show(f"certified rank, {n} x {m + 1}, float64", timings, limit, "products and factorisations at matmul peak")
+    show(
+        f"certified rank, {n} x {m + 1}, float64",
+        timings,
+        limit,
+        "products and factorisations at matmul peak",
+    )
 
 
 @pytest.mark.parametrize("n", [4000, 8000])

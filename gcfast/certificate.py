@@ -1,10 +1,11 @@
 """The certificate: does the expressivity condition hold for this model and these data, and why.
 
 Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1]
-(n x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in floating
-point with every rounding error accounted for (:mod:`gcfast.rank`); needs no analyticity and no probability.
-*Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored rows that enter it
-are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden weights gives rank n.
+(n x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in
+floating point with every rounding error accounted for (:mod:`gcfast.rank`); needs no analyticity and no
+probability. *Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored
+rows that enter it are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden
+weights gives rank n.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Assumption:
 
 @dataclass(frozen=True)
 class Offender:
-    """Samples that spoil the rank: ``kind`` equal inputs, equal features, or a (near-)dependency with coefficients."""
+    """Samples that spoil the rank.
+
+    ``kind``: equal inputs, equal features, or a (near-)dependency with coefficients.
+    """
 
     kind: str
     samples: list[int]
@@ -63,11 +67,11 @@ class Offender:
 class Certificate:
     """What is proved of a model and its training set.
 
-    ``status``: "holds", "fails" (``offenders`` or the reason are the witness) or "unknown" (the reason says what
-    would decide it). ``route``: "direct", "theorem" or None. ``rank_lower``: proved lower bound of rank(H1).
-    ``sigma_min_lower``, ``sigma_max_upper``: proved bounds of its singular values, rounding included (0 and inf
-    where nothing is proved). ``loss``, ``infimum``, ``gap``: the current training loss, L*, and L - L* (None
-    without a loss).
+    ``status``: "holds", "fails" (``offenders`` or the reason are the witness) or "unknown" (the reason says
+    what would decide it). ``route``: "direct", "theorem" or None. ``rank_lower``: proved lower bound of
+    rank(H1). ``sigma_min_lower``, ``sigma_max_upper``: proved bounds of its singular values, rounding
+    included (0 and inf where nothing is proved). ``loss``, ``infimum``, ``gap``: the current training loss,
+    L*, and L - L* (None without a loss).
     """
 
     status: Literal["holds", "fails", "unknown"]
@@ -91,9 +95,10 @@ class Certificate:
     def steps_to(self, eps: float) -> float:
         """Steps of gradient descent on the head, of size 1/beta, after which L - L* <= eps for sure.
 
-        From L(w_t) - L(V) <= beta |V - V_tau|^2 / (2 t), beta = smoothness * sigma_max(H1)^2 / n, for the V that
-        reaches loss L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss from the linear rate
-        1 - sigma_min^2/sigma_max^2. Infinite where sigma_min has no proved bound; ValueError without a loss.
+        From L(w_t) - L(V) <= beta |V - V_tau|^2 / (2 t), beta = smoothness * sigma_max(H1)^2 / n, for the V
+        that reaches loss L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss from
+        the linear rate 1 - sigma_min^2/sigma_max^2. Infinite where sigma_min has no proved bound; ValueError
+        without a loss.
         """
         if not (isinstance(eps, (int, float)) and eps > 0):
             raise ValueError(f"eps: expected a positive number; got {eps!r}")
@@ -141,12 +146,24 @@ class Certificate:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        head = f"expressivity condition {self.status.upper()}" + (f" (route: {self.route})" if self.route else "")
-        lines = [head, f"  {self.reason}", f"  n = {self.n} samples, m = {self.width} features, rank(H1) >= {self.rank_lower} proved"]
+        head = f"expressivity condition {self.status.upper()}" + (
+            f" (route: {self.route})" if self.route else ""
+        )
+        lines = [
+            head,
+            f"  {self.reason}",
+            f"  n = {self.n} samples, m = {self.width} features, rank(H1) >= {self.rank_lower} proved",
+        ]
         if self.sigma_min_lower > 0:
-            lines.append(f"  {self.sigma_min_lower:.3e} <= sigma_min(H1), sigma_max(H1) <= {self.sigma_max_upper:.3e} (proved, rounding included)")
+            lines.append(
+                f"  {self.sigma_min_lower:.3e} <= sigma_min(H1), "
+                f"sigma_max(H1) <= {self.sigma_max_upper:.3e} (proved, rounding included)"
+            )
         if self.loss is not None and self.infimum is not None and self.gap is not None:
-            lines.append(f"  {self.loss_name}: L = {self.loss:.6g}, global minimum L* = {self.infimum:.6g}, gap L - L* = {self.gap:.3g}")
+            lines.append(
+                f"  {self.loss_name}: L = {self.loss:.6g}, global minimum L* = {self.infimum:.6g}, "
+                f"gap L - L* = {self.gap:.3g}"
+            )
         lines += [f"  {a}" for a in self.assumptions] + [f"  offender: {o}" for o in self.offenders[:10]]
         if len(self.offenders) > 10:
             lines.append(f"  ... and {len(self.offenders) - 10} more offenders")
@@ -194,11 +211,15 @@ def certify(
         if route == "theorem":
             raise ValueError("route: the theorem needs the model; features alone admit the direct route only")
         if data is not None and not isinstance(data, Tensor):
-            raise TypeError(f"data: with features, expected the targets as a tensor; got {type(data).__name__}")
+            raise TypeError(
+                f"data: with features, expected the targets as a tensor; got {type(data).__name__}"
+            )
         features, targets, ones = model_or_features, data, True
     if loss is not None and targets is None:
         raise ValueError("data: a loss needs targets")
-    return _Examiner(model_or_features, seen, features, targets, ones, loss, route, sharp, max_bytes, callback).run()
+    return _Examiner(
+        model_or_features, seen, features, targets, ones, loss, route, sharp, max_bytes, callback
+    ).run()
 
 
 class _Examiner:
@@ -240,44 +261,70 @@ class _Examiner:
         self._note(
             "width",
             "holds" if enough else "fails",
-            f"n = {self.n} samples, m = {self.m} features: rank(H1) = n needs n <= m{' + 1' if self.ones else ''}"
+            f"n = {self.n} samples, m = {self.m} features: "
+            f"rank(H1) = n needs n <= m{' + 1' if self.ones else ''}"
             + ("" if enough else "; gcfast.widen(model, n_samples) puts a wide enough layer before the head"),
         )
         distinct = self.n - sum(len(g) - 1 for g in self.copies)
         self._note(
             "distinct inputs" if self.seen is not None else "distinct features",
             "fails" if self.copies else "holds",
-            f"{self.n - distinct} samples are copies of others, number for number: no model can tell them apart"
+            f"{self.n - distinct} samples are copies of others, number for number: "
+            "no model can tell them apart"
             if self.copies
             else f"all {self.n} rows are pairwise distinct as stored",
         )
         if not enough:
-            reason = f"n = {self.n} exceeds m{' + 1' if self.ones else ''} = {self.m + int(self.ones)}: rank(H1) = n is impossible; gcfast.widen the model"
+            reason = (
+                f"n = {self.n} exceeds m{' + 1' if self.ones else ''} = {self.m + int(self.ones)}: "
+                "rank(H1) = n is impossible; gcfast.widen the model"
+            )
             return self._verdict("fails", None, reason)
         direct = self._direct() if self.route != "theorem" else None
         if self.copies:
             conflicts = sum(bool(o.conflicting) for o in self.offenders)
             reason = f"{len(self.copies)} groups of equal samples make rank(H1) < n" + (
-                f"; {conflicts} of them have conflicting targets, which L* accounts for" if conflicts else "; their targets agree"
+                f"; {conflicts} of them have conflicting targets, which L* accounts for"
+                if conflicts
+                else "; their targets agree"
             )
             return self._verdict("fails", "direct" if self.seen is None else None, reason)
         if direct is True:
-            return self._verdict("holds", "direct", f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included")
+            return self._verdict(
+                "holds",
+                "direct",
+                f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included",
+            )
         theorem = self._theorem() if self.seen is not None and self.route != "direct" else False
         if theorem:
-            reason = "the theorem's assumptions hold: almost every choice of hidden weights gives rank(H1) = n"
+            reason = (
+                "the theorem's assumptions hold: almost every choice of hidden weights gives rank(H1) = n"
+            )
             return self._verdict("holds", "theorem", reason)
         if isinstance(direct, MemoryError):
             raise direct
         if direct is False:
-            return self._verdict("fails", "direct", "rank(H1) < n at the frozen weights, with the witness below; perturb them anew (TwoPhase) or drop the samples")
-        reason = "neither route decides: " + "; ".join(f"{a.name}: {a.reason}" for a in self.assumptions if a.status in ("fails", "unknown"))
+            return self._verdict(
+                "fails",
+                "direct",
+                "rank(H1) < n at the frozen weights, with the witness below; perturb them anew (TwoPhase) "
+                "or drop the samples",
+            )
+        reason = "neither route decides: " + "; ".join(
+            f"{a.name}: {a.reason}" for a in self.assumptions if a.status in ("fails", "unknown")
+        )
         return self._verdict("unknown", None, reason)
 
     def _note(self, name: str, status: Status, reason: str) -> None:
         self.assumptions.append(Assumption(name, status, reason))
 
-    def _offender(self, kind: str, samples: list[int], coefficients: list[float] | None = None, residual: float | None = None) -> Offender:
+    def _offender(
+        self,
+        kind: str,
+        samples: list[int],
+        coefficients: list[float] | None = None,
+        residual: float | None = None,
+    ) -> Offender:
         targets: list[Any] = []
         conflicting: bool | None = None
         if self.targets is not None:
@@ -304,7 +351,8 @@ class _Examiner:
                 needed,
                 self.max_bytes,
                 features.device,
-                "sharp=False, fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer of m >= n units before the head)",
+                "sharp=False, fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer "
+                "of m >= n units before the head)",
             )
         except MemoryError as refused:
             self._note(name, "unknown", str(refused))
@@ -314,7 +362,11 @@ class _Examiner:
         if proof.proved:
             self.rank_lower = len(features)
             if groups:
-                self._note(name, "fails", f"equal rows: rank(H1) = {len(features)} exactly, one for each distinct row")
+                self._note(
+                    name,
+                    "fails",
+                    f"equal rows: rank(H1) = {len(features)} exactly, one for each distinct row",
+                )
                 return False
             self.sigma_min = proof.sigma_min_lower
             self._note(name, "holds", f"proved in floating point: {proof.reason}")
@@ -327,9 +379,17 @@ class _Examiner:
             kind = "dependency" if found.exact else "near-dependency"
             self.offenders.append(self._offender(kind, found.samples, found.coefficients, found.residual))
             if found.exact:
-                self._note(name, "fails", f"rows {_shorten(found.samples)} are linearly dependent, verified in exact arithmetic")
+                self._note(
+                    name,
+                    "fails",
+                    f"rows {_shorten(found.samples)} are linearly dependent, verified in exact arithmetic",
+                )
                 return False
-        self._note(name, "unknown", f"{proof.reason}; features in float64, a fresh perturbation or a wider layer would decide")
+        self._note(
+            name,
+            "unknown",
+            f"{proof.reason}; features in float64, a fresh perturbation or a wider layer would decide",
+        )
         return None
 
     def _theorem(self) -> bool:
@@ -338,36 +398,74 @@ class _Examiner:
         forced = self.route == "theorem"
         wide = seen.wide
         if wide is None:
-            self._note("wide layer", "fails", "what enters the head is not act(Q z + c) of a recognised layer; gcfast.widen inserts one")
+            self._note(
+                "wide layer",
+                "fails",
+                "what enters the head is not act(Q z + c) of a recognised layer; gcfast.widen inserts one",
+            )
             if forced:
-                raise ValueError("route: the theorem needs a wide layer act(Q z + c) before the head, and the model has none; use gcfast.widen")
+                raise ValueError(
+                    "route: the theorem needs a wide layer act(Q z + c) before the head, and the model has "
+                    "none; use gcfast.widen"
+                )
             return False
         ok = not wide.polynomial
-        self._note("wide layer", "holds" if ok else "fails", f"{wide.name!r} is {wide.activation_name}(Q z + c), {wide.d} to {wide.m}, " + ("not a polynomial" if ok else "a polynomial"))
+        self._note(
+            "wide layer",
+            "holds" if ok else "fails",
+            f"{wide.name!r} is {wide.activation_name}(Q z + c), {wide.d} to {wide.m}, "
+            + ("not a polynomial" if ok else "a polynomial"),
+        )
         if wide.m < self.n:
-            self._note("width of the wide layer", "fails", f"m = {wide.m} < n = {self.n}; the theorem needs m >= n (gcfast.widen)")
+            self._note(
+                "width of the wide layer",
+                "fails",
+                f"m = {wide.m} < n = {self.n}; the theorem needs m >= n (gcfast.widen)",
+            )
             ok = False
         bad = [f for f in analyticity(model, seen.head, seen.first_batch) if f.verdict != "analytic"]
         if bad:
-            worst = "fails" if any(f.verdict == "not analytic" for f in bad) else "unknown"
-            self._note("analytic in the hidden weights", worst, "; ".join(str(f) for f in bad[:5]) + ("; ..." if len(bad) > 5 else ""))
+            worst: Status = "fails" if any(f.verdict == "not analytic" for f in bad) else "unknown"
+            self._note(
+                "analytic in the hidden weights",
+                worst,
+                "; ".join(str(f) for f in bad[:5]) + ("; ..." if len(bad) > 5 else ""),
+            )
             if forced:
-                raise ValueError(f"route: the theorem needs features that are real analytic in the hidden weights; {'; '.join(str(f) for f in bad[:5])}. Use route='direct'")
+                raise ValueError(
+                    "route: the theorem needs features that are real analytic in the hidden weights; "
+                    f"{'; '.join(str(f) for f in bad[:5])}. Use route='direct'"
+                )
             ok = False
         else:
-            self._note("analytic in the hidden weights", "holds", "every operator before the head is real analytic")
+            self._note(
+                "analytic in the hidden weights", "holds", "every operator before the head is real analytic"
+            )
         assert seen.below is not None
         equal = equal_rows(seen.below)
         if equal:
             for group in equal:
                 self.offenders.append(self._offender("equal rows below the wide layer", group))
-            self._note("distinct rows below the wide layer", "unknown", f"{len(equal)} groups of equal rows at these weights; other hidden weights may separate them")
+            self._note(
+                "distinct rows below the wide layer",
+                "unknown",
+                f"{len(equal)} groups of equal rows at these weights; other hidden weights may separate them",
+            )
             ok = False
         else:
-            self._note("distinct rows below the wide layer", "holds", f"all {self.n} stored rows of width {wide.d} are pairwise distinct, exactly")
+            self._note(
+                "distinct rows below the wide layer",
+                "holds",
+                f"all {self.n} stored rows of width {wide.d} are pairwise distinct, exactly",
+            )
         return ok
 
-    def _verdict(self, status: Literal["holds", "fails", "unknown"], route: Literal["direct", "theorem"] | None, reason: str) -> Certificate:
+    def _verdict(
+        self,
+        status: Literal["holds", "fails", "unknown"],
+        route: Literal["direct", "theorem"] | None,
+        reason: str,
+    ) -> Certificate:
         value = infimum = gap = None
         outputs = None
         if self.convex is not None and self.y is not None:
@@ -412,7 +510,11 @@ def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) ->
 
 
 def _outputs(targets: Tensor) -> int:
-    return targets.shape[1] if targets.dim() == 2 else (1 if targets.is_floating_point() else max(int(targets.max()) + 1, 2))
+    return (
+        targets.shape[1]
+        if targets.dim() == 2
+        else (1 if targets.is_floating_point() else max(int(targets.max()) + 1, 2))
+    )
 
 
 def _shorten(items: list[Any]) -> str:

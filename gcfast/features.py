@@ -21,7 +21,8 @@ class TrainingSet:
     """What certify and solve_head know of a model's training set.
 
     ``features`` (n, m) enter the head; ``below`` (n, d) enter the wide layer (None where there is none);
-    ``outputs`` (n, C) are the model's; ``copies`` lists groups of samples whose inputs are equal, number for number.
+    ``outputs`` (n, C) are the model's; ``copies`` lists groups of samples whose inputs are equal, number for
+    number.
     """
 
     features: Tensor
@@ -44,21 +45,29 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
         return batch, None
     if isinstance(batch, Sequence) and len(batch) == 2:
         return batch[0], torch.as_tensor(batch[1])
-    raise TypeError(f"data: expected batches (inputs, targets); got {type(batch).__name__} of length {len(batch)}")
+    raise TypeError(
+        f"data: expected batches (inputs, targets); got {type(batch).__name__} of length {len(batch)}"
+    )
 
 
 def _loader(data: Any) -> Any:
     """A re-iterable of batches in a fixed order, or an error that says what is wrong with ``data``."""
     if isinstance(data, DataLoader):
         if isinstance(data.sampler, RandomSampler):
-            raise ValueError("data: this DataLoader shuffles; give one with shuffle=False (every pass must see the samples in one order)")
+            raise ValueError(
+                "data: this DataLoader shuffles; give one with shuffle=False (every pass must see the "
+                "samples in one order)"
+            )
         if data.drop_last and data.batch_size:
             try:
                 n = len(data.dataset)  # type: ignore[arg-type]
             except TypeError:
                 n = 0
             if n % data.batch_size:
-                raise ValueError(f"data: this DataLoader drops the last {n % data.batch_size} of {n} samples; give one with drop_last=False")
+                raise ValueError(
+                    f"data: this DataLoader drops the last {n % data.batch_size} of {n} samples; give one "
+                    "with drop_last=False"
+                )
         return data
     if isinstance(data, Tensor):
         data = (data,)
@@ -66,7 +75,9 @@ def _loader(data: Any) -> Any:
         if len(data) > 2:
             raise TypeError(f"data: expected (inputs, targets); got {len(data)} tensors")
         if any(len(t) != len(data[0]) for t in data):
-            raise ValueError(f"data: inputs and targets differ in length: {', '.join(str(len(t)) for t in data)}")
+            raise ValueError(
+                f"data: inputs and targets differ in length: {', '.join(str(len(t)) for t in data)}"
+            )
         if len(data[0]) == 0:
             raise ValueError("data: the training set is empty")
         if len(data) == 1:
@@ -105,7 +116,14 @@ def _digests(x: Any) -> list[bytes]:
         if t.is_floating_point():
             t = t.to(torch.float64) + 0.0
         parts.append(t.reshape(len(t), -1).contiguous().numpy())
-    return [hashlib.blake2b(b"".join(p[i].tobytes() for p in parts), digest_size=16).digest() for i in range(len(parts[0]))] if parts else []
+    return (
+        [
+            hashlib.blake2b(b"".join(p[i].tobytes() for p in parts), digest_size=16).digest()
+            for i in range(len(parts[0]))
+        ]
+        if parts
+        else []
+    )
 
 
 def _copies(digests: list[bytes], loader: Any) -> list[list[int]]:
@@ -130,7 +148,9 @@ def _copies(digests: list[bytes], loader: Any) -> list[list[int]]:
         rest = [i for i in group if i in rows]
         while len(rest) > 1:
             first = rest[0]
-            equal = [i for i in rest if all(torch.equal(a, b) for a, b in zip(rows[first], rows[i], strict=True))]
+            equal = [
+                i for i in rest if all(torch.equal(a, b) for a, b in zip(rows[first], rows[i], strict=True))
+            ]
             if len(equal) > 1:
                 found.append(equal)
             rest = [i for i in rest if i not in equal]
@@ -147,7 +167,9 @@ def equal_rows(rows: Tensor) -> list[list[int]]:
     by_key: dict[bytes, list[int]] = {}
     for i, key in enumerate(_digests(rows[:, columns]) if m else [b""] * n):
         by_key.setdefault(key, []).append(i)
-    suspects = torch.tensor(sorted(i for group in by_key.values() if len(group) > 1 for i in group), device=rows.device)
+    suspects = torch.tensor(
+        sorted(i for group in by_key.values() if len(group) > 1 for i in group), device=rows.device
+    )
     if len(suspects) == 0:
         return []
     if m == 0:
@@ -178,8 +200,8 @@ def check_features(features: Tensor, name: str = "features") -> None:
 def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = True) -> TrainingSet:
     """Run the model over the data once, in evaluation mode, and look at a few rows a second time.
 
-    Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or the
-    features are not finite; HeadError where the model has no head.
+    Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or
+    the features are not finite; HeadError where the model has no head.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     loader = _loader(data)
@@ -232,13 +254,16 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
 def _same_again(model: nn.Module, head: Head, first: Any, again: Any, features: Tensor) -> None:
     (x, y), (x2, y2) = first, again
     same = len(_tensors(x)) == len(_tensors(x2)) and all(
-        a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
+        a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        if a.is_floating_point()
+        else torch.equal(a, b)
         for a, b in zip(_tensors(x), _tensors(x2), strict=True)
     )
     if not same or (y is not None and not torch.equal(y, y2)):
         raise ValueError(
             "data: the first batch is another one in the second pass: the loader shuffles or augments. "
-            "Give the samples in a fixed order and without random transforms; the guarantee is about one fixed training set"
+            "Give the samples in a fixed order and without random transforms; the guarantee is about one "
+            "fixed training set"
         )
     with FeatureTap(model, head) as tap:
         h, _ = tap(x2)
@@ -246,6 +271,7 @@ def _same_again(model: nn.Module, head: Head, first: Any, again: Any, features: 
     difference = float((h - features[: len(h)]).abs().amax()) / scale
     if difference > 1e-4:
         raise ValueError(
-            f"model: the same inputs gave other features in a second look (relative difference {difference:.1e}): "
+            "model: the same inputs gave other features in a second look "
+            f"(relative difference {difference:.1e}): "
             "something random stays active in evaluation mode"
         )

@@ -78,7 +78,7 @@ class ConvexLoss(ABC):
         return None
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        """inf_q sum_{i in group} loss_i(q), (groups,): samples that no model can tell apart. A lower bound of it."""
+        """inf_q sum_{i in group} loss_i(q), (groups,), or a lower bound: samples no model can tell apart."""
         total = torch.zeros(groups, dtype=torch.float64, device=y.device)
         return total.index_add_(0, group, self.infimum(y).to(torch.float64))
 
@@ -89,13 +89,15 @@ class ConvexLoss(ABC):
 def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean of y (n, C) in each group and the number of members."""
     y = y.to(torch.float64)
-    count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(0, group, torch.ones_like(y[:, 0]))
+    count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
+        0, group, torch.ones_like(y[:, 0])
+    )
     total = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device).index_add_(0, group, y)
     return total / count.clamp(min=1).unsqueeze(1), count
 
 
 class CrossEntropy(ConvexLoss):
-    """-sum_c q_c log softmax(z)_c; y: int64 classes (n,) or probabilities (n, C), as in ``F.cross_entropy``."""
+    """-sum_c q_c log softmax(z)_c; y: int64 classes (n,) or probabilities (n, C), as F.cross_entropy."""
 
     name = "cross_entropy"
 
@@ -113,7 +115,10 @@ class CrossEntropy(ConvexLoss):
             bad = ((y < 0).any(1) | ((y.sum(1) - 1).abs() > 1e-4)).nonzero()
             if len(bad):
                 i = int(bad[0])
-                raise ValueError(f"targets: row {i} is no probability vector (minimum {float(y[i].min()):.3g}, sum {float(y[i].sum()):.6g})")
+                raise ValueError(
+                    f"targets: row {i} is no probability vector (minimum {float(y[i].min()):.3g}, "
+                    f"sum {float(y[i].sum()):.6g})"
+                )
             y = y / y.sum(1, keepdim=True)
         else:
             if y.dtype == torch.bool or y.is_complex():
@@ -126,7 +131,9 @@ class CrossEntropy(ConvexLoss):
             bad = ((y < 0) | (y >= c)).nonzero()
             if len(bad):
                 i = int(bad[0])
-                raise ValueError(f"targets: label {int(y[i])} of sample {i} is out of range for {c} outputs (0..{c - 1})")
+                raise ValueError(
+                    f"targets: label {int(y[i])} of sample {i} is out of range for {c} outputs (0..{c - 1})"
+                )
             if self.label_smoothing:
                 y = nn.functional.one_hot(y, c).to(torch.float64)
         if self.label_smoothing:
@@ -250,7 +257,9 @@ class BCEWithLogits(_Elementwise):
         bad = ((y < 0) | (y > 1)).nonzero()
         if len(bad):
             i, j = bad[0].tolist()
-            raise ValueError(f"targets: expected numbers in [0, 1]; got {float(y[i, j]):.6g} at sample {i}, output {j}")
+            raise ValueError(
+                f"targets: expected numbers in [0, 1]; got {float(y[i, j]):.6g} at sample {i}, output {j}"
+            )
         return y
 
     def attained(self, y: Tensor) -> bool:
@@ -336,9 +345,13 @@ class Huber(_Elementwise):
         high = fill.scatter_reduce(0, index, y, "amax", include_self=False)
         for _ in range(80):
             middle = 0.5 * (low + high)
-            slope = torch.zeros_like(fill).index_add_(0, group, (middle[group] - y).clamp(-self.delta, self.delta))
+            slope = torch.zeros_like(fill).index_add_(
+                0, group, (middle[group] - y).clamp(-self.delta, self.delta)
+            )
             low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-        return torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(0, group, self.value(high[group], y))
+        return torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
+            0, group, self.value(high[group], y)
+        )
 
 
 _BY_NAME = {"cross_entropy": CrossEntropy, "mse": MSE, "bce_with_logits": BCEWithLogits, "huber": Huber}
@@ -347,24 +360,31 @@ _BY_NAME = {"cross_entropy": CrossEntropy, "mse": MSE, "bce_with_logits": BCEWit
 def _finite(y: Tensor) -> None:
     bad = (~torch.isfinite(y)).nonzero()
     if len(bad):
-        raise ValueError(f"targets: expected finite numbers; got {float(y[tuple(bad[0])])} at sample {int(bad[0][0])}")
+        raise ValueError(
+            f"targets: expected finite numbers; got {float(y[tuple(bad[0])])} at sample {int(bad[0][0])}"
+        )
 
 
 def resolve_loss(loss: str | nn.Module | ConvexLoss) -> ConvexLoss:
-    """The :class:`ConvexLoss` that ``loss`` names: a name, a ``torch.nn`` loss with mean reduction, or itself."""
+    """The :class:`ConvexLoss` of ``loss``: a name, a ``torch.nn`` loss with mean reduction, or itself."""
     if isinstance(loss, ConvexLoss):
         return loss
     if isinstance(loss, str):
         name = loss.lower().replace("-", "_")
         if name not in _BY_NAME:
-            raise ValueError(f"loss: expected one of {sorted(_BY_NAME)}, a torch.nn loss or a gcfast.ConvexLoss; got {loss!r}")
+            raise ValueError(
+                f"loss: expected one of {sorted(_BY_NAME)}, a torch.nn loss or a gcfast.ConvexLoss; "
+                f"got {loss!r}"
+            )
         return _BY_NAME[name]()
     if isinstance(loss, nn.Module):
         if getattr(loss, "reduction", "mean") != "mean":
             raise ValueError(f"loss: expected reduction='mean'; got reduction={loss.reduction!r}")
         for extra in ("weight", "pos_weight"):
             if getattr(loss, extra, None) is not None:
-                raise ValueError(f"loss: {type(loss).__name__} with {extra} is not supported; subclass gcfast.ConvexLoss")
+                raise ValueError(
+                    f"loss: {type(loss).__name__} with {extra} is not supported; subclass gcfast.ConvexLoss"
+                )
         if isinstance(loss, nn.CrossEntropyLoss):
             return CrossEntropy(loss.label_smoothing)
         if isinstance(loss, nn.MSELoss):
@@ -374,8 +394,8 @@ def resolve_loss(loss: str | nn.Module | ConvexLoss) -> ConvexLoss:
         if isinstance(loss, nn.HuberLoss):
             return Huber(loss.delta)
     raise TypeError(
-        f"loss: expected one of {sorted(_BY_NAME)}, nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, nn.HuberLoss "
-        f"or a gcfast.ConvexLoss (convex in the outputs); got {type(loss).__name__}"
+        f"loss: expected one of {sorted(_BY_NAME)}, nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, "
+        f"nn.HuberLoss or a gcfast.ConvexLoss (convex in the outputs); got {type(loss).__name__}"
     )
 
 
@@ -398,8 +418,10 @@ def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor) -> None:
         if len(bad):
             i = int(bad[0])
             raise ValueError(
-                f"loss: {loss!r} is not convex: at sample {i} the value {float(middle[i]):.6g} in the middle of a chord lies above "
-                f"the mean {0.5 * float(at_a[i] + at_b[i]):.6g} of its ends; the guarantee needs a loss convex in the outputs"
+                f"loss: {loss!r} is not convex: at sample {i} the value {float(middle[i]):.6g} in the "
+                "middle of a chord lies above "
+                f"the mean {0.5 * float(at_a[i] + at_b[i]):.6g} of its ends; "
+                "the guarantee needs a loss convex in the outputs"
             )
         below = (torch.minimum(at_a, at_b) < loss.infimum(y) - slack).nonzero()
         if len(below):

@@ -21,10 +21,13 @@ def available(device: torch.device) -> int | None:
 
 
 def require(what: str, needed: int, max_bytes: int | None, device: torch.device, way_out: str) -> None:
-    """Raise MemoryError if ``needed`` bytes are more than ``max_bytes``, or than is free where that is None."""
+    """Raise MemoryError if ``needed`` exceeds ``max_bytes``, or what is free where that is None."""
     if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes <= 0):
         raise ValueError(f"max_bytes: expected a positive number of bytes; got {max_bytes!r}")
     limit = max_bytes if max_bytes is not None else available(device)
     if limit is not None and needed > limit:
         source = "max_bytes allows" if max_bytes is not None else f"{device} has free"
-        raise MemoryError(f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB); {source} {limit:,}. Way out: {way_out}.")
+        raise MemoryError(
+            f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB); {source} {limit:,}. "
+            f"Way out: {way_out}."
+        )

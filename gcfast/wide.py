@@ -88,14 +88,14 @@ def widen(
 ) -> nn.Module:
     """Put a wide analytic layer before the head of ``model``, in place, unless a wide enough layer is there.
 
-    The head ``nn.Linear(d, C)`` gives way to ``Sequential(wide=WideLayer(d, m), head=nn.Linear(m, C))``, of its
-    device, dtype and with a bias if it had one; both are drawn anew, so widen before training and before the
-    optimizer is made.
+    The head ``nn.Linear(d, C)`` gives way to ``Sequential(wide=WideLayer(d, m), head=nn.Linear(m, C))``, of
+    its device, dtype and with a bias if it had one; both are drawn anew, so widen before training and before
+    the optimizer is made.
 
     Args:
         model: any model whose head ``gcfast.inspection.find_head`` finds.
         n_samples: size n of the training set.
-        width: m; default 1.1 n, rounded up: 10 % more than the n the theorem needs keep sigma_min away from 0.
+        width: m; default 1.1 n, rounded up: 10 % above the n the theorem needs keeps sigma_min away from 0.
         activation, beta: of the :class:`WideLayer`.
         inputs: a batch for one observed forward pass, where the structure leaves the head ambiguous.
         head: module or name, likewise.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-import gcfast
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import gcfast
 
 
 def _features(n=60, m=90, dtype=torch.float64, seed=0):
@@ -21,13 +22,21 @@ def _labels(n=60, c=4, seed=1):
 
 def _start(m=90, c=4, dtype=torch.float64):
     g = torch.Generator().manual_seed(2)
-    return 0.1 * torch.randn((c, m), generator=g, dtype=dtype), 0.1 * torch.randn((c,), generator=g, dtype=dtype)
+    w, b = torch.randn((c, m), generator=g, dtype=dtype), torch.randn((c,), generator=g, dtype=dtype)
+    return 0.1 * w, 0.1 * b
 
 
 def _regularised_minimum(h, targets, start, lam, value):
     """min mean loss + lam/2 |V - start|^2 by L-BFGS in float64 on (W, b) itself."""
     w, b = start[0].clone().requires_grad_(), start[1].clone().requires_grad_()
-    opt = torch.optim.LBFGS([w, b], max_iter=3000, history_size=50, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS(
+        [w, b],
+        max_iter=3000,
+        history_size=50,
+        tolerance_grad=1e-14,
+        tolerance_change=1e-18,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective():
         penalty = ((w - start[0]) ** 2).sum() + ((b - start[1]) ** 2).sum()
@@ -48,7 +57,10 @@ LOSSES = {
     "cross_entropy": (lambda n, c: _labels(n, c), F.cross_entropy),
     "soft": (lambda n, c: torch.softmax(_features(n, c, seed=7), 1), F.cross_entropy),
     "mse": (lambda n, c: _features(n, c, seed=8), F.mse_loss),
-    "bce_with_logits": (lambda n, c: (_features(n, c, seed=9) > 0).double(), F.binary_cross_entropy_with_logits),
+    "bce_with_logits": (
+        lambda n, c: (_features(n, c, seed=9) > 0).double(),
+        F.binary_cross_entropy_with_logits,
+    ),
     "huber": (lambda n, c: 2 * _features(n, c, seed=10), F.huber_loss),
 }
 
@@ -57,7 +69,9 @@ LOSSES = {
 def test_nearest_reaches_the_target_and_is_the_regularised_minimiser(name):
     make, value = LOSSES[name]
     h, targets, start = _features(), make(60, 4), _start()
-    solution = gcfast.solve_head(h, targets, loss="cross_entropy" if name == "soft" else name, start=start, target_gap=1e-4)
+    solution = gcfast.solve_head(
+        h, targets, loss="cross_entropy" if name == "soft" else name, start=start, target_gap=1e-4
+    )
     assert solution.converged and 0 <= solution.gap <= 1e-4, str(solution)
     true = float(value(h @ solution.weight.T + solution.bias, targets))
     assert math.isclose(true, solution.loss, rel_tol=1e-9, abs_tol=1e-14)
@@ -77,7 +91,8 @@ def test_sizes_and_dtypes(n, m, c, dtype):
     solution = gcfast.solve_head(h, y, target_gap=1e-6, start=_start(m, c, dtype))
     assert solution.converged, str(solution)
     assert solution.weight.dtype == dtype and solution.weight.shape == (c, m)
-    assert float(F.cross_entropy((h.double() @ solution.weight.double().T + solution.bias.double()), y)) <= 1e-6
+    logits = h.double() @ solution.weight.double().T + solution.bias.double()
+    assert float(F.cross_entropy(logits, y)) <= 1e-6
 
 
 def test_float32_gram_is_corrected_to_float64():
@@ -98,7 +113,7 @@ def test_a_start_within_the_target_is_left_alone():
 
 
 def test_nearest_moves_no_further_than_needed():
-    # any head of that loss is at least as far from the start: compare with gradient descent run to the same loss
+    # any head of that loss is at least as far from the start: compare with gradient descent to the same loss
     h, y, start = _features(), _labels(), _start()
     near = gcfast.solve_head(h, y, start=start, target_gap=1e-3)
     gd = gcfast.solve_head(h, y, start=start, target_gap=near.loss, method="gd", max_iterations=200_000)
@@ -115,7 +130,9 @@ def test_exact_is_the_limit_of_gradient_descent():
     y = _features(30, 2, seed=5)
     exact = gcfast.solve_head(h, y, loss="mse", start=start, method="exact")
     assert exact.converged and exact.loss < 1e-24
-    gd = gcfast.solve_head(h, y, loss="mse", start=start, method="gd", target_gap=1e-26, max_iterations=100_000)
+    gd = gcfast.solve_head(
+        h, y, loss="mse", start=start, method="gd", target_gap=1e-26, max_iterations=100_000
+    )
     torch.testing.assert_close(exact.weight, gd.weight, rtol=0, atol=1e-9)
 
 
@@ -125,7 +142,7 @@ def test_weight_decay_is_that_of_torch_optim(name):
     h, targets = _features(), make(60, 4)
     zero = (torch.zeros(4, 90, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
     solution = gcfast.solve_head(h, targets, loss=name, weight_decay=1e-2, target_gap=1e-8, start=_start())
-    w, b, best = _regularised_minimum(h, targets, zero, 1e-2, value)
+    w, _, best = _regularised_minimum(h, targets, zero, 1e-2, value)
     norm2 = float((solution.weight**2).sum() + (solution.bias**2).sum())
     assert solution.converged and solution.duality_gap <= 1e-8
     assert abs(solution.loss + 0.5e-2 * norm2 - best) <= 1e-8
@@ -133,7 +150,9 @@ def test_weight_decay_is_that_of_torch_optim(name):
 
 
 def test_sgd_descends_to_the_target():
-    solution = gcfast.solve_head(_features(40, 300), _labels(40), method="sgd", target_gap=5e-2, max_iterations=2000)
+    solution = gcfast.solve_head(
+        _features(40, 300), _labels(40), method="sgd", target_gap=5e-2, max_iterations=2000
+    )
     assert solution.converged and solution.method == "sgd"
 
 
@@ -169,7 +188,12 @@ def test_copies_with_conflicting_labels_stop_at_their_infimum():
 def test_out_of_reach_is_said_not_hidden():
     h, y = _features(200, 3), _labels(200)
     solution = gcfast.solve_head(h, y)
-    assert not solution.converged and "n = 200" in solution.reason and "m + 1 = 4" in solution.reason and "widen" in solution.reason
+    assert (
+        not solution.converged
+        and "n = 200" in solution.reason
+        and "m + 1 = 4" in solution.reason
+        and "widen" in solution.reason
+    )
     w, b = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     _, _, best = _regularised_minimum(h, y, (w, b), 0.0, F.cross_entropy)
     assert solution.loss <= best + 1e-4  # and it is the best head all the same
@@ -216,11 +240,23 @@ H, Y = _features(), _labels()
         (lambda: gcfast.solve_head(H, Y, weight_decay=-1), ValueError, "weight_decay"),
         (lambda: gcfast.solve_head(H, Y, method="adam"), ValueError, "method.*nearest"),
         (lambda: gcfast.solve_head(H, Y, method="exact"), ValueError, "'exact' is for loss='mse'"),
-        (lambda: gcfast.solve_head(H[:, :20], torch.randn(60, 1), loss="mse", method="exact"), ValueError, "n = 60, m = 20"),
+        (
+            lambda: gcfast.solve_head(H[:, :20], torch.randn(60, 1), loss="mse", method="exact"),
+            ValueError,
+            "n = 60, m = 20",
+        ),
         (lambda: gcfast.solve_head(H, -Y - 1), ValueError, "out of range"),
         (lambda: gcfast.solve_head(H, Y[:-1]), ValueError, r"\(60,\)"),
-        (lambda: gcfast.solve_head(H, Y, start=(torch.zeros(4, 89), torch.zeros(4))), ValueError, r"\(C, 90\)"),
-        (lambda: gcfast.solve_head(H, Y, start=(torch.full((4, 90), math.nan), torch.zeros(4))), ValueError, "not finite"),
+        (
+            lambda: gcfast.solve_head(H, Y, start=(torch.zeros(4, 89), torch.zeros(4))),
+            ValueError,
+            r"\(C, 90\)",
+        ),
+        (
+            lambda: gcfast.solve_head(H, Y, start=(torch.full((4, 90), math.nan), torch.zeros(4))),
+            ValueError,
+            "not finite",
+        ),
         (lambda: gcfast.solve_head(H, Y, max_bytes=1000), MemoryError, "Way out"),
         (lambda: gcfast.solve_head(H.clone().fill_(math.inf), Y), ValueError, "not finite"),
         (lambda: gcfast.solve_head(H[:0], Y[:0]), ValueError, "empty"),

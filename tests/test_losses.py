@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from gcfast import ConvexLoss
 from gcfast.losses import BCEWithLogits, CrossEntropy, Huber, check_convex, resolve_loss
-from torch import nn
 
 N, C = 23, 4
 
@@ -48,7 +49,9 @@ def test_value_residual_and_curvature(name):
     if name == "huber":  # away from the kinks of its residual
         inside = ((z - y).abs() - 0.7).abs() > 1e-4
     torch.testing.assert_close(loss.curvature_product(z, y, v)[inside], numeric[inside], rtol=1e-6, atol=1e-8)
-    diagonal = torch.stack([loss.curvature_product(z, y, torch.eye(C, dtype=z.dtype)[c].expand_as(z))[:, c] for c in range(C)], 1)
+    diagonal = torch.stack(
+        [loss.curvature_product(z, y, torch.eye(C, dtype=z.dtype)[c].expand_as(z))[:, c] for c in range(C)], 1
+    )
     torch.testing.assert_close(loss.curvature_diagonal(z, y), diagonal)
     assert float(loss.curvature_diagonal(z, y).max()) <= loss.smoothness(C) + 1e-12
 
@@ -79,7 +82,9 @@ def test_infimum_of_samples_that_share_an_output(name):
     y = loss.prepare(targets, N, C)
     group = torch.arange(N) % 5
     q = torch.zeros((5, C), dtype=torch.float64, requires_grad=True)
-    opt = torch.optim.LBFGS([q], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS(
+        [q], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         opt.zero_grad()
@@ -170,7 +175,7 @@ def test_a_loss_of_the_users_own():
     check_convex(loss, z, y)
     torch.testing.assert_close(loss.residual(z, y), z**3)
     torch.testing.assert_close(loss.curvature_diagonal(z, y), 3 * z**2)
-    with pytest.raises(ValueError, match="wave.*is not convex"):
+    with pytest.raises(ValueError, match=r"wave.*is not convex"):
         check_convex(_Wave(), z, y)
     with pytest.raises(ValueError, match="below its own infimum"):
         check_convex(_TooHigh(), z, y)

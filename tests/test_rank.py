@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from gcfast.rank import gamma, near_dependency, prove_full_rank
 
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 4), (31, 40), (33, 33), (252, 300), (507, 506), (700, 900)]
@@ -54,7 +55,10 @@ def test_integer_matrices_deficient_by_construction_are_never_proved(seed):
     n, m = int(torch.randint(2, 60, (), generator=g)), int(torch.randint(60, 90, (), generator=g))
     r = int(torch.randint(1, n, (), generator=g))
     # small integers: every entry of the product is exact, so its rank is at most r < n
-    a = torch.randint(-9, 10, (n, r), generator=g).double() @ torch.randint(-9, 10, (r, m), generator=g).double()
+    a = (
+        torch.randint(-9, 10, (n, r), generator=g).double()
+        @ torch.randint(-9, 10, (r, m), generator=g).double()
+    )
     a *= 2.0 ** int(torch.randint(-60, 60, (), generator=g))
     assert not prove_full_rank(a, ones=False).proved
 
@@ -80,7 +84,8 @@ def test_a_difference_of_one_ulp_is_not_called_deficient():
     h[3, 4] = torch.nextafter(h[3, 4], torch.tensor(math.inf, dtype=torch.float64))
     proof = prove_full_rank(h)
     true = float(torch.linalg.svdvals(torch.cat([h, torch.ones(20, 1, dtype=torch.float64)], 1))[-1])
-    assert not proof.proved or proof.sigma_min_lower <= 2 * true + 1e-16  # rank 20 in truth: either answer is sound
+    # rank 20 in truth: either answer is sound
+    assert not proof.proved or proof.sigma_min_lower <= 2 * true + 1e-16
     found = near_dependency(h)
     assert found is not None and not found.exact and sorted(found.samples) == [3, 5]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gcfast
 import pytest
 import torch
 from torch import nn
+
+import gcfast
 
 
 class _Net(nn.Module):
@@ -47,11 +48,17 @@ def test_torchvision_resnet():
 
 
 def test_generator_makes_it_repeatable():
-    a, b = (gcfast.widen(nn.Sequential(nn.Linear(4, 2)), 9, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (
+        gcfast.widen(nn.Sequential(nn.Linear(4, 2)), 9, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("n", "width", "words"), [(0, None, "n_samples"), (2.5, None, "n_samples"), (10, 9, "at least n_samples = 10")])
+@pytest.mark.parametrize(
+    ("n", "width", "words"),
+    [(0, None, "n_samples"), (2.5, None, "n_samples"), (10, 9, "at least n_samples = 10")],
+)
 def test_bad_numbers(n, width, words):
     with pytest.raises(ValueError, match=words):
         gcfast.widen(nn.Linear(3, 2), n, width=width)
