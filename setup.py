@@ -58,7 +58,7 @@ def cpu_extension() -> Extension:
         flags += ["-mprefer-vector-width=512"]
     return Extension(
         "gcfast._cpu",
-        sources=["csrc/cpu/bindings.cpp", "csrc/cpu/activation.cpp", "csrc/cpu/softmax_residual.cpp"],
+        sources=sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp")),
         include_dirs=[pybind11.get_include()],
         depends=HEADERS,
         extra_compile_args=flags,

@@ -15,7 +15,7 @@ from gcfast import _native
 log = logging.getLogger("gcfast")
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
-OPS = ("activation", "softmax_residual", "wide_forward")
+OPS = ("activation", "softmax_residual", "wide_forward", "gram_product")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gcfast_backend", default=None)
 _last: dict[str, str] = {}
 _logged: set[tuple[str, str, str]] = set()

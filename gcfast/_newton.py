@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gcfast import ops
 from gcfast.losses import ConvexLoss, CrossEntropy
 
 TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
@@ -72,10 +73,9 @@ class Problem:
         if scale == 0.0 or not math.isfinite(scale):
             return x * 0.0
         # to size one, and without what is 1e-30 of it: subnormals would slow the product tenfold
-        y = (x / scale).mT.contiguous()
+        y = x / scale
         y[y.abs() < 1e-30] = 0.0
-        # K is symmetric: (x^T K)^T reads it along its rows
-        return (y.to(self.gram.dtype) @ self.gram).mT.to(torch.float64).contiguous() * scale
+        return ops.gram_product(self.gram, y.to(self.gram.dtype)).to(torch.float64) * scale
 
     def evaluate(self, a: Tensor, f: Tensor, lam: float) -> tuple[float, float]:
         """(P, mean loss)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
-from gcfast._ops_rows import activation_op, activation_out_op, softmax_residual_op
+from gcfast._ops_rows import activation_op, activation_out_op, gram_product_op, softmax_residual_op
 from gcfast._ops_wide import wide_forward_op
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "activation",
     "backend",
     "backends",
+    "gram_product",
     "last_backend",
     "softmax_residual",
     "wide_features",
@@ -159,3 +160,27 @@ def wide_forward(
     flat = z.reshape(-1, z.shape[-1])
     out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta))
     return out.reshape(*z.shape[:-1], head_weight.shape[0])
+
+
+def gram_product(gram: Tensor, x: Tensor) -> Tensor:
+    """gram x for a symmetric matrix and few right-hand sides: the inner step of phase two's solver.
+
+    Args:
+        gram: (n, n), symmetric. That is not checked: the CPU kernel reads the lower triangle, in half the time.
+        x: (n, c), of gram's dtype and device, any strides.
+
+    Returns:
+        (n, c). Not differentiable. Repeatable bit for bit at the same number of threads.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.is_float("gram", gram)
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram must have shape (n, n); got {tuple(gram.shape)}")
+    _validate.matches("x", x, "gram", gram)
+    if x.dim() != 2 or x.shape[0] != gram.shape[0]:
+        raise ValueError(f"x must have shape ({gram.shape[0]}, c); got {tuple(x.shape)}")
+    if torch.is_grad_enabled() and (gram.requires_grad or x.requires_grad):
+        raise RuntimeError("gram_product cannot be differentiated: use gram @ x, or work under torch.no_grad()")
+    return gram_product_op(gram, x)

@@ -186,3 +186,8 @@ def wide_forward(
     return torch.nn.functional.linear(
         wide_features(z, weight, bias, activation=activation, beta=beta), head_weight, head_bias
     )
+
+
+def gram_product(gram: Tensor, x: Tensor) -> Tensor:
+    """gram x for symmetric gram (n, n) and x (n, c)."""
+    return gram @ x

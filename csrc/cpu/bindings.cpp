@@ -4,10 +4,12 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "gram_product.h"
 #include "softmax_residual.h"
 
 namespace py = pybind11;
 using gcfast::cpu::ActivationArgs;
+using gcfast::cpu::GramProductArgs;
 using gcfast::cpu::SoftmaxArgs;
 
 namespace {
@@ -31,6 +33,11 @@ void softmax_residual(uintptr_t logits, uintptr_t labels, uintptr_t probs, uintp
                                                logits_stride, probs_stride, smoothing, threads});
 }
 
+template <class T>
+void gram_product(uintptr_t gram, uintptr_t x, uintptr_t out, int64_t n, int64_t c, int64_t ld, int threads) {
+  gcfast::cpu::gram_product(GramProductArgs<T>{ptr<const T>(gram), ptr<const T>(x), ptr<T>(out), n, c, ld, threads});
+}
+
 const char* instruction_set() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
@@ -49,8 +56,10 @@ PYBIND11_MODULE(_cpu, m) {
   const py::call_guard<py::gil_scoped_release> nogil;
   m.def("activation_f32", &activation<float>, nogil);
   m.def("activation_f64", &activation<double>, nogil);
+  m.def("gram_product_f32", &gram_product<float>, nogil);
+  m.def("gram_product_f64", &gram_product<double>, nogil);
   m.def("softmax_residual_f32", &softmax_residual<float>, nogil);
   m.def("softmax_residual_f64", &softmax_residual<double>, nogil);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 1;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 2;  // gcfast/_native.py refuses a module built from other sources
 }

@@ -47,5 +47,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "gcfast's CUDA module; use gcfast.ops and gcfast.backends() instead.";
   m.def("status", &status, "driver, runtime, compiled architectures, device count and the reason when it is 0");
   m.def("device", &device, "properties of one device");
-  m.attr("api") = 1;
+  m.attr("api") = 2;
 }
