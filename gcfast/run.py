@@ -21,11 +21,13 @@ from .models import ModelSpec
 from .progress import Progress
 from .record import Record, certificate_values
 from .storage import write_json
-from .train import Diverged, Point, Schedule, Settings, Trainer
+from .train import Diverged, Point, Schedule, Settings, Trainer, threads
 
 __all__ = ["Run"]
 
-_SPECTRUM_SAMPLES = 2048  # singular values for the picture: seconds up to here, minutes beyond
+# Up to here singular values for the picture take seconds, certificate and solver well under one: a second
+# thread has too little to gain, and on a busy machine waiting for it costs ten times as much.
+_SMALL = 2048
 # The solved head is rounded to the model's float32; aiming lower leaves room for that.
 _TARGET_SHARE = 0.8
 
@@ -83,10 +85,12 @@ class Run:
         self._heads["switch"] = _head_of(self._hidden)
         self._save_checkpoint(model, "switch", schedule.switch)
 
-        self._stage("certify")
-        self._certify()
-        self._stage("solve")
-        self._solve()
+        available = torch.get_num_threads()
+        with threads(settings.threads or (1 if len(self.data.y_train) <= _SMALL else available)):
+            self._stage("certify")
+            self._certify()
+            self._stage("solve")
+            self._solve()
 
         self._stage("phase_two")
         try:
@@ -226,7 +230,7 @@ class Run:
     @torch.no_grad()
     def _picture(self) -> None:
         """Singular values of [features, 1] for the report's picture; the proof does not use them."""
-        if len(self.data.y_train) > _SPECTRUM_SAMPLES or not self._hidden:
+        if len(self.data.y_train) > _SMALL or not self._hidden:
             return
         model = self._model(self._hidden).eval()
         caught: list[torch.Tensor] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,6 @@ class Trainer:
         self.x_train, self.labels, self.x_test, self.y_test = data
         self.targets = targets_for(settings.loss, self.labels, classes)
         self.seconds = 0.0
-        self._threads = settings.threads
         self._every = max(1, math.ceil(schedule.epochs / _MOST_POINTS))
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -163,12 +163,8 @@ class Trainer:
         record: Callable[[Point], None],
     ) -> None:
         """Steps ``start`` to ``stop``; ``record`` gets a point at ends of epochs and after the last step."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads or self._suitable_threads(model, before))
-        try:
+        with threads(self.settings.threads or self._suitable_threads(model, torch.get_num_threads())):
             self._run(model, optimizer, start, stop, progress, record)
-        finally:
-            torch.set_num_threads(before)
 
     def _suitable_threads(self, model: nn.Module, available: int) -> int:
         """One for steps so small that threads mostly wait for each other, badly so on a busy machine."""
@@ -216,6 +212,17 @@ class Trainer:
                 record(point)
                 progress.update(step - start, f"loss {point.loss:.2e}")
                 since = time.perf_counter()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """CPU threads of torch inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def targets_for(loss: str, labels: torch.Tensor, classes: int) -> torch.Tensor:
