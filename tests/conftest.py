@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+import gcfast
 
 DEVICES = [
     "cpu",
@@ -19,6 +22,11 @@ DEVICES = [
         ],
     ),
 ]
+
+
+def pytest_report_header() -> str:
+    """Which gcfast is tested: the installed one, or a source tree that shadows it."""
+    return f"gcfast {gcfast.__version__} from {Path(gcfast.__file__).parent}"
 
 
 @pytest.fixture(params=DEVICES)
