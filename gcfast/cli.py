@@ -161,7 +161,7 @@ def _settings(options: argparse.Namespace, device: str, width: int) -> Settings:
         lr=options.lr or default_lr(options.base, width),
         momentum=momentum,
         batch_size=options.batch_size,
-        epochs=options.epochs or (150 if options.data in _SMALL else 20),
+        epochs=options.epochs or (100 if options.data in _SMALL else 20),
         tau=options.tau,
         perturbation=options.perturbation,
         loss=options.loss,

@@ -65,7 +65,7 @@ def parser(run_train: Command, run_certify: Command, run_info: Command) -> argpa
     )
     training.add_argument("--batch-size", type=_count, metavar="N", default=64)
     training.add_argument(
-        "--epochs", type=_count, metavar="N", help="default: 150 for digits and semeion, else 20"
+        "--epochs", type=_count, metavar="N", help="default: 100 for digits and semeion, else 20"
     )
     training.add_argument(
         "--tau",

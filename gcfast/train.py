@@ -45,7 +45,7 @@ class Settings:
     lr: float = 0.005
     momentum: float = 0.9
     batch_size: int = 64
-    epochs: int = 150
+    epochs: int = 100
     tau: float = 0.6
     perturbation: float = 1e-3
     loss: str = "cross_entropy"
