@@ -13,7 +13,8 @@ Yanagisawa, 2020). With Q = fl(X H1), G2 = fl(Q Q^T):
     sigma_min(H1)   >= sigma_min(X H1) / ||X||.
 
 The sharp bound on ||X|| comes from a second proof on well-scaled data: t I - X X^T = L L^T + E, so that
-||X||^2 <= t + ||E||. Unlike a shift of the Gram itself it loses nothing to the square of the condition number.
+||X||^2 <= t + ||E||. Unlike a shift of the Gram itself it loses nothing to the square of the condition
+number.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ _TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero a
 class RankProof:
     """Outcome of :func:`prove_full_rank`.
 
-    ``proved``: rank(H1) = n is proved. ``sigma_min_lower`` / ``sigma_max_upper``: proved bounds on the extreme
-    singular values (0 and inf where not proved). ``margin``: proved lower bound of sigma_min(X H1), 1 is perfect.
-    ``reason``: one sentence.
+    ``proved``: rank(H1) = n is proved. ``sigma_min_lower`` / ``sigma_max_upper``: proved bounds on the
+    extreme singular values (0 and inf where not proved). ``margin``: proved lower bound of sigma_min(X H1), 1
+    is perfect. ``reason``: one sentence.
     """
 
     proved: bool
@@ -121,7 +122,8 @@ def _invert_lower_(low: Tensor, leaf: int = 128) -> Tensor:
     """Inverse of a lower triangular matrix in place, by halves: almost all the work is matrix products."""
     n = len(low)
     if n <= leaf:
-        low.copy_(torch.linalg.solve_triangular(low.tril(), torch.eye(n, dtype=low.dtype, device=low.device), upper=False))
+        identity = torch.eye(n, dtype=low.dtype, device=low.device)
+        low.copy_(torch.linalg.solve_triangular(low.tril(), identity, upper=False))
         return low
     k = (n // 2 + leaf - 1) // leaf * leaf
     _invert_lower_(low[:k, :k], leaf)
@@ -139,7 +141,7 @@ def _lower_times(x: Tensor, b: Tensor) -> Tensor:
 
 
 def _cholesky_inverse(g: Tensor, start_shift: float) -> tuple[Tensor, float] | None:
-    """X = L^-1 with L L^T = g + shift I; the smallest shift of 0, s, 100 s, ... that lets Cholesky through."""
+    """X = L^-1 with L L^T = g + shift I; the least shift of 0, s, 100 s, ... that lets Cholesky through."""
     scale = float(g.diagonal().amax())
     shift, tries = 0.0, 0
     while tries < 6:
@@ -148,10 +150,13 @@ def _cholesky_inverse(g: Tensor, start_shift: float) -> tuple[Tensor, float] | N
             work.diagonal().add_(shift)
         low, info = torch.linalg.cholesky_ex(work)
         del work
-        if int(info) == 0 and bool(torch.isfinite(low.diagonal()).all()):
-            # a pivot at rounding level means the factor is noise from there on: shift instead
-            if shift or float(low.diagonal().amin()) ** 2 > 4 * len(g) * _UNIT[torch.float64] * scale:
-                return _invert_lower_(low.tril_()), shift
+        # a pivot at rounding level means the factor is noise from there on: shift instead
+        if (
+            int(info) == 0
+            and bool(torch.isfinite(low.diagonal()).all())
+            and (shift or float(low.diagonal().amin()) ** 2 > 4 * len(g) * _UNIT[torch.float64] * scale)
+        ):
+            return _invert_lower_(low.tril_()), shift
         shift = start_shift * scale if shift == 0.0 else shift * 100.0
         tries += 1
     return None
@@ -271,7 +276,8 @@ def _norm_sharp(x: Tensor) -> float:
     top = top * (plain * scale) ** 2
     unit, tiny = _UNIT[dtype], n * n * _TINY[dtype]
     ones = torch.ones(n, dtype=torch.float64, device=x.device)
-    y_rows = _up(float(_row_sums_abs(y, _column_sums_abs(y, ones.to(dtype))).to(torch.float64).amax()) * (1 + 4 * n * unit), n)
+    y_sums = _row_sums_abs(y, _column_sums_abs(y, ones.to(dtype))).to(torch.float64)
+    y_rows = _up(float(y_sums.amax()) * (1 + 4 * n * unit), n)
     frobenius = _up(float(torch.linalg.vector_norm(y, dtype=torch.float64)) * (1 + 4 * unit), n * n)
     inner = PANEL32 if dtype == torch.float32 else PANEL
     terms = inner + -(-n // inner) + 2
@@ -297,9 +303,11 @@ def _norm_sharp(x: Tensor) -> float:
                 product[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
         _reflect(product)
         residual = float((product - shifted).abs().sum(1, dtype=torch.float64).amax()) * (1 + 4 * n * unit)
-        low_rows = float(_row_sums_abs(low, _column_sums_abs(low, ones.to(dtype))).to(torch.float64).amax()) * (1 + 4 * n * unit)
+        low_sums = _row_sums_abs(low, _column_sums_abs(low, ones.to(dtype))).to(torch.float64)
+        low_rows = float(low_sums.amax()) * (1 + 4 * n * unit)
         # t I - Y Y^T = L L^T + (what each product, the shift's subtraction and the residual's rounding hide)
-        hidden = error + gamma(terms, dtype) * low_rows + _up(residual, n) * (1 + 4 * unit) + 4 * unit * (t + top * slack) + tiny
+        hidden = error + gamma(terms, dtype) * low_rows + _up(residual, n) * (1 + 4 * unit)
+        hidden = hidden + 4 * unit * (t + top * slack) + tiny
         bound = math.sqrt(_up(t + hidden, n)) + unit * frobenius
         return min(plain, _up(bound / scale))
     return plain
@@ -339,7 +347,9 @@ def prove_full_rank(
         sigma_max = _up(math.sqrt(float(rows.amax()) * columns), n + h1.columns)
         g = gram(h1)
         if not bool(torch.isfinite(g.diagonal()).all()) or float(g.diagonal().amin()) < 1e-290:
-            return RankProof(False, 0.0, sigma_max, 0.0, 0, "the Gram over- or underflows float64; rescale the features")
+            return RankProof(
+                False, 0.0, sigma_max, 0.0, 0, "the Gram over- or underflows float64; rescale the features"
+            )
         tell("Cholesky", 0.25)
         found = _cholesky_inverse(g, 11.0 * (n + h1.columns) * _UNIT[torch.float64])
         if found is None:
@@ -354,7 +364,8 @@ def prove_full_rank(
             white = _whiten(h1, x, torch.float32 if single else torch.float64)
             if white.margin > 0 or done == max_passes or white.witness_error >= 1.0:
                 break
-            found = _cholesky_inverse(white.gram.to(torch.float64), 11.0 * (n + h1.columns) * _UNIT[torch.float64])
+            least = 11.0 * (n + h1.columns) * _UNIT[torch.float64]
+            found = _cholesky_inverse(white.gram.to(torch.float64), least)
             if found is None:
                 break
             x = _lower_times(found[0], x)
@@ -363,8 +374,9 @@ def prove_full_rank(
         assert white is not None
         if white.margin <= 0:
             reason = (
-                f"whitening proves nothing here: ||G2 - I|| <= {white.distance:.1e}, product error {white.product_error:.1e}, "
-                f"witness error {white.witness_error:.1e} (their sum must stay below 1)"
+                f"whitening proves nothing here: ||G2 - I|| <= {white.distance:.1e}, "
+                f"product error {white.product_error:.1e}, witness error {white.witness_error:.1e} (their "
+                "sum must stay below 1)"
             )
             return RankProof(False, 0.0, sigma_max, white.margin, done, reason)
         del white.gram
@@ -378,7 +390,10 @@ def prove_full_rank(
 
 @dataclass(frozen=True)
 class Dependency:
-    """sum_k coefficients[k] * H1[samples[k]] is ``residual`` times as small as its terms; 0 and ``exact``: it is zero."""
+    """sum_k coefficients[k] * H1[samples[k]] is ``residual`` times as small as its terms.
+
+    0 and ``exact``: it is zero.
+    """
 
     samples: list[int]
     coefficients: list[float]
@@ -390,8 +405,8 @@ def near_dependency(features: Tensor, *, ones: bool = True, vectors: int = 8) ->
     """A smallest near-dependency among the rows of [features, 1], or None where they are far from dependent.
 
     Inverse iteration on the shifted Gram finds the vectors that nearly annihilate the rows; elimination with
-    pivots makes them sparse. Coefficients that look rational are tried in exact arithmetic: then ``exact`` is a
-    proof that the rank is below n.
+    pivots makes them sparse. Coefficients that look rational are tried in exact arithmetic: then ``exact`` is
+    a proof that the rank is below n.
     """
     h1 = StackedOnes(features, ones)
     n = h1.n
@@ -439,9 +454,13 @@ def near_dependency(features: Tensor, *, ones: bool = True, vectors: int = 8) ->
 def _is_dependency(rows: Tensor, coefficients: Tensor) -> bool:
     """Whether simple rational coefficients near the given ones annihilate the rows exactly."""
     simple = [Fraction(float(c)).limit_denominator(64) for c in coefficients]
-    if all(s == 0 for s in simple) or any(abs(float(s) - float(c)) > 1e-4 for s, c in zip(simple, coefficients, strict=True)):
+    if all(s == 0 for s in simple) or any(
+        abs(float(s) - float(c)) > 1e-4 for s, c in zip(simple, coefficients, strict=True)
+    ):
         return False
     approx = torch.tensor([float(s) for s in simple], dtype=torch.float64) @ rows
     if float(approx.abs().amax()) > 1e-9 * float(rows.abs().amax()):
         return False
-    return all(sum(s * Fraction(v) for s, v in zip(simple, column, strict=True)) == 0 for column in rows.mT.tolist())
+    return all(
+        sum(s * Fraction(v) for s, v in zip(simple, column, strict=True)) == 0 for column in rows.mT.tolist()
+    )
