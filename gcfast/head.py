@@ -69,7 +69,8 @@ class HeadSolution:
     def __str__(self) -> str:
         state = "interrupted" if self.interrupted else ("converged" if self.converged else "NOT converged")
         return (
-            f"head by {self.method}: {state}; loss {self.loss:.3e}, L* {self.infimum:.3e}, gap {self.gap:.3e}; "
+            f"head by {self.method}: {state}; "
+            f"loss {self.loss:.3e}, L* {self.infimum:.3e}, gap {self.gap:.3e}; "
             f"{self.iterations} iterations, {self.products} products, {self.seconds:.2f} s. {self.reason}"
         )
 
@@ -124,17 +125,21 @@ def solve_head(
     """Solve phase two: minimise L over the head (W, b) with the hidden weights frozen.
 
     Args:
-        model_or_features: a model, whose head is updated in place, or features (n, m) without the ones column.
+        model_or_features: a model, whose head is updated in place, or features (n, m) without the ones
+            column.
         data_or_targets: the training set (inputs, targets), a Dataset or DataLoader with a fixed order; with
             features, the targets: class labels (n,), probabilities (n, C), or real (n, C), by the loss.
-        loss: "cross_entropy", "mse", "bce_with_logits", "huber", a ``torch.nn`` loss, or a ``gcfast.ConvexLoss``.
+        loss: "cross_entropy", "mse", "bce_with_logits", "huber", a ``torch.nn`` loss, or a
+            ``gcfast.ConvexLoss``.
         start: V_tau = (weight (C, m), bias (C,)), the point the answer is nearest to. Default: the model's
             head, or zeros.
         target_gap: eps > 0; stop where L <= L* + eps.
-        method: ``nearest``, the eps-minimiser nearest to V_tau in Euclidean norm, certified by duality (weight
-            decay: the regularised minimiser, centred at zero); ``exact`` (squared loss), the limit of gradient
-            descent from V_tau; ``gd`` with step 1/beta; ``sgd`` with square-summable steps, batches of 256.
-        weight_decay: wd >= 0 adds (wd/2)|V|^2, bias included, as in ``torch.optim``; ``nearest``, ``gd``, ``sgd``.
+        method: ``nearest``, the eps-minimiser nearest to V_tau in Euclidean norm, certified by duality
+            (weight decay: the regularised minimiser, centred at zero); ``exact`` (squared loss), the limit of
+            gradient descent from V_tau; ``gd`` with step 1/beta; ``sgd`` with square-summable steps,
+            batches of 256.
+        weight_decay: wd >= 0 adds (wd/2)|V|^2, bias included, as in ``torch.optim``; ``nearest``, ``gd``,
+            ``sgd``.
         max_bytes: refuse beforehand what needs more memory than this (default: what the machine has free).
         callback: called with a :class:`Progress`. Ctrl-C ends the work with the best head so far.
         head: module or name, where the model's head is not the last Linear applied.
@@ -175,21 +180,33 @@ def solve_head(
     if module is not None:
         with torch.no_grad():
             module.weight.copy_(solution.weight)
-            if module.bias is not None:
+            if module.bias is not None and solution.bias is not None:
                 module.bias.copy_(solution.bias)
     solution.seconds = time.perf_counter() - began
     return solution
 
 
 def _number(name: str, value: float, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name}: expected a {'positive' if positive else 'non-negative'} finite number; got {value!r}")
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value < 0
+        or (positive and value == 0)
+    ):
+        raise ValueError(
+            f"{name}: expected a {'positive' if positive else 'non-negative'} finite number; got {value!r}"
+        )
 
 
-def _task(features: Tensor, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None) -> _Task:
+def _task(
+    features: Tensor, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
+) -> _Task:
     n, m = features.shape
     if targets.device != features.device:
-        raise ValueError(f"targets: expected on the device of the features, {features.device}; got {targets.device}")
+        raise ValueError(
+            f"targets: expected on the device of the features, {features.device}; got {targets.device}"
+        )
     if start is None:
         c = _outputs(targets)
         weight = torch.zeros((c, m), dtype=torch.float64, device=features.device)
@@ -200,24 +217,30 @@ def _task(features: Tensor, targets: Tensor, loss: ConvexLoss, start: tuple[Tens
         w, b = start
         if w.dim() != 2 or w.shape[1] != m or (b is not None and b.shape != w.shape[:1]):
             raise ValueError(
-                f"start: expected weight (C, {m}) and bias (C,); got {tuple(w.shape)} and {None if b is None else tuple(b.shape)}"
+                f"start: expected weight (C, {m}) and bias (C,); "
+                f"got {tuple(w.shape)} and {None if b is None else tuple(b.shape)}"
             )
         if w.device != features.device:
-            raise ValueError(f"start: expected on the device of the features, {features.device}; got {w.device}")
+            raise ValueError(
+                f"start: expected on the device of the features, {features.device}; got {w.device}"
+            )
         weight = w.detach().to(torch.float64)
         bias = None if b is None else b.detach().to(torch.float64)
-        if not bool(torch.isfinite(weight).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
+        if not bool(torch.isfinite(weight).all()) or (
+            bias is not None and not bool(torch.isfinite(bias).all())
+        ):
             raise ValueError("start: the weights are not finite")
     y = loss.prepare(targets, n, len(weight))
     return _Task(features, y, loss, weight, bias, _infimum(features, y, loss))
 
 
 def _outputs(targets: Tensor) -> int:
-    if targets.dim() == 2 and targets.shape[1] > 1 or targets.is_floating_point():
+    if (targets.dim() == 2 and targets.shape[1] > 1) or targets.is_floating_point():
         return targets.shape[1] if targets.dim() == 2 else 1
     if len(targets) and int(targets.min()) < 0:
         i = int((targets.reshape(-1) < 0).nonzero()[0])
-        raise ValueError(f"targets: label {int(targets.reshape(-1)[i])} of sample {i} is out of range (labels count from 0)")
+        label = int(targets.reshape(-1)[i])
+        raise ValueError(f"targets: label {label} of sample {i} is out of range (labels count from 0)")
     return max(int(targets.max()) + 1, 2) if len(targets) else 2
 
 
@@ -234,7 +257,14 @@ def _infimum(features: Tensor, y: Tensor, loss: ConvexLoss) -> float:
 
 
 def _finish(
-    task: _Task, weight: Tensor, bias: Tensor | None, *, lam: float, gap_target: float, weight_decay: float, **known: Any
+    task: _Task,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    lam: float,
+    gap_target: float,
+    weight_decay: float,
+    **known: Any,
 ) -> HeadSolution:
     """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
     dtype = task.features.dtype
@@ -253,7 +283,9 @@ def _finish(
         # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
         z0 = task.logits(center_w, center_b)
         dual2 = float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))
-        duality_gap = loss + 0.5 * lam * u2 - (float(((residual * z0).sum(1) - conjugate).mean()) - dual2 / (2 * lam))
+        duality_gap = (
+            loss + 0.5 * lam * u2 - (float(((residual * z0).sum(1) - conjugate).mean()) - dual2 / (2 * lam))
+        )
         duality_gap = max(duality_gap, 0.0)
         distance = math.sqrt(2 * duality_gap / lam / u2) if u2 > 0 else 0.0
     gap = duality_gap if weight_decay else loss - task.infimum
@@ -274,19 +306,34 @@ def _finish(
 
 
 def _gram_dtype(task: _Task) -> torch.dtype:
-    """float32 where the infimum is approached at infinity: logits to 1e-4 are enough, and the end is checked in float64."""
-    return torch.float64 if task.n <= 1024 or not isinstance(task.loss, CrossEntropy) or task.targets.dim() == 2 else torch.float32
+    """float32 where the infimum is approached at infinity: logits to 1e-4 do, float64 checks the end."""
+    return (
+        torch.float64
+        if task.n <= 1024 or not isinstance(task.loss, CrossEntropy) or task.targets.dim() == 2
+        else torch.float32
+    )
 
 
 def _nearest(
-    task: _Task, target_gap: float, weight_decay: float, max_bytes: int | None, say: Callable[[Progress], None], began: float
+    task: _Task,
+    target_gap: float,
+    weight_decay: float,
+    max_bytes: int | None,
+    say: Callable[[Progress], None],
+    began: float,
 ) -> HeadSolution:
     n, c = task.n, len(task.weight)
     dtype = _gram_dtype(task)
     bytes_needed = n * n * dtype.itemsize + n * 1024 * 8 + 40 * n * c * 8 + 3 * 1200**2 * 8
     if task.loss.separable:
         bytes_needed += 2 * min(n, 8192) ** 2 * 8
-    require("solve_head(method='nearest')", bytes_needed, max_bytes, task.features.device, "use method='sgd', or fewer samples")
+    require(
+        "solve_head(method='nearest')",
+        bytes_needed,
+        max_bytes,
+        task.features.device,
+        "use method='sgd', or fewer samples",
+    )
     if weight_decay:
         offset = torch.zeros((n, c), dtype=torch.float64, device=task.features.device)
     else:
@@ -295,10 +342,24 @@ def _nearest(
     path: list[tuple[float, float]] = []
     zero = torch.zeros((n, c), dtype=torch.float64, device=offset.device)
     initial = task.mean_loss(offset)
-    known: dict[str, Any] = dict(method="nearest", interrupted=False, iterations=0, products=0, peak_bytes=bytes_needed, path=path)
+    known: dict[str, Any] = {
+        "method": "nearest",
+        "interrupted": False,
+        "iterations": 0,
+        "products": 0,
+        "peak_bytes": bytes_needed,
+        "path": path,
+    }
     if not weight_decay and initial <= target:
         return _finish(
-            task, task.weight, task.bias, lam=0.0, gap_target=target_gap, weight_decay=0.0, reason="the start is within the target", **known
+            task,
+            task.weight,
+            task.bias,
+            lam=0.0,
+            gap_target=target_gap,
+            weight_decay=0.0,
+            reason="the start is within the target",
+            **known,
         )
     best = State(zero, zero, initial)
     lam, reason = 0.0, ""
@@ -309,7 +370,9 @@ def _nearest(
         lam = 3e-3 * float(problem.diagonal.mean()) / n
         if weight_decay:
             lam = max(lam, weight_decay)
-        best, lam, reason = _follow(problem, task, best, lam, target, target_gap, weight_decay, path, say, began, initial)
+        best, lam, reason = _follow(
+            problem, task, best, lam, target, target_gap, weight_decay, path, say, began, initial
+        )
     except KeyboardInterrupt:
         known["interrupted"] = True
         reason = "interrupted; the best head so far"
@@ -318,11 +381,13 @@ def _nearest(
     finally:
         _LAST.pop(id(problem), None)
     if problem is not None:
-        known |= dict(iterations=problem.steps, products=problem.products)
+        known |= {"iterations": problem.steps, "products": problem.products}
     du, db = task.transpose(best.a)
     weight = du if weight_decay else task.weight + du
     bias = None if task.bias is None or db is None else (db if weight_decay else task.bias + db)
-    return _finish(task, weight, bias, lam=lam, gap_target=target_gap, weight_decay=weight_decay, reason=reason, **known)
+    return _finish(
+        task, weight, bias, lam=lam, gap_target=target_gap, weight_decay=weight_decay, reason=reason, **known
+    )
 
 
 _LAST: dict[int, State] = {}  # newest point of a running path, for Ctrl-C
@@ -363,7 +428,16 @@ def _follow(
         _LAST[id(problem)] = state
         excess = max(state.loss - task.infimum, 1e-300)
         fraction = 1.0 if last else min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
-        say(Progress(index + 1, lam, state.loss, state.gap if weight_decay else excess, time.perf_counter() - began, fraction))
+        say(
+            Progress(
+                index + 1,
+                lam,
+                state.loss,
+                state.gap if weight_decay else excess,
+                time.perf_counter() - began,
+                fraction,
+            )
+        )
         if last:
             return state, lam, "minimiser of the regularised problem, certified by duality"
         if not weight_decay and state.loss <= target:
@@ -389,7 +463,11 @@ def _follow(
             flat = 0
         if not math.isfinite(state.value):
             return state, lam, "the loss overflowed along the path"
-        shrink = PATH_FACTOR if task.loss.attained(task.targets) else max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
+        shrink = (
+            PATH_FACTOR
+            if task.loss.attained(task.targets)
+            else max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
+        )
         following = max(lam * shrink, weight_decay) if weight_decay else lam * shrink
         before, state = state, _extrapolate(problem, previous, state, lam, following)
         previous, lam = (lam, before), following
@@ -397,7 +475,7 @@ def _follow(
 
 
 def _correct(problem: Problem, task: _Task, state: State, lam: float, target: float) -> tuple[State, bool]:
-    """Iterative refinement: the Gram may be float32, so take the true logits into the offset and polish again."""
+    """Iterative refinement: the Gram may be float32, so the true logits become the offset."""
     for _ in range(4):
         du, db = task.transpose(state.a)
         true = task.logits(task.weight + du, None if task.bias is None or db is None else task.bias + db)
@@ -417,12 +495,20 @@ def _rounded(task: _Task, db: Tensor | None) -> Tensor | None:
 def _stuck(task: _Task, target_gap: float) -> str:
     n, m = task.features.shape
     if n > m + int(task.bias is not None):
-        return f"L* + {target_gap:g} is out of reach: n = {n} samples exceed m + 1 = {m + 1}; gcfast.widen the model to m >= n - 1"
-    return f"L* + {target_gap:g} was not reached: the features are too nearly dependent; gcfast.certify names the samples"
+        return (
+            f"L* + {target_gap:g} is out of reach: n = {n} samples exceed m + 1 = {m + 1}; "
+            "gcfast.widen the model to m >= n - 1"
+        )
+    return (
+        f"L* + {target_gap:g} was not reached: the features are too nearly dependent; "
+        "gcfast.certify names the samples"
+    )
 
 
-def _extrapolate(problem: Problem, previous: tuple[float, State] | None, state: State, lam: float, following: float) -> State:
-    """Go on linearly in log lambda where that is better than standing still: late on the path it is nearly exact."""
+def _extrapolate(
+    problem: Problem, previous: tuple[float, State] | None, state: State, lam: float, following: float
+) -> State:
+    """Go on linearly in log lambda where that beats standing still: late on the path it is nearly exact."""
     if previous is None:
         return state
     w = math.log(following / lam) / math.log(lam / previous[0])
@@ -440,16 +526,23 @@ def _exact(task: _Task, max_bytes: int | None, weight_decay: float, target_gap: 
         raise ValueError("weight_decay: 'exact' has none; use method='nearest'")
     n, m = task.features.shape
     if n > m + int(task.bias is not None):
-        raise ValueError(f"method: 'exact' needs n <= m + 1; got n = {n}, m = {m}: gcfast.widen the model, or use 'nearest'")
+        raise ValueError(
+            f"method: 'exact' needs n <= m + 1; got n = {n}, m = {m}: "
+            "gcfast.widen the model, or use 'nearest'"
+        )
     need = 2 * n * n * 8 + n * 1024 * 8
     require("solve_head(method='exact')", need, max_bytes, task.features.device, "use method='gd'")
     low, info = torch.linalg.cholesky_ex(_gram(task, torch.float64))
     if int(info) != 0:
-        raise ValueError("features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify to see which samples")
+        raise ValueError(
+            "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
+            "to see which samples"
+        )
     a = torch.zeros_like(task.logits(task.weight, task.bias))
     weight, bias = task.weight, task.bias
     steps, before = 0, math.inf
-    for steps in range(1, 6):  # iterative refinement with the true residual
+    for _ in range(5):  # iterative refinement with the true residual
+        steps += 1
         gap = task.targets - task.logits(weight, bias)
         size = float(gap.abs().amax())
         if size == 0 or size > 0.5 * before:
@@ -488,7 +581,9 @@ def _descent(
     """The paper's own phase two: gradient descent with step 1/beta, or SGD with square-summable steps."""
     curvature = task.loss.smoothness(len(task.weight))
     if not math.isfinite(curvature):
-        raise ValueError(f"loss: {task.loss!r} states no smoothness(), which {method} needs for its step; use 'nearest'")
+        raise ValueError(
+            f"loss: {task.loss!r} states no smoothness(), which {method} needs for its step; use 'nearest'"
+        )
     n = task.n
     weight, bias = task.weight.clone(), None if task.bias is None else task.bias.clone()
     h = task.features.to(torch.float64)
@@ -519,7 +614,8 @@ def _descent(
                 batches = torch.randperm(n, generator=order).to(h.device).split(256)
                 for i, batch in enumerate(batches):
                     t = done + i / len(batches)
-                    advance(h[batch], task.targets[batch], step / (1 + t / limit) ** 0.6)  # sum eta = inf, sum eta^2 < inf
+                    # sum eta = inf, sum eta^2 < inf
+                    advance(h[batch], task.targets[batch], step / (1 + t / limit) ** 0.6)
             done += 1
             if done % every and done < limit:
                 continue
@@ -528,7 +624,11 @@ def _descent(
             path.append((weight_decay, value))
             if value + 0.5 * weight_decay * norm2 < best[0]:
                 best = (value + 0.5 * weight_decay * norm2, weight, bias)
-            say(Progress(done, weight_decay, value, value - task.infimum, time.perf_counter() - began, done / limit))
+            say(
+                Progress(
+                    done, weight_decay, value, value - task.infimum, time.perf_counter() - began, done / limit
+                )
+            )
             if not weight_decay and value <= task.infimum + target_gap:
                 reason = "target gap reached"
                 break
