@@ -166,7 +166,7 @@ def gram_product(gram: Tensor, x: Tensor) -> Tensor:
     """gram x for a symmetric matrix and few right-hand sides: the inner step of phase two's solver.
 
     Args:
-        gram: (n, n), symmetric. That is not checked: the CPU kernel reads the lower triangle, in half the time.
+        gram: (n, n), symmetric; not checked: the CPU kernel reads the lower triangle, in half the time.
         x: (n, c), of gram's dtype and device, any strides.
 
     Returns:
@@ -182,5 +182,7 @@ def gram_product(gram: Tensor, x: Tensor) -> Tensor:
     if x.dim() != 2 or x.shape[0] != gram.shape[0]:
         raise ValueError(f"x must have shape ({gram.shape[0]}, c); got {tuple(x.shape)}")
     if torch.is_grad_enabled() and (gram.requires_grad or x.requires_grad):
-        raise RuntimeError("gram_product cannot be differentiated: use gram @ x, or work under torch.no_grad()")
+        raise RuntimeError(
+            "gram_product cannot be differentiated: use gram @ x, or work under torch.no_grad()"
+        )
     return gram_product_op(gram, x)

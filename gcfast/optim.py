@@ -50,24 +50,21 @@ class TwoPhase(Optimizer):
         base: any `torch.optim.Optimizer` over parameters of `model`. From now on step this object instead.
         model: the model, plain or wrapped by `torch.compile`, `DataParallel`, `DistributedDataParallel`.
         switch_step: number of steps of phase one, ≥ 1. A fraction is rounded up, so that `0.6 * total_steps`
-        will
-            do. `None` or `math.inf`: only `switch()` switches. Skipped steps of a `GradScaler` do not count.
+            will do. `None` or `math.inf`: only `switch()` switches. Skipped steps of a `GradScaler` do not
+            count.
         head: the last affine layer, an `nn.Linear` or its qualified name. By default it is found: from the
             structure, or as the last `nn.Linear` applied in the first forward pass with gradients. This pass
             also checks, by one additional pass in evaluation mode, that the output is affine in the head.
         perturbation: standard deviation of the Gaussian vector, ≥ 0. It is drawn in float32 (float64 for
-        float64
-            weights) on the CPU, parameter by parameter in the order of `model.named_parameters()`, so that a
-            seed means the same on every device; the sum is rounded once to the weights' own type.
+            float64 weights) on the CPU, parameter by parameter in the order of `model.named_parameters()`, so
+            that a seed means the same on every device; the sum is rounded once to the weights' own type.
         generator: the `torch.Generator`, on the CPU, to draw from. Default: an own one, seeded by `seed`, or
-        else
-            by torch's initial seed; the global generator is never drawn from.
+            else by torch's initial seed; the global generator is never drawn from.
         seed: seed for the own generator; not together with `generator`.
 
     Raises:
         HeadError: no head, several candidates, or an output not affine in it; in the constructor if that can
-        be
-            told there, else in the first forward pass, or in the first step if no forward pass was seen.
+            be told there, else in the first forward pass, or in the first step if no forward pass was seen.
         ValueError, TypeError: an argument is out of range; a parameter of `base` is not one of `model`.
 
     Hidden parameters that are in `model` but not in `base` are perturbed if they require gradients, and
