@@ -27,7 +27,7 @@ from gcfast import ops
 from gcfast.losses import ConvexLoss, CrossEntropy
 
 TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
-PAIRS = 1200  # most pairs coupled by one softmax factorisation: n^3/3 = 0.6 GFLOP
+PAIRS = 600  # most pairs coupled by one softmax factorisation: more save products, fewer save the factor
 BLOCK = 8192  # most samples in one separable block
 CG_STEPS = 40
 CG_TOLERANCE = 0.1  # of the preconditioned residual: Newton's quadratic phase is not worth more

@@ -344,14 +344,14 @@ class _Examiner:
                     self.offenders.append(self._offender("equal features", group))
             drop = {i for g in groups for i in g[1:]}
             features = features[[i for i in range(self.n) if i not in drop]]
-        needed = proof_bytes(len(features), self.m, self.sharp)
+        needed = proof_bytes(len(features), self.m)
         try:
             require(
                 f"certify's direct route for n = {len(features)}",
                 needed,
                 self.max_bytes,
                 features.device,
-                "sharp=False, fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer "
+                "fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer "
                 "of m >= n units before the head)",
             )
         except MemoryError as refused:

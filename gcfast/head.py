@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast._newton import Problem, State, minimise
+from gcfast._newton import PAIRS, Problem, State, minimise
 from gcfast.features import check_features, collect, equal_rows
 from gcfast.inspection import Head
 from gcfast.losses import ConvexLoss, CrossEntropy, check_convex, resolve_loss
@@ -324,7 +324,7 @@ def _nearest(
 ) -> HeadSolution:
     n, c = task.n, len(task.weight)
     dtype = _gram_dtype(task)
-    bytes_needed = n * n * dtype.itemsize + n * 1024 * 8 + 40 * n * c * 8 + 3 * 1200**2 * 8
+    bytes_needed = n * n * dtype.itemsize + n * 1024 * 8 + 40 * n * c * 8 + 3 * PAIRS**2 * 8
     if task.loss.separable:
         bytes_needed += 2 * min(n, 8192) ** 2 * 8
     require(

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,18 +64,47 @@ def gamma(k: int, dtype: torch.dtype = torch.float64) -> float:
     return math.inf if ku >= 0.5 else _up(ku / (1.0 - ku))
 
 
+def _precision_switches() -> list[Any]:
+    """Torch's settings that let a float32 product use TF32 or bf16, as objects with ``fp32_precision``."""
+    paths = (
+        torch.backends,
+        getattr(torch.backends.cuda, "matmul", None),
+        getattr(getattr(torch.backends, "mkldnn", None), "matmul", None),
+    )
+    return [p for p in paths if p is not None and hasattr(p, "fp32_precision")]
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products by the plain IEEE rules the bounds assume: no TF32, no bf16, no emulation, for the block."""
-    precision = torch.get_float32_matmul_precision()
-    deny = torch.backends.cuda.matmul.allow_tf32
-    torch.set_float32_matmul_precision("highest")
+    """Products by the plain IEEE rules that the bounds assume: no TF32, no bf16, no autocast, for the block."""
+    switches = [(s, s.fp32_precision) for s in _precision_switches()]
     try:
+        for switch, _ in switches:
+            switch.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.matmul.allow_tf32 = deny
+        for switch, before in switches:
+            switch.fp32_precision = before
+
+
+def check_products(device: torch.device) -> None:
+    """Raise RuntimeError where products are seen to break the bounds: TF32, bf16 or emulation we cannot switch off.
+
+    Positive entries, so that a shorter mantissa shows; integers for float64, where the product is exact.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(1 << 21, 1 << 22, (2, 128, 128), generator=generator)
+    exact = whole[0].to(device).double() @ whole[1].to(device).double()
+    a, b = (1 + torch.rand((2, 256, 256), generator=generator)).to(device)
+    error = ((a @ b).double() - a.double() @ b.double()).abs() / (a.double() @ b.double())
+    # int64 products wrap for nothing here: 2^44 * 128 = 2^51
+    if not torch.equal(exact.cpu().long(), whole[0] @ whole[1]) or float(error.amax()) > 256 * 2.0**-24:
+        raise RuntimeError(
+            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated float64 is on), "
+            "so nothing can be proved with them: switch that off (torch.set_float32_matmul_precision('highest'), "
+            "no CUBLAS_EMULATE_* or ONEDNN_DEFAULT_FPMATH_MODE in the environment)"
+        )
 
 
 class StackedOnes:
@@ -288,34 +318,36 @@ def _norm_sharp(x: Tensor) -> float:
             m[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
     _reflect(m)
     error = gamma(terms, dtype) * y_rows + tiny
+    diagonal = m.diagonal().clone()
+    shifted = m.neg_()
     for slack in (1.05, 1.25, 2.0):
         t = float(torch.tensor(slack * top, dtype=dtype))
-        shifted = -m
-        shifted.diagonal().add_(t)
+        shifted.diagonal().copy_(t - diagonal)
         low, info = torch.linalg.cholesky_ex(shifted)
         if int(info) != 0:
             continue
         low = low.tril_()
-        product = torch.zeros_like(m)
+        product = torch.zeros_like(low)
         for k in range(0, n, inner):
             part = low[k:, k : k + inner]
             for i0, i1 in _blocks(n - k):
                 product[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
         _reflect(product)
-        residual = float((product - shifted).abs().sum(1, dtype=torch.float64).amax()) * (1 + 4 * n * unit)
+        residual = float(product.sub_(shifted).abs_().sum(1, dtype=torch.float64).amax()) * (1 + 4 * n * unit)
         low_sums = _row_sums_abs(low, _column_sums_abs(low, ones.to(dtype))).to(torch.float64)
         low_rows = float(low_sums.amax()) * (1 + 4 * n * unit)
         # t I - Y Y^T = L L^T + (what each product, the shift's subtraction and the residual's rounding hide)
         hidden = error + gamma(terms, dtype) * low_rows + _up(residual, n) * (1 + 4 * unit)
         hidden = hidden + 4 * unit * (t + top * slack) + tiny
-        bound = math.sqrt(_up(t + hidden, n)) + unit * frobenius
+        bound = math.sqrt(_up(t + hidden, n)) + unit * frobenius * (1 + 4 * unit) + tiny
         return min(plain, _up(bound / scale))
     return plain
 
 
-def proof_bytes(n: int, m: int, sharp: bool = True) -> int:
+def proof_bytes(n: int, m: int) -> int:
     """Peak bytes of :func:`prove_full_rank` beyond the features."""
-    return 8 * n * (3 * n + 3 * min(PANEL, m + 1)) + (4 * n * n if sharp else 0)
+    # three n x n float64 (Gram, factor and LAPACK's copy), or one and four float32 (the sharp bound)
+    return 8 * n * (3 * n + 4 * min(PANEL, m + 1))
 
 
 def prove_full_rank(
@@ -341,6 +373,7 @@ def prove_full_rank(
     if n == 0:
         return RankProof(True, math.inf, 0.0, 1.0, 0, "no rows")
     with exact_products():
+        check_products(features.device)
         tell("Gram", 0.0)
         rows = torch.cat([r.to(torch.float64).abs().sum(1) for r in features.split(4096)]) + int(ones)
         columns = max((float(p.abs().sum(0).amax()) for p in h1.panels()), default=0.0)

@@ -14,8 +14,8 @@ import torch
 from image_files import folder_images, write_mnist_raw, write_tree
 
 from gcfast import cli
-from gcfast.checkpoint import Checkpoint
-from gcfast.train import Diverged, Schedule, Trainer
+from gcfast.cli.checkpoint import Checkpoint
+from gcfast.cli.train import Diverged, Schedule, Trainer
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

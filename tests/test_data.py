@@ -20,8 +20,8 @@ from image_files import (
     write_zip,
 )
 
-from gcfast.data import DataSplit, load_dataset
-from gcfast.usage import UserError
+from gcfast.cli.data import DataSplit, load_dataset
+from gcfast.cli.usage import UserError
 
 
 def standardised(images: np.ndarray, train: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gcfast.models import ACTIVATIONS, ModelSpec, default_hidden, mlp, resnet18
-from gcfast.usage import UserError
+from gcfast.cli.models import ACTIVATIONS, ModelSpec, default_hidden, mlp, resnet18
+from gcfast.cli.usage import UserError
 
 
 def sizes(model: nn.Module) -> list[tuple[int, int]]:

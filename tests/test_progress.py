@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gcfast.progress import Progress, format_seconds
+from gcfast.cli.progress import Progress, format_seconds
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_lines_elsewhere() -> None:
 
 def test_lines_tell_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr("gcfast.progress.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("gcfast.cli.progress.time.perf_counter", lambda: float(next(clock)))
     stream = io.StringIO()
     progress = Progress("certificate", 4, stream=stream)
     progress.update(1, "whitening")

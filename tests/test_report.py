@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from gcfast.checkpoint import DataSpec
-from gcfast.data import load_dataset
-from gcfast.models import ModelSpec
-from gcfast.record import Record
-from gcfast.report import render, verdict, write_report
-from gcfast.train import Point, Schedule, Settings
+from gcfast.cli.checkpoint import DataSpec
+from gcfast.cli.data import load_dataset
+from gcfast.cli.models import ModelSpec
+from gcfast.cli.record import Record
+from gcfast.cli.report import render, verdict, write_report
+from gcfast.cli.train import Point, Schedule, Settings
 
 
 def a_record(root: Path, **certificate: Any) -> Record:

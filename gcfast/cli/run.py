@@ -60,7 +60,7 @@ class Run:
 
     def execute(self) -> None:
         """All stages; :class:`Diverged` if the training of A(base) itself breaks down."""
-        from .optim import TwoPhase
+        from gcfast.optim import TwoPhase
 
         settings, schedule = self.settings, self.schedule
         model = self._model(self._initial)
@@ -152,7 +152,7 @@ class Run:
                 self.record.seconds[key] = self.trainer.seconds
 
     def _certify(self) -> None:
-        from .certificate import certify
+        from gcfast.certificate import certify
 
         model = self._model(self._hidden).eval()
         data = (self.trainer.x_train, self.trainer.targets)
@@ -171,7 +171,7 @@ class Run:
             self.record.seconds["certify"] = time.perf_counter() - start
 
     def _solve(self) -> None:
-        from .head import solve_head
+        from gcfast.head import solve_head
 
         model = self._model(self._hidden).eval()
         target = self.settings.target_gap * _TARGET_SHARE

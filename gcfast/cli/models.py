@@ -41,7 +41,7 @@ def _activation(name: str) -> nn.Module:
 
 
 def _wide(d: int, m: int, activation: str) -> nn.Module:
-    from .wide import WideLayer
+    from gcfast.wide import WideLayer
 
     return WideLayer(d, m, activation=activation)
 

@@ -216,7 +216,7 @@ def _warn_of_memory(n: int, width: int, say: Callable[[str], None]) -> None:
 
 
 def _certify(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from .certificate import certify
+    from gcfast.certificate import certify
 
     device = _device(options.device)
     checkpoint = Checkpoint.load(options.checkpoint)
@@ -270,7 +270,7 @@ def _info(_options: argparse.Namespace, _: Sequence[str]) -> int:
             f"{'cuda':<10} no device"
             + (f" (torch was built with CUDA {built})" if built else " (torch without CUDA)")
         )
-    from .ops import backends
+    from gcfast.ops import backends
 
     print(f"\n{backends()}")
     return 0

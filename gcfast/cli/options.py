@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ._version import __version__
+from gcfast._version import __version__
 from .data import DATASETS
 from .models import ACTIVATIONS, MODELS
 from .train import BASES, LOSSES

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ._version import __version__
-from .certificate import Certificate
+from gcfast._version import __version__
+from gcfast.certificate import Certificate
 from .checkpoint import DataSpec
 from .data import DataSplit
 from .models import ModelSpec

@@ -1,0 +1,5 @@
+"""The command ``gcfast``: data sets, models, training runs and reports. The library itself needs none of it."""
+
+from .commands import main
+
+__all__ = ["main"]
