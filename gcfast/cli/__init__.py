@@ -1,4 +1,4 @@
-"""The command ``gcfast``: data sets, models, training runs and reports. The library itself needs none of it."""
+"""The command ``gcfast``: data sets, models, training runs, reports. The library itself needs none of it."""
 
 from .commands import main
 

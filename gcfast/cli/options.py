@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gcfast._version import __version__
+
 from .data import DATASETS
 from .models import ACTIVATIONS, MODELS
 from .train import BASES, LOSSES

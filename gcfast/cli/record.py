@@ -12,6 +12,7 @@ import torch
 
 from gcfast._version import __version__
 from gcfast.certificate import Certificate
+
 from .checkpoint import DataSpec
 from .data import DataSplit
 from .models import ModelSpec
