@@ -76,7 +76,7 @@ def _precision_switches() -> list[Any]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products by the plain IEEE rules that the bounds assume: no TF32, no bf16, no autocast, for the block."""
+    """Products by the plain IEEE rules the bounds assume: no TF32, no bf16, no autocast, for the block."""
     switches = [(s, s.fp32_precision) for s in _precision_switches()]
     try:
         for switch, _ in switches:
@@ -89,7 +89,7 @@ def exact_products() -> Iterator[None]:
 
 
 def check_products(device: torch.device) -> None:
-    """Raise RuntimeError where products are seen to break the bounds: TF32, bf16 or emulation we cannot switch off.
+    """Raise RuntimeError where products are seen to break the bounds: TF32, bf16 or emulation left on.
 
     Positive entries, so that a shorter mantissa shows; integers for float64, where the product is exact.
     """
@@ -101,8 +101,9 @@ def check_products(device: torch.device) -> None:
     # int64 products wrap for nothing here: 2^44 * 128 = 2^51
     if not torch.equal(exact.cpu().long(), whole[0] @ whole[1]) or float(error.amax()) > 256 * 2.0**-24:
         raise RuntimeError(
-            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated float64 is on), "
-            "so nothing can be proved with them: switch that off (torch.set_float32_matmul_precision('highest'), "
+            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated float64 "
+            "is on), so nothing can be proved with them: switch that off "
+            "(torch.set_float32_matmul_precision('highest'), "
             "no CUBLAS_EMULATE_* or ONEDNN_DEFAULT_FPMATH_MODE in the environment)"
         )
 
