@@ -101,8 +101,8 @@ def check_products(device: torch.device) -> None:
     # int64 products wrap for nothing here: 2^44 * 128 = 2^51
     if not torch.equal(exact.cpu().long(), whole[0] @ whole[1]) or float(error.amax()) > 256 * 2.0**-24:
         raise RuntimeError(
-            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated float64 "
-            "is on), so nothing can be proved with them: switch that off "
+            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated "
+            "float64 is on), so nothing can be proved with them: switch that off "
             "(torch.set_float32_matmul_precision('highest'), "
             "no CUBLAS_EMULATE_* or ONEDNN_DEFAULT_FPMATH_MODE in the environment)"
         )
