@@ -115,14 +115,13 @@ class StackedOnes:
         self.features, self.ones = features, ones
         self.n, self.columns = features.shape[0], features.shape[1] + int(ones)
 
-    def panels(self, width: int = PANEL) -> Iterator[Tensor]:
+    def panels(self, width: int = PANEL, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
         m = self.features.shape[1]
         for j in range(0, self.columns, width):
-            panel = self.features[:, j : min(j + width, m)].to(torch.float64)
+            panel = self.features[:, j : min(j + width, m)].to(dtype)
             if self.ones and j + width >= self.columns:
                 panel = torch.cat([panel, panel.new_ones(self.n, 1)], 1)
-            # rows contiguous: every product below reads them so, and is then bitwise repeatable
-            yield panel.contiguous()
+            yield panel if panel.stride(1) == 1 else panel.contiguous()
 
 
 def _blocks(n: int) -> Iterator[tuple[int, int]]:
@@ -142,8 +141,7 @@ def _reflect(g: Tensor) -> Tensor:
 def gram(h1: StackedOnes, dtype: torch.dtype = torch.float64) -> Tensor:
     """H1 H1^T (n x n), lower block triangle computed and mirrored. A proposal, not a proof."""
     g = h1.features.new_zeros((h1.n, h1.n), dtype=dtype)
-    for panel in h1.panels():
-        panel = panel.to(dtype)
+    for panel in h1.panels(dtype=dtype):
         for i0, i1 in _blocks(h1.n):
             g[i0:i1, :i1].addmm_(panel[i0:i1], panel[:i1].mT)
     return _reflect(g)

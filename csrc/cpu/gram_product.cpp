@@ -32,7 +32,8 @@ template <class T> __attribute__((always_inline)) inline T dot(const T* a, const
 // sums[r][c] += K[r, j] x[c, j] in lanes, out[c, j] += K[r, j] xi[c, r]. What is left of a lane goes to out_i.
 template <class T, int R, int C>
 __attribute__((always_inline)) inline void micro(const T* k, int64_t ld, const T* x, T* out, int64_t n, int64_t columns,
-                                                 const T* xi, T* out_i, typename Lanes<T>::Vec* sums, int stride) {
+                                                 const T* xi, T* out_i, typename Lanes<T>::Vec* sums, int stride,
+                                                 const T* next) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int64_t W = Lanes<T>::width;
   Vec sum[R][C];
@@ -43,7 +44,10 @@ __attribute__((always_inline)) inline void micro(const T* k, int64_t ld, const T
   for (; j + W <= columns; j += W) {
     Vec row[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) row[r] = *reinterpret_cast<const Vec*>(k + r * ld + j);
+    for (int r = 0; r < R; ++r) {
+      row[r] = *reinterpret_cast<const Vec*>(k + r * ld + j);
+      if (next) __builtin_prefetch(next + r * ld + j);  // a tile's rows are too short for the hardware to foresee
+    }
 #pragma GCC unroll 5
     for (int c = 0; c < C; ++c) {
       const Vec v = *reinterpret_cast<const Vec*>(x + c * n + j);
@@ -69,12 +73,18 @@ __attribute__((always_inline)) inline void micro(const T* k, int64_t ld, const T
 
 template <class T, int C>
 __attribute__((always_inline)) inline void tile(const GramProductArgs<T>& a, const T* x, T* out, int64_t i0, int64_t i1,
-                                                int64_t j0, int64_t columns, typename Lanes<T>::Vec* sums, int stride) {
+                                                int64_t j0, int64_t columns, typename Lanes<T>::Vec* sums, int stride,
+                                                bool first) {
   int64_t i = i0;
-  for (; i + 4 <= i1; i += 4)
-    micro<T, 4, C>(a.gram + i * a.ld + j0, a.ld, x + j0, out + j0, a.n, columns, x + i, out + i, sums + (i - i0) * stride, stride);
+  for (; i + 4 <= i1; i += 4) {
+    const T* k = a.gram + i * a.ld + j0;
+    // the next four rows, or the first four of the next tile
+    const T* next = !first ? nullptr : i + 8 <= i1 ? k + 4 * a.ld : a.gram + i0 * a.ld + j0 + columns;
+    micro<T, 4, C>(k, a.ld, x + j0, out + j0, a.n, columns, x + i, out + i, sums + (i - i0) * stride, stride, next);
+  }
   for (; i < i1; ++i)
-    micro<T, 1, C>(a.gram + i * a.ld + j0, a.ld, x + j0, out + j0, a.n, columns, x + i, out + i, sums + (i - i0) * stride, stride);
+    micro<T, 1, C>(a.gram + i * a.ld + j0, a.ld, x + j0, out + j0, a.n, columns, x + i, out + i, sums + (i - i0) * stride,
+                   stride, nullptr);
 }
 
 // Rows [i0, i0 + kRows) of K for `sides` <= kSides right-hand sides.
@@ -90,11 +100,11 @@ __attribute__((always_inline)) inline void block_row(const GramProductArgs<T>& a
       const T* xc = x + c * n;
       T* oc = out + c * n;
       switch (std::min(kAtOnce, sides - c)) {
-        case 5: tile<T, 5>(a, xc, oc, i0, i1, j0, columns, sums + c, sides); break;
-        case 4: tile<T, 4>(a, xc, oc, i0, i1, j0, columns, sums + c, sides); break;
-        case 3: tile<T, 3>(a, xc, oc, i0, i1, j0, columns, sums + c, sides); break;
-        case 2: tile<T, 2>(a, xc, oc, i0, i1, j0, columns, sums + c, sides); break;
-        default: tile<T, 1>(a, xc, oc, i0, i1, j0, columns, sums + c, sides);
+        case 5: tile<T, 5>(a, xc, oc, i0, i1, j0, columns, sums + c, sides, c == 0); break;
+        case 4: tile<T, 4>(a, xc, oc, i0, i1, j0, columns, sums + c, sides, c == 0); break;
+        case 3: tile<T, 3>(a, xc, oc, i0, i1, j0, columns, sums + c, sides, c == 0); break;
+        case 2: tile<T, 2>(a, xc, oc, i0, i1, j0, columns, sums + c, sides, c == 0); break;
+        default: tile<T, 1>(a, xc, oc, i0, i1, j0, columns, sums + c, sides, c == 0);
       }
     }
   }
