@@ -1,17 +1,18 @@
 """Newton's method on the regularisation path, in the variable A of U = H1^T A.
 
 Minimises P(A) = (1/n) sum_i loss_i(z0_i + (K A)_i) + (lambda/2) tr(A^T K A), K = H1 H1^T (n x n), A (n, C).
-Steps solve (S K / n + lambda I) B = -g, g = residual/n + lambda A, by conjugate gradients in the inner product
-of K, which is the ordinary one of U: every iterate is a step down, at one product with K each.
+Steps solve (S K / n + lambda I) B = -g, g = residual/n + lambda A, by conjugate gradients in the inner
+product of K, which is the ordinary one of U: every iterate is a step down, at one product with K each.
 
 What makes it short is the preconditioner. Small lambda makes the problem harder but the curvature S sparser:
-only pairs (sample, class) with d_ic K_ii > tau n lambda matter, some hundreds of n C. With E the rows
-e_c - e_reference of those pairs, Woodbury's identity gives the exact inverse of the curvature restricted to them,
+only pairs (sample, class) with d_ic K_ii > tau n lambda matter, some hundreds of the n C. With E the rows
+e_c - e_reference of those pairs, Woodbury's identity gives the exact inverse of the curvature restricted to
+them,
 
     (lambda I + H~^T S~ H~ / n)^-1 = (1/lambda) (I - H~^T (n lambda S~^-1 + K~)^-1 H~),
 
-with K~ = (E E^T) o K over the active pairs and S~^-1 = diag(1/p) + 1 1^T/(1 - sum p) block by block. One
-Cholesky factorisation of that size a step; conjugate gradients then need one or two products.
+with K~ = (E E^T) o K over the active pairs and S~^-1 = diag(1/p) + 1 1^T/(1 - sum p) sample by sample. One
+Cholesky factorisation of that size a step; conjugate gradients then need a few products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -177,11 +179,13 @@ def _factor(system: Tensor) -> Tensor:
         grow = 1e-14 if shift == 0.0 else 9.0 * shift
         system.diagonal().add_(grow * system.diagonal().amax())
         shift += grow
-    raise FloatingPointError("the Gram of the features is too far from positive semidefinite; features are not finite or overflow")
+    raise FloatingPointError("the Gram of the features is too far from positive semidefinite, or overflows")
 
 
-def minimise(problem: Problem, state: State, lam: float, tolerance: float, steps: int = NEWTON_STEPS) -> State:
-    """Newton steps from ``state`` until P - D <= tolerance * (lambda/2)|U|^2, no step helps, or ``steps`` are done."""
+def minimise(
+    problem: Problem, state: State, lam: float, tolerance: float, steps: int = NEWTON_STEPS
+) -> State:
+    """Newton steps from ``state`` until P - D <= tolerance * (lambda/2)|U|^2 or none helps; ``steps`` at most."""
     a, f = state.a, state.f
     n, loss, targets = problem.n, problem.loss, problem.targets
     for step in range(steps + 1):
@@ -199,16 +203,10 @@ def minimise(problem: Problem, state: State, lam: float, tolerance: float, steps
         if isinstance(loss, CrossEntropy):
             p = loss.probabilities(residual, targets)
             apply = _softmax_preconditioner(problem, p, lam)
-
-            def curvature(v: Tensor, p: Tensor = p) -> Tensor:
-                pv = p * v
-                return pv - p * pv.sum(1, keepdim=True)
+            curvature = partial(_softmax_curvature, p)
         else:
             apply = _separable_preconditioner(problem, loss.curvature_diagonal(z, targets), lam)
-
-            def curvature(v: Tensor, z: Tensor = z) -> Tensor:
-                return loss.curvature_product(z, targets, v)
-
+            curvature = partial(loss.curvature_product, z, targets)
         b, kb = _conjugate_gradients(problem, curvature, apply, g, kg, lam)
         # Armijo along b; the first trial is Newton's own step
         slope, t = float((g * kb).sum()), 1.0
@@ -224,8 +222,19 @@ def minimise(problem: Problem, state: State, lam: float, tolerance: float, steps
     return state
 
 
+def _softmax_curvature(p: Tensor, v: Tensor) -> Tensor:
+    """(diag(p) - p p^T) v, row by row."""
+    pv = p * v
+    return pv - p * pv.sum(1, keepdim=True)
+
+
 def _conjugate_gradients(
-    problem: Problem, curvature: Callable[[Tensor], Tensor], apply: Preconditioner, g: Tensor, kg: Tensor, lam: float
+    problem: Problem,
+    curvature: Callable[[Tensor], Tensor],
+    apply: Preconditioner,
+    g: Tensor,
+    kg: Tensor,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """B with (S K/n + lambda) B ~ -g, and K B."""
     r, kr = -g, -kg
