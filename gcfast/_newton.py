@@ -185,7 +185,7 @@ def _factor(system: Tensor) -> Tensor:
 def minimise(
     problem: Problem, state: State, lam: float, tolerance: float, steps: int = NEWTON_STEPS
 ) -> State:
-    """Newton steps from ``state`` until P - D <= tolerance * (lambda/2)|U|^2 or none helps; ``steps`` at most."""
+    """Newton steps from ``state``, ``steps`` at most, until P - D <= tolerance * (lambda/2)|U|^2."""
     a, f = state.a, state.f
     n, loss, targets = problem.n, problem.loss, problem.targets
     for step in range(steps + 1):
