@@ -58,6 +58,7 @@ class Problem:
     targets: Tensor
     products: int = 0
     steps: int = 0
+    newest: State | None = None  # last finished point of the path, for an interruption
     diagonal: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

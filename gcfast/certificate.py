@@ -215,6 +215,8 @@ def certify(
                 f"data: with features, expected the targets as a tensor; got {type(data).__name__}"
             )
         features, targets, ones = model_or_features, data, True
+        if targets is not None and targets.device != features.device:
+            raise ValueError(f"data: expected targets on {features.device}, got {targets.device}")
     if loss is not None and targets is None:
         raise ValueError("data: a loss needs targets")
     return _Examiner(

@@ -203,7 +203,7 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
     Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or
     the features are not finite; HeadError where the model has no head.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device_of(model)
     loader = _loader(data)
     first: Any = None
     features: list[Tensor] = []
@@ -216,7 +216,7 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
         x = _to_device(x, device)
         if first is None:
             first = (x, y)
-            head = find_head(model, x, head)
+            head = _head_by_forward(model, x, head)
             wide = wide_activation(model, head, x) if inspect else None
             tap = FeatureTap(model, head)
         with tap:
@@ -249,6 +249,26 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
         copies=_copies(digests, loader) if inspect else [],
         first_batch=first[0],
     )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    places = {p.device: name for name, p in model.named_parameters()}
+    if len(places) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in places.items())
+        raise ValueError(f"model: expected all parameters on one device; got {where}")
+    return next(iter(places), torch.device("cpu"))
+
+
+def _head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
+    try:
+        return find_head(model, x, head)
+    except RuntimeError as error:
+        given = {t.dtype for t in _tensors(x) if t.is_floating_point()}
+        expected = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if given and expected and not given & expected:
+            names = " and ".join(", ".join(sorted(map(str, dtypes))) for dtypes in (given, expected))
+            raise ValueError(f"data: inputs and model differ in dtype: {names} ({error})") from error
+        raise
 
 
 def _same_again(model: nn.Module, head: Head, first: Any, again: Any, features: Tensor) -> None:

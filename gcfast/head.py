@@ -377,9 +377,7 @@ def _nearest(
         known["interrupted"] = True
         reason = "interrupted; the best head so far"
         lam = path[-1][0] if path else 0.0
-        best = _LAST.get(id(problem), best)
-    finally:
-        _LAST.pop(id(problem), None)
+        best = problem.newest or best if problem is not None else best
     if problem is not None:
         known |= {"iterations": problem.steps, "products": problem.products}
     du, db = task.transpose(best.a)
@@ -388,9 +386,6 @@ def _nearest(
     return _finish(
         task, weight, bias, lam=lam, gap_target=target_gap, weight_decay=weight_decay, reason=reason, **known
     )
-
-
-_LAST: dict[int, State] = {}  # newest point of a running path, for Ctrl-C
 
 
 def _gram(task: _Task, dtype: torch.dtype) -> Tensor:
@@ -425,7 +420,7 @@ def _follow(
                     break
                 state = minimise(problem, state, lam, 0.5 * target_gap / max(state.quadratic, 1e-300))
         path.append((lam, state.loss))
-        _LAST[id(problem)] = state
+        problem.newest = state
         excess = max(state.loss - task.infimum, 1e-300)
         fraction = 1.0 if last else min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
         say(

@@ -27,13 +27,13 @@ def _data(n=N, seed=1, classes=3):
     return torch.randn((n, 6), generator=g), torch.randint(0, classes, (n,), generator=g)
 
 
-def test_direct_route_holds_with_everything_filled_in():
-    model, data = _model().double(), _data()
+def test_direct_route_holds_with_everything_filled_in(device):
+    model, data = _model().double().to(device), _data()
     cert = gcfast.certify(model, (data[0].double(), data[1]), loss="cross_entropy")
     assert (cert.status, cert.route, cert.n, cert.width, cert.rank_lower) == ("holds", "direct", N, 60, N)
     assert cert.offenders == [] and all(a.status == "holds" for a in cert.assumptions)
     assert cert.infimum == 0 and math.isclose(cert.gap, cert.loss)
-    features = model[:3](data[0].double()).detach()
+    features = model[:3](data[0].double().to(device)).detach().cpu()
     true = torch.linalg.svdvals(torch.cat([features, torch.ones(N, 1, dtype=torch.float64)], 1))
     assert 0.85 * float(true[-1]) <= cert.sigma_min_lower <= float(true[-1])
     assert "HOLDS" in str(cert) and json.loads(cert.to_json())["rank_lower"] == N
@@ -163,6 +163,7 @@ class _Noisy(Dataset):
         ((torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)), "empty"),
         ((_data()[0], _data()[1][:-1]), "differ in length: 40, 39"),
         ((torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.long)), "not finite: nan at sample 0"),
+        ((_data()[0].double(), _data()[1]), "differ in dtype: torch.float64 and torch.float32"),
         ((_data()[0], torch.full((N,), 3)), "label 3 of sample 0 is out of range for 3 outputs"),
     ],
 )

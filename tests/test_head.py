@@ -86,9 +86,10 @@ def test_nearest_reaches_the_target_and_is_the_regularised_minimiser(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m", "c"), [(1, 1, 2), (2, 1, 2), (31, 31, 3), (33, 60, 10), (252, 260, 2)])
-def test_sizes_and_dtypes(n, m, c, dtype):
-    h, y = _features(n, m, dtype), _labels(n, c)
-    solution = gcfast.solve_head(h, y, target_gap=1e-6, start=_start(m, c, dtype))
+def test_sizes_and_dtypes(device, n, m, c, dtype):
+    h, y = _features(n, m, dtype).to(device), _labels(n, c).to(device)
+    w, b = _start(m, c, dtype)
+    solution = gcfast.solve_head(h, y, target_gap=1e-6, start=(w.to(device), b.to(device)))
     assert solution.converged, str(solution)
     assert solution.weight.dtype == dtype and solution.weight.shape == (c, m)
     logits = h.double() @ solution.weight.double().T + solution.bias.double()

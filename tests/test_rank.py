@@ -22,9 +22,9 @@ def _with_condition(n, m, condition, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m"), SIZES)
 @pytest.mark.parametrize("sharp", [True, False])
-def test_random_features_are_proved_and_bounds_hold(n, m, dtype, sharp):
+def test_random_features_are_proved_and_bounds_hold(device, n, m, dtype, sharp):
     h = torch.randn((n, m), generator=torch.Generator().manual_seed(n), dtype=dtype)
-    proof = prove_full_rank(h, sharp=sharp)
+    proof = prove_full_rank(h.to(device), sharp=sharp)
     true = torch.linalg.svdvals(torch.cat([h.double(), torch.ones(n, 1, dtype=torch.float64)], 1))
     assert proof.proved, proof.reason
     assert proof.sigma_min_lower <= float(true[-1]) * (1 + 1e-9)
