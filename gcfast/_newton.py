@@ -29,10 +29,10 @@ from gcfast import ops
 from gcfast.losses import ConvexLoss, CrossEntropy
 
 TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
-PAIRS = 600  # most pairs coupled by one softmax factorisation: more save products, fewer save the factor
+PAIRS = 500  # most pairs coupled by one softmax factorisation: more save products, fewer save the factor
 BLOCK = 8192  # most samples in one separable block
 CG_STEPS = 40
-CG_TOLERANCE = 0.1  # of the preconditioned residual: Newton's quadratic phase is not worth more
+CG_TOLERANCE = 0.4  # of the preconditioned residual: more exact steps cost more products than they save
 NEWTON_STEPS = 30
 
 

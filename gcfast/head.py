@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class _Task:
     weight: Tensor  # V_tau (C, m), float64
     bias: Tensor | None
     infimum: float
+    _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
 
     @property
     def n(self) -> int:
@@ -96,8 +98,18 @@ class _Task:
         z = torch.cat([rows.to(torch.float64) @ w for rows in self.features.split(4096)])
         return z if bias is None else z + bias.to(torch.float64)
 
+    @cached_property
+    def start_logits(self) -> Tensor:
+        return self.logits(self.weight, self.bias)
+
     def transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """H1^T a as (C, m) and (C,), float64."""
+        """H1^T a as (C, m) and (C,), float64; remembers the last one."""
+        if self._transposed is not None and self._transposed[0] is a:
+            return self._transposed[1]
+        self._transposed = (a, self._transpose(a))
+        return self._transposed[1]
+
+    def _transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
         total = torch.zeros((a.shape[1], self.features.shape[1]), dtype=torch.float64, device=a.device)
         for rows, part in zip(self.features.split(4096), a.split(4096), strict=True):
             total += part.mT @ rows.to(torch.float64)
@@ -170,7 +182,7 @@ def solve_head(
         task = _task(model_or_features, data_or_targets, convex, start)
     say = callback or (lambda progress: None)
     with exact_products():
-        check_convex(convex, task.logits(task.weight, task.bias)[:256], task.targets[:256])
+        check_convex(convex, task.start_logits[:256], task.targets[:256])
         if method == "exact":
             solution = _exact(task, max_bytes, weight_decay, target_gap)
         elif method == "nearest":
@@ -281,7 +293,7 @@ def _finish(
         u2 += float(((bias.to(torch.float64) - center_b) ** 2).sum())
     if lam > 0:
         # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
-        z0 = task.logits(center_w, center_b)
+        z0 = torch.zeros_like(z) if weight_decay else task.start_logits
         dual2 = float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))
         duality_gap = (
             loss + 0.5 * lam * u2 - (float(((residual * z0).sum(1) - conjugate).mean()) - dual2 / (2 * lam))
@@ -337,7 +349,7 @@ def _nearest(
     if weight_decay:
         offset = torch.zeros((n, c), dtype=torch.float64, device=task.features.device)
     else:
-        offset = task.logits(task.weight, task.bias)
+        offset = task.start_logits
     target = task.infimum + target_gap
     path: list[tuple[float, float]] = []
     zero = torch.zeros((n, c), dtype=torch.float64, device=offset.device)
@@ -445,7 +457,7 @@ def _follow(
                 return state, lam, "rounding in the dtype of the features keeps the loss above the target"
             if corrections == 2 and problem.gram.dtype != torch.float64:
                 problem.gram = _gram(task, torch.float64)
-                problem.offset = task.logits(task.weight, task.bias)
+                problem.offset = task.start_logits
                 state = State(state.a, problem.product(state.a))
             lam *= 0.7
             previous = None
@@ -478,8 +490,11 @@ def _correct(problem: Problem, task: _Task, state: State, lam: float, target: fl
         steps = problem.steps
         state = minimise(problem, state, lam, TIGHT)
         if problem.steps == steps:  # within tolerance at the true logits
-            stored = task.logits((task.weight + du).to(task.features.dtype), _rounded(task, db))
-            return state, state.loss <= target and task.mean_loss(stored) <= target
+            inside = state.loss <= target
+            if inside and task.features.dtype != torch.float64:  # rounding on storage must not undo it
+                stored = task.logits((task.weight + du).to(task.features.dtype), _rounded(task, db))
+                inside = task.mean_loss(stored) <= target
+            return state, inside
     return state, False
 
 
