@@ -50,7 +50,10 @@ class State:
 
 @dataclass
 class Problem:
-    """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64."""
+    """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64.
+
+    The rows may be a part of the training set: ``n`` is the number of samples that losses are averaged over.
+    """
 
     gram: Tensor
     offset: Tensor  # z0 (n, C)
@@ -58,13 +61,14 @@ class Problem:
     targets: Tensor
     products: int = 0
     steps: int = 0
+    n: int = 0  # default: the rows of the Gram
     newest: State | None = None  # last finished point of the path, for an interruption
     diagonal: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         n = len(self.gram)
+        self.n = self.n or n
         mean = self.gram.mean(1).to(torch.float64)
-        self.n = n
         diagonal = self.gram.diagonal().to(torch.float64)
         # of the centred K: the common mean of all features is one direction and misleads about the rest
         self.diagonal = torch.maximum(diagonal - 2 * mean + mean.mean(), diagonal / n).clamp(min=1e-300)
@@ -82,7 +86,7 @@ class Problem:
 
     def evaluate(self, a: Tensor, f: Tensor, lam: float) -> tuple[float, float]:
         """(P, mean loss)."""
-        loss = float(self.loss.value(self.offset + f, self.targets).mean())
+        loss = float(self.loss.value(self.offset + f, self.targets).sum()) / self.n
         return loss + 0.5 * lam * float((a * f).sum()), loss
 
 
@@ -192,7 +196,7 @@ def minimise(
     for step in range(steps + 1):
         z = problem.offset + f
         value, residual, _ = loss.terms(z, targets)
-        mean = float(value.mean())
+        mean = float(value.sum()) / n
         quadratic = 0.5 * lam * float((a * f).sum())
         total = mean + quadratic
         g = residual / n + lam * a

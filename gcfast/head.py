@@ -6,35 +6,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gcfast._newton import PAIRS, Problem, State, minimise
+from gcfast._task import Task
+from gcfast._working_set import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, Progress, WorkingSet, follow
 from gcfast.features import check_features, collect, equal_rows
 from gcfast.inspection import Head
 from gcfast.losses import ConvexLoss, CrossEntropy, check_convex, resolve_loss
 from gcfast.memory import require
 from gcfast.rank import StackedOnes, exact_products, gram
 
-PATH_FACTOR = 0.1  # lambda shrinks by this; the path is nearly linear in log lambda, so it is extrapolated
-LOOSE, TIGHT = 1.0, 1e-2  # P - D over (lambda/2)|U|^2 on the way and at the end
-MAX_PATH = 60
 METHODS = ("nearest", "exact", "gd", "sgd")
-
-
-@dataclass
-class Progress:
-    """What a callback is told: after each point of the path, or each epoch of gd and sgd."""
-
-    iteration: int
-    regularization: float
-    loss: float
-    gap: float
-    seconds: float
-    fraction: float
 
 
 @dataclass
@@ -74,49 +60,6 @@ class HeadSolution:
             f"loss {self.loss:.3e}, L* {self.infimum:.3e}, gap {self.gap:.3e}; "
             f"{self.iterations} iterations, {self.products} products, {self.seconds:.2f} s. {self.reason}"
         )
-
-
-@dataclass
-class _Task:
-    """The problem in float64 terms, whatever the features' dtype."""
-
-    features: Tensor
-    targets: Tensor
-    loss: ConvexLoss
-    weight: Tensor  # V_tau (C, m), float64
-    bias: Tensor | None
-    infimum: float
-    _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
-
-    @property
-    def n(self) -> int:
-        return len(self.features)
-
-    def logits(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """H W^T + b (n, C) in float64, by row chunks."""
-        w = weight.to(torch.float64).mT.contiguous()
-        z = torch.cat([rows.to(torch.float64) @ w for rows in self.features.split(4096)])
-        return z if bias is None else z + bias.to(torch.float64)
-
-    @cached_property
-    def start_logits(self) -> Tensor:
-        return self.logits(self.weight, self.bias)
-
-    def transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """H1^T a as (C, m) and (C,), float64; remembers the last one."""
-        if self._transposed is not None and self._transposed[0] is a:
-            return self._transposed[1]
-        self._transposed = (a, self._transpose(a))
-        return self._transposed[1]
-
-    def _transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        total = torch.zeros((a.shape[1], self.features.shape[1]), dtype=torch.float64, device=a.device)
-        for rows, part in zip(self.features.split(4096), a.split(4096), strict=True):
-            total += part.mT @ rows.to(torch.float64)
-        return total, (None if self.bias is None else a.sum(0))
-
-    def mean_loss(self, z: Tensor) -> float:
-        return float(self.loss.value(z, self.targets).mean())
 
 
 def solve_head(
@@ -213,7 +156,7 @@ def _number(name: str, value: float, positive: bool = False) -> None:
 
 def _task(
     features: Tensor, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
-) -> _Task:
+) -> Task:
     n, m = features.shape
     if targets.device != features.device:
         raise ValueError(
@@ -243,7 +186,7 @@ def _task(
         ):
             raise ValueError("start: the weights are not finite")
     y = loss.prepare(targets, n, len(weight))
-    return _Task(features, y, loss, weight, bias, _infimum(features, y, loss))
+    return Task(features, y, loss, weight, bias, _infimum(features, y, loss))
 
 
 def _outputs(targets: Tensor) -> int:
@@ -269,7 +212,7 @@ def _infimum(features: Tensor, y: Tensor, loss: ConvexLoss) -> float:
 
 
 def _finish(
-    task: _Task,
+    task: Task,
     weight: Tensor,
     bias: Tensor | None,
     *,
@@ -317,17 +260,8 @@ def _finish(
     )
 
 
-def _gram_dtype(task: _Task) -> torch.dtype:
-    """float32 where the infimum is approached at infinity: logits to 1e-4 do, float64 checks the end."""
-    return (
-        torch.float64
-        if task.n <= 1024 or not isinstance(task.loss, CrossEntropy) or task.targets.dim() == 2
-        else torch.float32
-    )
-
-
 def _nearest(
-    task: _Task,
+    task: Task,
     target_gap: float,
     weight_decay: float,
     max_bytes: int | None,
@@ -335,8 +269,7 @@ def _nearest(
     began: float,
 ) -> HeadSolution:
     n, c = task.n, len(task.weight)
-    dtype = _gram_dtype(task)
-    bytes_needed = n * n * dtype.itemsize + n * 1024 * 8 + 40 * n * c * 8 + 3 * PAIRS**2 * 8
+    bytes_needed = n * n * 8 + n * 1024 * 8 + 40 * n * c * 8 + 3 * PAIRS**2 * 8
     if task.loss.separable:
         bytes_needed += 2 * min(n, 8192) ** 2 * 8
     require(
@@ -376,9 +309,19 @@ def _nearest(
     best = State(zero, zero, initial)
     lam, reason = 0.0, ""
     problem: Problem | None = None
+    working: WorkingSet | None = None
     try:
-        k = _gram(task, dtype)
-        problem = Problem(k, offset, task.loss, task.targets)
+        # hard labels leave few samples near their margin: work on those, and look at all
+        if n > 1024 and isinstance(task.loss, CrossEntropy) and task.targets.dim() == 1 and not weight_decay:
+            working = WorkingSet(task)
+            found = follow(working, task, target_gap, path, say, began)
+            known |= {"iterations": working.steps, "products": working.products}
+            if found is not None:
+                best, lam = State(found[0], zero), found[1]
+                return _arrive(task, best, lam, target_gap, weight_decay, ARRIVED, known)
+            path.clear()  # all samples at once, in float64, decides
+            working = None
+        problem = Problem(_gram(task), offset, task.loss, task.targets)
         lam = 3e-3 * float(problem.diagonal.mean()) / n
         if weight_decay:
             lam = max(lam, weight_decay)
@@ -389,9 +332,27 @@ def _nearest(
         known["interrupted"] = True
         reason = "interrupted; the best head so far"
         lam = path[-1][0] if path else 0.0
-        best = problem.newest or best if problem is not None else best
+        if problem is not None and problem.newest is not None:
+            best = problem.newest
+        elif working is not None and working.newest is not None:
+            best = State(working.newest, zero)
     if problem is not None:
         known |= {"iterations": problem.steps, "products": problem.products}
+    return _arrive(task, best, lam, target_gap, weight_decay, reason, known)
+
+
+ARRIVED = "nearest minimiser within the target gap, certified by duality"
+
+
+def _arrive(
+    task: Task,
+    best: State,
+    lam: float,
+    target_gap: float,
+    weight_decay: float,
+    reason: str,
+    known: dict[str, Any],
+) -> HeadSolution:
     du, db = task.transpose(best.a)
     weight = du if weight_decay else task.weight + du
     bias = None if task.bias is None or db is None else (db if weight_decay else task.bias + db)
@@ -400,13 +361,13 @@ def _nearest(
     )
 
 
-def _gram(task: _Task, dtype: torch.dtype) -> Tensor:
-    return gram(StackedOnes(task.features, task.bias is not None), dtype)
+def _gram(task: Task) -> Tensor:
+    return gram(StackedOnes(task.features, task.bias is not None))
 
 
 def _follow(
     problem: Problem,
-    task: _Task,
+    task: Task,
     state: State,
     lam: float,
     target: float,
@@ -451,14 +412,10 @@ def _follow(
             state, inside = _correct(problem, task, state, lam, target)
             if inside:
                 path[-1] = (lam, state.loss)
-                return state, lam, "nearest minimiser within the target gap, certified by duality"
+                return state, lam, ARRIVED
             corrections += 1
             if corrections > 6:
                 return state, lam, "rounding in the dtype of the features keeps the loss above the target"
-            if corrections == 2 and problem.gram.dtype != torch.float64:
-                problem.gram = _gram(task, torch.float64)
-                problem.offset = task.start_logits
-                state = State(state.a, problem.product(state.a))
             lam *= 0.7
             previous = None
             continue
@@ -481,8 +438,8 @@ def _follow(
     return state, lam, _stuck(task, target_gap)
 
 
-def _correct(problem: Problem, task: _Task, state: State, lam: float, target: float) -> tuple[State, bool]:
-    """Iterative refinement: the Gram may be float32, so the true logits become the offset."""
+def _correct(problem: Problem, task: Task, state: State, lam: float, target: float) -> tuple[State, bool]:
+    """Iterative refinement: the true logits become the offset."""
     for _ in range(4):
         du, db = task.transpose(state.a)
         true = task.logits(task.weight + du, None if task.bias is None or db is None else task.bias + db)
@@ -490,19 +447,11 @@ def _correct(problem: Problem, task: _Task, state: State, lam: float, target: fl
         steps = problem.steps
         state = minimise(problem, state, lam, TIGHT)
         if problem.steps == steps:  # within tolerance at the true logits
-            inside = state.loss <= target
-            if inside and task.features.dtype != torch.float64:  # rounding on storage must not undo it
-                stored = task.logits((task.weight + du).to(task.features.dtype), _rounded(task, db))
-                inside = task.mean_loss(stored) <= target
-            return state, inside
+            return state, state.loss <= target and task.stored_loss(du, db) <= target
     return state, False
 
 
-def _rounded(task: _Task, db: Tensor | None) -> Tensor | None:
-    return None if task.bias is None or db is None else (task.bias + db).to(task.features.dtype)
-
-
-def _stuck(task: _Task, target_gap: float) -> str:
+def _stuck(task: Task, target_gap: float) -> str:
     n, m = task.features.shape
     if n > m + int(task.bias is not None):
         return (
@@ -528,7 +477,7 @@ def _extrapolate(
     return State(a, f) if ahead < here else state
 
 
-def _exact(task: _Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
+def _exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
     """V_tau + H1^T (H1 H1^T)^-1 (Y - H1 V_tau): the limit of gradient descent for the squared loss."""
     if task.loss.name != "mse":
         raise ValueError(f"method: 'exact' is for loss='mse'; got loss {task.loss.name!r} (use 'nearest')")
@@ -542,7 +491,7 @@ def _exact(task: _Task, max_bytes: int | None, weight_decay: float, target_gap: 
         )
     need = 2 * n * n * 8 + n * 1024 * 8
     require("solve_head(method='exact')", need, max_bytes, task.features.device, "use method='gd'")
-    low, info = torch.linalg.cholesky_ex(_gram(task, torch.float64))
+    low, info = torch.linalg.cholesky_ex(_gram(task))
     if int(info) != 0:
         raise ValueError(
             "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
@@ -579,7 +528,7 @@ def _exact(task: _Task, max_bytes: int | None, weight_decay: float, target_gap: 
 
 
 def _descent(
-    task: _Task,
+    task: Task,
     method: str,
     target_gap: float,
     weight_decay: float,

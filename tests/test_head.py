@@ -96,14 +96,68 @@ def test_sizes_and_dtypes(device, n, m, c, dtype):
     assert float(F.cross_entropy(logits, y)) <= 1e-6
 
 
-def test_float32_gram_is_corrected_to_float64():
-    # n > 1024 takes a float32 Gram; features with a large common mean are hard on it
-    g = torch.Generator().manual_seed(0)
-    h = torch.nn.functional.softplus(torch.randn((1100, 1200), generator=g, dtype=torch.float64) / 3) + 1.0
-    y = torch.randint(0, 5, (1100,), generator=g)
+def _many(n=1400, m=1500, c=5, seed=0):
+    """More than 1,024 samples take the working set; a common mean is hard on its float32 Gram."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn((c, 20), generator=g, dtype=torch.float64)
+    y = torch.randint(0, c, (n,), generator=g)
+    z = 0.7 * centres[y] + torch.randn((n, 20), generator=g, dtype=torch.float64)
+    directions = torch.randn((20, m), generator=g, dtype=torch.float64) / 20**0.5
+    return torch.nn.functional.softplus(4 * z @ directions + 1.0), y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_working_set_certifies_the_whole_problem(dtype):
+    h, y = _many()
+    h = h.to(dtype)
     solution = gcfast.solve_head(h, y, target_gap=1e-7)
-    assert solution.converged and solution.gap <= 1e-7
+    assert solution.converged and solution.gap <= 1e-7, str(solution)
+    loss = F.cross_entropy(h.double() @ solution.weight.double().T + solution.bias.double(), y)
+    assert math.isclose(float(loss), solution.loss, rel_tol=1e-6)
     assert solution.distance_bound < 0.2
+
+
+def test_the_working_set_finds_what_all_samples_give(monkeypatch):
+    from gcfast import head
+
+    h, y = _many()
+    fast = gcfast.solve_head(h, y, target_gap=1e-4)
+    monkeypatch.setattr(head, "follow", lambda *_: None)  # all samples at once, Gram in float64
+    slow = gcfast.solve_head(h, y, target_gap=1e-4)
+    assert fast.converged and slow.converged
+
+    def norm(s):
+        return float(torch.cat([s.weight, s.bias[:, None]], 1).norm())
+
+    # the nearer one to the same loss: norms agree as far as the losses do
+    slack = 0.03 + 0.2 * abs(math.log(fast.loss / slow.loss))
+    assert abs(norm(fast) - norm(slow)) <= slack * norm(slow)
+
+
+def test_noisy_labels_put_every_sample_into_the_working_set():
+    h, y = _many(n=1100)
+    y = torch.randint(0, 5, (1100,), generator=torch.Generator().manual_seed(3))
+    solution = gcfast.solve_head(h, y, target_gap=1e-5)
+    assert solution.converged, str(solution)
+    assert solution.distance_bound < 0.2
+
+
+def test_an_interrupted_working_set_keeps_the_best():
+    def stop(progress):
+        if progress.iteration == 3:
+            raise KeyboardInterrupt
+
+    h, y = _many()
+    solution = gcfast.solve_head(h, y, target_gap=1e-12, callback=stop)
+    assert solution.interrupted and math.isclose(solution.loss, solution.path[-1][1], rel_tol=1e-3)
+
+
+def test_conflicting_copies_in_the_working_set():
+    h, y = _many()
+    h[5] = h[9]
+    y[5], y[9] = 0, 1
+    solution = gcfast.solve_head(h, y, target_gap=1e-6)
+    assert solution.converged and math.isclose(solution.infimum, 2 * math.log(2) / len(y))
 
 
 def test_a_start_within_the_target_is_left_alone():

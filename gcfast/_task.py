@@ -1,0 +1,65 @@
+"""Phase two's problem in float64 terms: features, targets, loss and start, with passes over the features."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gcfast.losses import ConvexLoss
+
+
+@dataclass
+class Task:
+    """The problem in float64 terms, whatever the features' dtype."""
+
+    features: Tensor
+    targets: Tensor
+    loss: ConvexLoss
+    weight: Tensor  # V_tau (C, m), float64
+    bias: Tensor | None
+    infimum: float
+    _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.features)
+
+    def logits(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """H W^T + b (n, C) in float64, by row chunks."""
+        w = weight.to(torch.float64).mT.contiguous()
+        z = torch.cat([rows.to(torch.float64) @ w for rows in self.features.split(4096)])
+        return z if bias is None else z + bias.to(torch.float64)
+
+    @cached_property
+    def start_logits(self) -> Tensor:
+        return self.logits(self.weight, self.bias)
+
+    def transpose(self, a: Tensor, remember: bool = True) -> tuple[Tensor, Tensor | None]:
+        """H1^T a as (C, m) and (C,), float64; remembers the last one."""
+        if not remember:
+            return self._transpose(a)
+        if self._transposed is not None and self._transposed[0] is a:
+            return self._transposed[1]
+        self._transposed = (a, self._transpose(a))
+        return self._transposed[1]
+
+    def _transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        total = torch.zeros((a.shape[1], self.features.shape[1]), dtype=torch.float64, device=a.device)
+        for rows, part in zip(self.features.split(4096), a.split(4096), strict=True):
+            total += part.mT @ rows.to(torch.float64)
+        return total, (None if self.bias is None else a.sum(0))
+
+    def mean_loss(self, z: Tensor) -> float:
+        return float(self.loss.value(z, self.targets).mean())
+
+    def stored_loss(self, du: Tensor, db: Tensor | None) -> float:
+        """The loss of the start plus (du, db) after rounding to the dtype of the features."""
+        dtype = self.features.dtype
+        if dtype == torch.float64:
+            return -math.inf  # nothing is rounded
+        bias = None if self.bias is None or db is None else (self.bias + db).to(dtype)
+        return self.mean_loss(self.logits((self.weight + du).to(dtype), bias))

@@ -1,0 +1,211 @@
+"""The regularisation path over the samples that matter: a working set, as for support vector machines.
+
+With hard labels the dual variable of a sample, A_i = -residual_i / (lambda n), vanishes where its margin is
+large, and late on the path most margins are. So K = H1 H1^T is formed for the working set S alone; the others
+have A_i = 0 and are looked at in each pass over the features. Samples whose pull
+p_ic K_ii / (lambda n) exceeds a threshold belong to S. At the end the threshold falls until the gradient over
+*all* samples, in float64, is within the tolerance: what is certified is the whole problem.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gcfast._newton import Problem, State, minimise
+from gcfast._task import Task
+
+ROUGH, FINE = 1e-2, 1e-4  # thresholds on the way and at the end
+MOST, GROWTH = 1280, 384  # samples of S at first, and joining at a time; the end has no such limit
+PATH_FACTOR = 0.1  # lambda shrinks by this; the path is nearly linear in log lambda, so it is extrapolated
+LOOSE, TIGHT = 3.0, 1e-2  # P - D over (lambda/2)|U|^2 on the way and at the end
+MAX_PATH = 60
+FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
+
+
+@dataclass
+class Progress:
+    """What a callback is told: after each point of the path, or each epoch of gd and sgd."""
+
+    iteration: int
+    regularization: float
+    loss: float
+    gap: float
+    seconds: float
+    fraction: float
+
+
+class WorkingSet:
+    """Features (n, m) in float32, the Gram of a set S of rows, and passes over all of them."""
+
+    def __init__(self, task: Task):
+        self.h = task.features.to(torch.float32)
+        self.bias, self.start = task.bias is not None, task.start_logits
+        self.targets, self.loss = task.targets, task.loss
+        self.n = task.n
+        mean = self.h.mean(0)
+        # squared distance from the mean row: the diagonal of the centred Gram
+        square = torch.linalg.vector_norm(self.h, dim=1).to(torch.float64) ** 2
+        cross = (self.h @ mean).to(torch.float64)
+        centred = square - 2 * cross + float(mean @ mean)
+        self.diagonal = torch.maximum(centred, (square + float(self.bias)) / self.n).clamp(min=1e-300)
+        self.rows = torch.zeros(0, dtype=torch.long, device=self.h.device)
+        self.gram = self.h.new_zeros((0, 0))
+        self.chosen = self.h[:0]
+        self.products = self.steps = 0
+        self.newest: Tensor | None = None
+
+    def everywhere(self, a: Tensor) -> Tensor:
+        """K a (n, C) for a that is zero outside S: two passes over the features, in float32."""
+        part = a[self.rows]
+        scale = float(part.abs().amax()) if part.numel() else 0.0
+        if scale == 0.0:
+            return torch.zeros_like(a)
+        part = part / scale
+        part[part.abs() < 1e-30] = 0.0
+        u = self.chosen.mT @ part.to(torch.float32)
+        f = (self.h @ u).to(torch.float64)
+        if self.bias:
+            f += part.sum(0)
+        return f * scale
+
+    def choose(self, a: Tensor, f: Tensor, lam: float, threshold: float, most: int) -> None:
+        """Add to S the samples that pull most at the outputs start + f, as far as there is room.
+
+        What has a part in a stays: dropping it would cost more steps than its rows cost time.
+        """
+        z = self.start + f
+        _, residual, _ = self.loss.terms(z, self.targets)
+        pull = residual.abs().amax(1) * self.diagonal / (self.n * lam)
+        pull[self.rows] = 0.0
+        new = (pull > threshold).nonzero()[:, 0]
+        room = max(most - len(self.rows), GROWTH)
+        if len(new) > room:
+            new = pull.topk(room).indices
+        if len(new) == 0:
+            return
+        k = len(self.rows)
+        self.rows = torch.cat([self.rows, new])
+        self.chosen = torch.cat([self.chosen, self.h[new]])
+        block = self.chosen[k:] @ self.chosen.mT
+        if self.bias:
+            block += 1.0
+        gram = self.h.new_empty((len(self.rows), len(self.rows)))
+        gram[:k, :k] = self.gram
+        gram[k:] = block
+        gram[:k, k:] = block[:, :k].mT
+        self.gram = gram
+
+    def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> tuple[Tensor, State]:
+        """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
+        rows = self.rows
+        problem = Problem(self.gram, self.start[rows], self.loss, self.targets[rows], n=self.n)
+        part = a[rows]
+        own = problem.product(part)
+        problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
+        state = minimise(problem, State(part, own), lam, tolerance)
+        self.products += problem.products
+        self.steps += problem.steps
+        new = torch.zeros_like(a)
+        new[rows] = state.a
+        return new, state
+
+
+def _mean_loss(working: WorkingSet, f: Tensor) -> float:
+    return float(working.loss.value(working.start + f, working.targets).mean())
+
+
+def _extrapolate(
+    working: WorkingSet,
+    previous: tuple[float, Tensor, Tensor] | None,
+    a: Tensor,
+    f: Tensor,
+    lam: float,
+    following: float,
+) -> tuple[Tensor, Tensor]:
+    """Go on linearly in log lambda where that is better than standing still."""
+    if previous is None:
+        return a, f
+    w = math.log(following / lam) / math.log(lam / previous[0])
+    ahead_a, ahead_f = a + w * (a - previous[1]), f + w * (f - previous[2])
+
+    def value(a: Tensor, f: Tensor) -> float:
+        return _mean_loss(working, f) + 0.5 * following * float((a * f).sum())
+
+    return (ahead_a, ahead_f) if value(ahead_a, ahead_f) < value(a, f) else (a, f)
+
+
+def follow(
+    working: WorkingSet,
+    task: Task,
+    target_gap: float,
+    path: list[tuple[float, float]],
+    say: Callable[[Progress], None],
+    began: float,
+) -> tuple[Tensor, float] | None:
+    """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found."""
+    target = task.infimum + target_gap
+    a = torch.zeros_like(working.start)
+    f = torch.zeros_like(a)
+    lam = FIRST * float(working.diagonal.mean()) / task.n
+    span = math.log(max(_mean_loss(working, f) - task.infimum, 10 * target_gap) / target_gap)
+    previous: tuple[float, Tensor, Tensor] | None = None
+    flat = attempts = 0
+    for index in range(MAX_PATH):
+        working.choose(a, f, lam, ROUGH, MOST)
+        a, _ = working.minimise(a, f, lam, LOOSE)
+        f = working.everywhere(a)
+        loss = _mean_loss(working, f)
+        if not math.isfinite(loss):
+            return None
+        working.newest = a
+        path.append((lam, loss))
+        excess = max(loss - task.infimum, 1e-300)
+        fraction = min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
+        say(Progress(index + 1, lam, loss, excess, time.perf_counter() - began, fraction))
+        if loss <= target:
+            polished = _polish(working, task, a, f, lam, target)
+            if polished is None:
+                return None
+            a, f, loss, inside = polished
+            path[-1] = (lam, loss)
+            if inside:
+                return a, lam
+            attempts += 1
+            if attempts > 6:
+                return None
+            lam, previous = 0.7 * lam, None
+            continue
+        flat = flat + 1 if path[1:] and excess > 0.95 * (path[-2][1] - task.infimum) else 0
+        if flat >= 4:
+            return None
+        following = lam * max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
+        here = (lam, a, f)
+        a, f = _extrapolate(working, previous, a, f, lam, following)
+        previous, lam = here, following
+    return None
+
+
+def _polish(
+    working: WorkingSet, task: Task, a: Tensor, f: Tensor, lam: float, target: float
+) -> tuple[Tensor, Tensor, float, bool] | None:
+    """Newton steps until the gradient over all samples, in float64, is within the tolerance."""
+    for step in range(7):
+        working.choose(a, f, lam, FINE * 0.1**step, task.n)
+        a, _ = working.minimise(a, f, lam, TIGHT)
+        du, db = task.transpose(a)
+        true = task.logits(task.weight + du, None if task.bias is None or db is None else task.bias + db)
+        f = true - working.start
+        value, residual, _ = task.loss.terms(true, task.targets)
+        gw, gb = task.transpose(residual / task.n + lam * a, remember=False)
+        gap = (float((gw**2).sum()) + (0.0 if gb is None else float((gb**2).sum()))) / (2 * lam)
+        quadratic = 0.5 * lam * float((a * f).sum())
+        if gap <= 2 * TIGHT * quadratic:
+            loss = float(value.mean())
+            return a, f, loss, loss <= target and task.stored_loss(du, db) <= target
+    return None
