@@ -49,10 +49,11 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @cache
-def head_problem(n: int = 4000, m: int = 4400, epochs: int = 6) -> HeadProblem:
+def head_problem(n: int = 4000, m: int = 4400, layer: str = "WideLayer", epochs: int = 6) -> HeadProblem:
     """MLP 784-256-128-m-10, softplus, SGD (lr 0.02, momentum 0.9, batch 64); features in float64.
 
-    The wide layer has beta = 4: with beta = 1 this step size is beyond the edge of stability.
+    The wide layer has beta = 4: with beta = 1 this step size is beyond the edge of stability. ``layer`` says how
+    it is initialised: as gcfast's WideLayer, or as torch's nn.Linear.
     """
     torch.manual_seed(0)
     x, y, xt, yt = mnist()
@@ -62,7 +63,9 @@ def head_problem(n: int = 4000, m: int = 4400, epochs: int = 6) -> HeadProblem:
         nn.Softplus(),
         nn.Linear(256, 128),
         nn.Softplus(),
-        gcfast.WideLayer(128, m, beta=4.0),
+        gcfast.WideLayer(128, m, beta=4.0)
+        if layer == "WideLayer"
+        else nn.Sequential(nn.Linear(128, m), nn.Softplus(beta=4.0)),
         nn.Linear(m, 10),
     )
     opt = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)

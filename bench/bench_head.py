@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from _mnist import HeadProblem, head_problem
@@ -84,9 +85,10 @@ def bench_torch_lbfgs(benchmark):
     assert loss <= TARGET
 
 
-def bench_table(benchmark):
+@pytest.mark.parametrize("layer", ["WideLayer", "Linear"])
+def bench_table(benchmark, layer):
     """nearest and L-BFGS in turn, scikit-learn once; the ratio of each round."""
-    p = head_problem()
+    p = head_problem(layer=layer)
 
     def rounds():
         return [(_seconds(nearest, p), _seconds(lbfgs, p)) for _ in range(5)]
@@ -94,7 +96,8 @@ def bench_table(benchmark):
     nearest(p)
     rows = benchmark.pedantic(rounds, rounds=1)
     slow = _seconds(sklearn, p)
-    print(f"\nphase two to loss {TARGET:g} (start: test error {p.test_error(p.weight, p.bias):.2f} %)")
+    error = p.test_error(p.weight, p.bias)
+    print(f"\nphase two to loss {TARGET:g}, {layer} features (start: test error {error:.2f} %)")
     for name, values in (
         ("nearest", [a for a, _ in rows]),
         ("torch L-BFGS", [b for _, b in rows]),
