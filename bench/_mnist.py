@@ -52,8 +52,8 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def head_problem(n: int = 4000, m: int = 4400, layer: str = "WideLayer", epochs: int = 6) -> HeadProblem:
     """MLP 784-256-128-m-10, softplus, SGD (lr 0.02, momentum 0.9, batch 64); features in float64.
 
-    The wide layer has beta = 4: with beta = 1 this step size is beyond the edge of stability. ``layer`` says how
-    it is initialised: as gcfast's WideLayer, or as torch's nn.Linear.
+    The wide layer has beta = 4: with beta = 1 this step size is beyond the edge of stability. ``layer`` says
+    how it is initialised: as gcfast's WideLayer, or as torch's nn.Linear.
     """
     torch.manual_seed(0)
     x, y, xt, yt = mnist()
