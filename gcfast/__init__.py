@@ -5,9 +5,10 @@ a two-phase wrapper around any optimizer, a certificate that it reaches the glob
 that finishes phase two.
 """
 
+from gcfast._solution import HeadSolution, Progress
 from gcfast._version import __version__
 from gcfast.certificate import Assumption, Certificate, Offender, certify
-from gcfast.head import HeadSolution, Progress, solve_head
+from gcfast.head import solve_head
 from gcfast.inspection import HeadError, find_head
 from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_residual

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gcfast.losses import ConvexLoss
+from gcfast.rank import StackedOnes, gram
 
 
 @dataclass
@@ -63,3 +64,7 @@ class Task:
             return -math.inf  # nothing is rounded
         bias = None if self.bias is None or db is None else (self.bias + db).to(dtype)
         return self.mean_loss(self.logits((self.weight + du).to(dtype), bias))
+
+    def gram(self) -> Tensor:
+        """K = H1 H1^T (n, n), float64."""
+        return gram(StackedOnes(self.features, self.bias is not None))

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gcfast._newton import Problem, State, minimise
+from gcfast._solution import Progress
 from gcfast._task import Task
 
 ROUGH, FINE = 1e-2, 1e-4  # thresholds on the way and at the end
@@ -28,23 +28,12 @@ MAX_PATH = 60
 FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
 
 
-@dataclass
-class Progress:
-    """What a callback is told: after each point of the path, or each epoch of gd and sgd."""
-
-    iteration: int
-    regularization: float
-    loss: float
-    gap: float
-    seconds: float
-    fraction: float
-
-
 class WorkingSet:
     """Features (n, m) in float32, the Gram of a set S of rows, and passes over all of them."""
 
     def __init__(self, task: Task):
         self.h = task.features.to(torch.float32)
+        self.given = task.features.data_ptr()
         self.bias, self.start = task.bias is not None, task.start_logits
         self.targets, self.loss = task.targets, task.loss
         self.n = task.n
@@ -59,6 +48,11 @@ class WorkingSet:
         self.chosen = self.h[:0]
         self.products = self.steps = 0
         self.newest: Tensor | None = None
+
+    def held_bytes(self) -> int:
+        """Bytes of what it holds: features in float32, S's rows of them, their Gram and half a dozen (n, C)."""
+        own = 0 if self.h.data_ptr() == self.given else self.h.numel()
+        return 4 * (own + self.chosen.numel() + 2 * self.gram.numel()) + 6 * 8 * self.start.numel()
 
     def everywhere(self, a: Tensor) -> Tensor:
         """K a (n, C) for a that is zero outside S: two passes over the features, in float32."""

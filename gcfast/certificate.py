@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gcfast.features import TrainingSet, check_features, collect, equal_rows
 from gcfast.inspection import Head, analyticity
-from gcfast.losses import ConvexLoss, check_convex, resolve_loss
+from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
 from gcfast.memory import require
 from gcfast.rank import near_dependency, proof_bytes, prove_full_rank
 
@@ -249,7 +249,7 @@ class _Examiner:
         self.convex = None if loss is None else resolve_loss(loss)
         self.y: Tensor | None = None
         if self.convex is not None and targets is not None:
-            c = seen.outputs.shape[1] if seen is not None else _outputs(targets)
+            c = seen.outputs.shape[1] if seen is not None else output_count(targets)
             self.y = self.convex.prepare(targets, self.n, c)
             if seen is not None:
                 check_convex(self.convex, seen.outputs[:256].to(torch.float64), self.y[:256])
@@ -499,24 +499,6 @@ class _Examiner:
     def _infimum(self) -> float:
         assert self.convex is not None and self.y is not None
         return infimum_with_copies(self.convex, self.y, self.copies)
-
-
-def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
-    """L* = (1/n) sum_i inf loss_i, where equal samples must share one output."""
-    total = loss.infimum(y).to(torch.float64).clone()
-    for members in copies:
-        index = torch.tensor(members, device=y.device)
-        total[index] = 0.0
-        total[index[0]] = loss.group_infimum(y[index], torch.zeros_like(index), 1)[0]
-    return float(total.sum()) / max(len(y), 1)
-
-
-def _outputs(targets: Tensor) -> int:
-    return (
-        targets.shape[1]
-        if targets.dim() == 2
-        else (1 if targets.is_floating_point() else max(int(targets.max()) + 1, 2))
-    )
 
 
 def _shorten(items: list[Any]) -> str:

@@ -5,61 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gcfast._descent import descent, exact
 from gcfast._newton import PAIRS, Problem, State, minimise
+from gcfast._solution import HeadSolution, Progress, finish
 from gcfast._task import Task
-from gcfast._working_set import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, Progress, WorkingSet, follow
+from gcfast._working_set import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, WorkingSet, follow
 from gcfast.features import check_features, collect, equal_rows
 from gcfast.inspection import Head
-from gcfast.losses import ConvexLoss, CrossEntropy, check_convex, resolve_loss
+from gcfast.losses import (
+    ConvexLoss,
+    CrossEntropy,
+    check_convex,
+    infimum_with_copies,
+    output_count,
+    resolve_loss,
+)
 from gcfast.memory import require
-from gcfast.rank import StackedOnes, exact_products, gram
+from gcfast.rank import exact_products
 
 METHODS = ("nearest", "exact", "gd", "sgd")
-
-
-@dataclass
-class HeadSolution:
-    """A head and what is known of it.
-
-    ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features; ``loss`` is
-    theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
-    loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
-    ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|.
-    ``residual`` is the Frobenius norm of the loss's gradient in the head. ``path`` lists (lambda, loss).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    loss: float
-    infimum: float
-    gap: float
-    duality_gap: float
-    distance_bound: float
-    residual: float
-    regularization: float
-    method: str
-    converged: bool
-    interrupted: bool
-    iterations: int
-    products: int
-    seconds: float
-    peak_bytes: int
-    reason: str
-    path: list[tuple[float, float]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        state = "interrupted" if self.interrupted else ("converged" if self.converged else "NOT converged")
-        return (
-            f"head by {self.method}: {state}; "
-            f"loss {self.loss:.3e}, L* {self.infimum:.3e}, gap {self.gap:.3e}; "
-            f"{self.iterations} iterations, {self.products} products, {self.seconds:.2f} s. {self.reason}"
-        )
 
 
 def solve_head(
@@ -127,11 +96,11 @@ def solve_head(
     with exact_products():
         check_convex(convex, task.start_logits[:256], task.targets[:256])
         if method == "exact":
-            solution = _exact(task, max_bytes, weight_decay, target_gap)
+            solution = exact(task, max_bytes, weight_decay, target_gap)
         elif method == "nearest":
             solution = _nearest(task, target_gap, weight_decay, max_bytes, say, began)
         else:
-            solution = _descent(task, method, target_gap, weight_decay, max_iterations, generator, say, began)
+            solution = descent(task, method, target_gap, weight_decay, max_iterations, generator, say, began)
     if module is not None:
         with torch.no_grad():
             module.weight.copy_(solution.weight)
@@ -163,7 +132,7 @@ def _task(
             f"targets: expected on the device of the features, {features.device}; got {targets.device}"
         )
     if start is None:
-        c = _outputs(targets)
+        c = output_count(targets)
         weight = torch.zeros((c, m), dtype=torch.float64, device=features.device)
         bias: Tensor | None = torch.zeros(c, dtype=torch.float64, device=features.device)
     else:
@@ -186,78 +155,7 @@ def _task(
         ):
             raise ValueError("start: the weights are not finite")
     y = loss.prepare(targets, n, len(weight))
-    return Task(features, y, loss, weight, bias, _infimum(features, y, loss))
-
-
-def _outputs(targets: Tensor) -> int:
-    if (targets.dim() == 2 and targets.shape[1] > 1) or targets.is_floating_point():
-        return targets.shape[1] if targets.dim() == 2 else 1
-    if len(targets) and int(targets.min()) < 0:
-        i = int((targets.reshape(-1) < 0).nonzero()[0])
-        label = int(targets.reshape(-1)[i])
-        raise ValueError(f"targets: label {label} of sample {i} is out of range (labels count from 0)")
-    return max(int(targets.max()) + 1, 2) if len(targets) else 2
-
-
-def _infimum(features: Tensor, y: Tensor, loss: ConvexLoss) -> float:
-    """L* for heads on these features: samples with equal rows share one output."""
-    n = len(features)
-    total = loss.infimum(y).to(torch.float64)
-    for members in equal_rows(features):
-        index = torch.tensor(members, device=y.device)
-        group = torch.zeros(len(members), dtype=torch.long, device=y.device)
-        total[index] = 0.0
-        total[index[0]] = loss.group_infimum(y[index], group, 1)[0]
-    return float(total.sum()) / n
-
-
-def _finish(
-    task: Task,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    lam: float,
-    gap_target: float,
-    weight_decay: float,
-    **known: Any,
-) -> HeadSolution:
-    """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
-    dtype = task.features.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    z = task.logits(weight, bias)
-    value, residual, conjugate = task.loss.terms(z, task.targets)
-    loss = float(value.mean())
-    grad_w, grad_b = task.transpose(residual / task.n)
-    duality_gap = distance = math.nan
-    center_w = torch.zeros_like(task.weight) if weight_decay else task.weight
-    center_b = None if task.bias is None else (torch.zeros_like(task.bias) if weight_decay else task.bias)
-    u2 = float(((weight.to(torch.float64) - center_w) ** 2).sum())
-    if bias is not None and center_b is not None:
-        u2 += float(((bias.to(torch.float64) - center_b) ** 2).sum())
-    if lam > 0:
-        # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
-        z0 = torch.zeros_like(z) if weight_decay else task.start_logits
-        dual2 = float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))
-        duality_gap = (
-            loss + 0.5 * lam * u2 - (float(((residual * z0).sum(1) - conjugate).mean()) - dual2 / (2 * lam))
-        )
-        duality_gap = max(duality_gap, 0.0)
-        distance = math.sqrt(2 * duality_gap / lam / u2) if u2 > 0 else 0.0
-    gap = duality_gap if weight_decay else loss - task.infimum
-    return HeadSolution(
-        weight=weight,
-        bias=bias,
-        loss=loss,
-        infimum=task.infimum,
-        gap=gap,
-        duality_gap=duality_gap,
-        distance_bound=distance,
-        residual=math.sqrt(float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))),
-        regularization=lam,
-        converged=gap <= gap_target,
-        seconds=0.0,
-        **known,
-    )
+    return Task(features, y, loss, weight, bias, infimum_with_copies(loss, y, equal_rows(features)))
 
 
 def _nearest(
@@ -296,7 +194,7 @@ def _nearest(
         "path": path,
     }
     if not weight_decay and initial <= target:
-        return _finish(
+        return finish(
             task,
             task.weight,
             task.bias,
@@ -317,11 +215,12 @@ def _nearest(
             found = follow(working, task, target_gap, path, say, began)
             known |= {"iterations": working.steps, "products": working.products}
             if found is not None:
+                known["peak_bytes"] = working.held_bytes()
                 best, lam = State(found[0], zero), found[1]
                 return _arrive(task, best, lam, target_gap, weight_decay, ARRIVED, known)
             path.clear()  # all samples at once, in float64, decides
             working = None
-        problem = Problem(_gram(task), offset, task.loss, task.targets)
+        problem = Problem(task.gram(), offset, task.loss, task.targets)
         lam = 3e-3 * float(problem.diagonal.mean()) / n
         if weight_decay:
             lam = max(lam, weight_decay)
@@ -356,13 +255,9 @@ def _arrive(
     du, db = task.transpose(best.a)
     weight = du if weight_decay else task.weight + du
     bias = None if task.bias is None or db is None else (db if weight_decay else task.bias + db)
-    return _finish(
+    return finish(
         task, weight, bias, lam=lam, gap_target=target_gap, weight_decay=weight_decay, reason=reason, **known
     )
-
-
-def _gram(task: Task) -> Tensor:
-    return gram(StackedOnes(task.features, task.bias is not None))
 
 
 def _follow(
@@ -475,152 +370,3 @@ def _extrapolate(
     ahead, _ = problem.evaluate(a, f, following)
     here, _ = problem.evaluate(state.a, state.f, following)
     return State(a, f) if ahead < here else state
-
-
-def _exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
-    """V_tau + H1^T (H1 H1^T)^-1 (Y - H1 V_tau): the limit of gradient descent for the squared loss."""
-    if task.loss.name != "mse":
-        raise ValueError(f"method: 'exact' is for loss='mse'; got loss {task.loss.name!r} (use 'nearest')")
-    if weight_decay:
-        raise ValueError("weight_decay: 'exact' has none; use method='nearest'")
-    n, m = task.features.shape
-    if n > m + int(task.bias is not None):
-        raise ValueError(
-            f"method: 'exact' needs n <= m + 1; got n = {n}, m = {m}: "
-            "gcfast.widen the model, or use 'nearest'"
-        )
-    need = 2 * n * n * 8 + n * 1024 * 8
-    require("solve_head(method='exact')", need, max_bytes, task.features.device, "use method='gd'")
-    low, info = torch.linalg.cholesky_ex(_gram(task))
-    if int(info) != 0:
-        raise ValueError(
-            "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
-            "to see which samples"
-        )
-    a = torch.zeros_like(task.logits(task.weight, task.bias))
-    weight, bias = task.weight, task.bias
-    steps, before = 0, math.inf
-    for _ in range(5):  # iterative refinement with the true residual
-        steps += 1
-        gap = task.targets - task.logits(weight, bias)
-        size = float(gap.abs().amax())
-        if size == 0 or size > 0.5 * before:
-            break
-        before = size
-        a = a + torch.cholesky_solve(gap, low)
-        du, db = task.transpose(a)
-        weight, bias = task.weight + du, None if task.bias is None or db is None else task.bias + db
-    return _finish(
-        task,
-        weight,
-        bias,
-        lam=0.0,
-        gap_target=target_gap,
-        weight_decay=0.0,
-        method="exact",
-        interrupted=False,
-        iterations=steps,
-        products=0,
-        peak_bytes=need,
-        reason="minimum-norm correction of the start, the limit of gradient descent",
-        path=[],
-    )
-
-
-def _descent(
-    task: Task,
-    method: str,
-    target_gap: float,
-    weight_decay: float,
-    max_iterations: int | None,
-    generator: torch.Generator | None,
-    say: Callable[[Progress], None],
-    began: float,
-) -> HeadSolution:
-    """The paper's own phase two: gradient descent with step 1/beta, or SGD with square-summable steps."""
-    curvature = task.loss.smoothness(len(task.weight))
-    if not math.isfinite(curvature):
-        raise ValueError(
-            f"loss: {task.loss!r} states no smoothness(), which {method} needs for its step; use 'nearest'"
-        )
-    n = task.n
-    weight, bias = task.weight.clone(), None if task.bias is None else task.bias.clone()
-    h = task.features.to(torch.float64)
-    best, interrupted, done = (math.inf, weight, bias), False, 0
-    path: list[tuple[float, float]] = []
-    limit = max_iterations if max_iterations is not None else (10_000 if method == "gd" else 200)
-    if method == "gd":
-        step = 1.0 / (curvature * _sigma_max(h, bias is not None) ** 2 / n + weight_decay)
-    else:
-        step = 1.0 / (curvature * float((h * h).sum(1).amax() + 1) + weight_decay)
-        order = generator or torch.Generator().manual_seed(0)
-
-    def advance(rows: Tensor, y: Tensor, eta: float) -> None:
-        nonlocal weight, bias
-        z = rows @ weight.mT
-        r = task.loss.residual(z if bias is None else z + bias, y) / len(rows)
-        weight = weight - eta * (r.mT @ rows + weight_decay * weight)
-        if bias is not None:
-            bias = bias - eta * (r.sum(0) + weight_decay * bias)
-
-    every = max(1, limit // 200) if method == "gd" else 1
-    reason = "iteration limit"
-    try:
-        while done < limit:
-            if method == "gd":
-                advance(h, task.targets, step)
-            else:
-                batches = torch.randperm(n, generator=order).to(h.device).split(256)
-                for i, batch in enumerate(batches):
-                    t = done + i / len(batches)
-                    # sum eta = inf, sum eta^2 < inf
-                    advance(h[batch], task.targets[batch], step / (1 + t / limit) ** 0.6)
-            done += 1
-            if done % every and done < limit:
-                continue
-            value = task.mean_loss(h @ weight.mT if bias is None else h @ weight.mT + bias)
-            norm2 = float((weight**2).sum()) + (0.0 if bias is None else float((bias**2).sum()))
-            path.append((weight_decay, value))
-            if value + 0.5 * weight_decay * norm2 < best[0]:
-                best = (value + 0.5 * weight_decay * norm2, weight, bias)
-            say(
-                Progress(
-                    done, weight_decay, value, value - task.infimum, time.perf_counter() - began, done / limit
-                )
-            )
-            if not weight_decay and value <= task.infimum + target_gap:
-                reason = "target gap reached"
-                break
-    except KeyboardInterrupt:
-        interrupted, reason = True, "interrupted; the best head so far"
-    _, weight, bias = best
-    return _finish(
-        task,
-        weight,
-        bias,
-        lam=weight_decay,
-        gap_target=target_gap,
-        weight_decay=weight_decay,
-        method=method,
-        interrupted=interrupted,
-        iterations=done,
-        products=0,
-        peak_bytes=h.numel() * 8,
-        reason=reason,
-        path=path,
-    )
-
-
-def _sigma_max(h: Tensor, ones: bool) -> float:
-    """Largest singular value of H1 by power iteration, enlarged by 2 %."""
-    v = torch.ones(h.shape[0], dtype=torch.float64, device=h.device)
-    sigma = 0.0
-    for _ in range(100):
-        v = v / torch.linalg.vector_norm(v)
-        u = h.mT @ v
-        new = float(torch.sqrt((u**2).sum() + (v.sum() ** 2 if ones else 0.0)))
-        v = h @ u + (v.sum() if ones else 0.0)
-        if new <= sigma * (1 + 1e-6):
-            break
-        sigma = new
-    return 1.02 * max(sigma, new)

@@ -426,3 +426,23 @@ def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor) -> None:
         below = (torch.minimum(at_a, at_b) < loss.infimum(y) - slack).nonzero()
         if len(below):
             raise ValueError(f"loss: {loss!r} falls below its own infimum at sample {int(below[0])}")
+
+
+def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
+    """L* = (1/n) sum_i inf loss_i, where equal samples must share one output."""
+    total = loss.infimum(y).to(torch.float64).clone()
+    for members in copies:
+        index = torch.tensor(members, device=y.device)
+        total[index] = 0.0
+        total[index[0]] = loss.group_infimum(y[index], torch.zeros_like(index), 1)[0]
+    return float(total.sum()) / max(len(y), 1)
+
+
+def output_count(targets: Tensor) -> int:
+    if (targets.dim() == 2 and targets.shape[1] > 1) or targets.is_floating_point():
+        return targets.shape[1] if targets.dim() == 2 else 1
+    if len(targets) and int(targets.min()) < 0:
+        i = int((targets.reshape(-1) < 0).nonzero()[0])
+        label = int(targets.reshape(-1)[i])
+        raise ValueError(f"targets: label {label} of sample {i} is out of range (labels count from 0)")
+    return max(int(targets.max()) + 1, 2) if len(targets) else 2

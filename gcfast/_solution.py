@@ -1,0 +1,112 @@
+"""What phase two answers: the head, what is known of it, and the certificate of its nearness."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcfast._task import Task
+
+
+@dataclass
+class Progress:
+    """What a callback is told: after each point of the path, or each epoch of gd and sgd."""
+
+    iteration: int
+    regularization: float
+    loss: float
+    gap: float
+    seconds: float
+    fraction: float
+
+
+@dataclass
+class HeadSolution:
+    """A head and what is known of it.
+
+    ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features; ``loss`` is
+    theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
+    loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
+    ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|.
+    ``residual`` is the Frobenius norm of the loss's gradient in the head. ``path`` lists (lambda, loss).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    loss: float
+    infimum: float
+    gap: float
+    duality_gap: float
+    distance_bound: float
+    residual: float
+    regularization: float
+    method: str
+    converged: bool
+    interrupted: bool
+    iterations: int
+    products: int
+    seconds: float
+    peak_bytes: int
+    reason: str
+    path: list[tuple[float, float]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        state = "interrupted" if self.interrupted else ("converged" if self.converged else "NOT converged")
+        return (
+            f"head by {self.method}: {state}; "
+            f"loss {self.loss:.3e}, L* {self.infimum:.3e}, gap {self.gap:.3e}; "
+            f"{self.iterations} iterations, {self.products} products, {self.seconds:.2f} s. {self.reason}"
+        )
+
+
+def finish(
+    task: Task,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    lam: float,
+    gap_target: float,
+    weight_decay: float,
+    **known: Any,
+) -> HeadSolution:
+    """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
+    dtype = task.features.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    z = task.logits(weight, bias)
+    value, residual, conjugate = task.loss.terms(z, task.targets)
+    loss = float(value.mean())
+    grad_w, grad_b = task.transpose(residual / task.n)
+    duality_gap = distance = math.nan
+    center_w = torch.zeros_like(task.weight) if weight_decay else task.weight
+    center_b = None if task.bias is None else (torch.zeros_like(task.bias) if weight_decay else task.bias)
+    u2 = float(((weight.to(torch.float64) - center_w) ** 2).sum())
+    if bias is not None and center_b is not None:
+        u2 += float(((bias.to(torch.float64) - center_b) ** 2).sum())
+    if lam > 0:
+        # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
+        z0 = torch.zeros_like(z) if weight_decay else task.start_logits
+        dual2 = float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))
+        duality_gap = (
+            loss + 0.5 * lam * u2 - (float(((residual * z0).sum(1) - conjugate).mean()) - dual2 / (2 * lam))
+        )
+        duality_gap = max(duality_gap, 0.0)
+        distance = math.sqrt(2 * duality_gap / lam / u2) if u2 > 0 else 0.0
+    gap = duality_gap if weight_decay else loss - task.infimum
+    return HeadSolution(
+        weight=weight,
+        bias=bias,
+        loss=loss,
+        infimum=task.infimum,
+        gap=gap,
+        duality_gap=duality_gap,
+        distance_bound=distance,
+        residual=math.sqrt(float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))),
+        regularization=lam,
+        converged=gap <= gap_target,
+        seconds=0.0,
+        **known,
+    )
