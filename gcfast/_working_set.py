@@ -50,7 +50,7 @@ class WorkingSet:
         self.newest: Tensor | None = None
 
     def held_bytes(self) -> int:
-        """Bytes of what it holds: features in float32, S's rows of them, their Gram and half a dozen (n, C)."""
+        """Bytes held: features in float32, S's rows of them, their Gram, half a dozen (n, C)."""
         own = 0 if self.h.data_ptr() == self.given else self.h.numel()
         return 4 * (own + self.chosen.numel() + 2 * self.gram.numel()) + 6 * 8 * self.start.numel()
 
