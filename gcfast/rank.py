@@ -345,8 +345,8 @@ def _norm_sharp(x: Tensor) -> float:
 
 def proof_bytes(n: int, m: int) -> int:
     """Peak bytes of :func:`prove_full_rank` beyond the features."""
-    # three n x n float64 (Gram, factor and LAPACK's copy), or one and four float32 (the sharp bound)
-    return 8 * n * (3 * n + 4 * min(PANEL, m + 1))
+    # Gram, factor, LAPACK's copy and its work in float64; or one such and four in float32 (the sharp bound)
+    return 8 * n * (15 * n // 4 + 5 * min(PANEL, m + 1))
 
 
 def prove_full_rank(
