@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 
+from gcfast import rank
 from gcfast.rank import gamma, near_dependency, prove_full_rank
 
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 4), (31, 40), (33, 33), (252, 300), (507, 506), (700, 900)]
@@ -111,13 +113,41 @@ def test_the_bounds_are_those_of_the_products():
     for dtype, k in [(torch.float32, 256), (torch.float64, 1024)]:
         a = torch.randn((40, k), dtype=dtype) * 10.0 ** torch.randint(-4, 4, (40, k))
         b = torch.randn((k, 30), dtype=dtype)
-        from fractions import Fraction
-
         computed = a @ b
         bound = gamma(k, dtype) * (a.abs().double() @ b.abs().double())
         for i, j in [(0, 0), (3, 7), (39, 29)]:
             exact = sum(Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a[i], b[:, j], strict=True))
             assert abs(Fraction(float(computed[i, j])) - exact) <= Fraction(float(bound[i, j]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype):
+    n, m = 12, 15
+    h1 = rank.StackedOnes(_with_condition(n, m, 1e9), ones=False)
+    x, _ = rank._cholesky_inverse(rank.gram(h1), 1e-13)
+    x = rank._lower_times(rank._cholesky_inverse(rank._whiten(h1, x, torch.float64).gram, 1e-13)[0], x)
+    white = rank._whiten(h1, x, dtype)
+    q = rank._lower_times(x, h1.features).to(dtype)
+
+    def exact(t):
+        return [[Fraction(v) for v in row] for row in t.double().tolist()]
+
+    def product(a, b):
+        columns = list(zip(*b, strict=True))
+        return [[sum(u * v for u, v in zip(row, column, strict=True)) for column in columns] for row in a]
+
+    def distance(a, b):
+        rows = [[float(u - v) for u, v in zip(r, s, strict=True)] for r, s in zip(a, b, strict=True)]
+        return float(torch.linalg.matrix_norm(torch.tensor(rows, dtype=torch.float64), 2))
+
+    q_exact = exact(q)
+    assert 0 < distance(q_exact, product(exact(x), exact(h1.features))) <= white.witness_error
+    transposed = [list(column) for column in zip(*q_exact, strict=True)]
+    assert 0 < distance(exact(white.gram), product(q_exact, transposed)) <= white.product_error
+    truth = float(torch.linalg.matrix_norm(white.gram.double() - torch.eye(n, dtype=torch.float64), 2))
+    assert truth <= white.distance
+    margin = math.sqrt(1 - white.distance - white.product_error) - white.witness_error
+    assert math.isclose(white.margin, margin, rel_tol=1e-12) and white.witness_error > 1e-8
 
 
 def test_dependencies_are_found_and_verified_exactly():
