@@ -367,14 +367,15 @@ class _Examiner:
                 self._note(
                     name,
                     "fails",
-                    f"equal rows: rank(H1) = {len(features)} exactly, one for each distinct row",
+                    f"samples repeat: one row of each has proved rank {len(features)}, the others add none",
                 )
                 return False
             self.sigma_min = proof.sigma_min_lower
             self._note(name, "holds", f"proved in floating point: {proof.reason}")
             return True
         if groups:
-            self._note(name, "fails", f"equal rows: rank(H1) <= {len(features)}")
+            reason = f"samples repeat: only {len(features)} of {self.n} rows can be independent"
+            self._note(name, "fails", reason)
             return False
         found = near_dependency(features, ones=self.ones)
         if found is not None:
