@@ -1,9 +1,15 @@
-"""Which backend runs an op: availability with reasons, forcing, logging, and a record of what ran."""
+"""Which backend runs an op: availability with reasons, forcing, logging, and a record of what ran.
+
+``preferred`` is the whole policy: the backends of a call, best first, by device, dtype and size. The first
+one that is usable there runs; ``reference`` closes every list.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +21,26 @@ from gcfast import _native
 log = logging.getLogger("gcfast")
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
-OPS = ("activation", "softmax_residual", "wide_forward", "gram_product")
+OPS = (
+    "activation",
+    "softmax_residual",
+    "softmax_curvature",
+    "gram_error_bound",
+    "wide_forward",
+    "gram_product",
+)
+_KERNELS = {  # wide_forward runs torch's products with the activation of the same backend between them
+    "cpu": OPS,
+    "triton": ("activation", "softmax_residual", "softmax_curvature", "gram_error_bound", "wide_forward"),
+    "cuda": ("activation", "wide_forward"),
+    "reference": OPS,
+}
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "triton": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.float64),
+}
+_SMALL = 1 << 16  # elements; below, a launch costs more than the work: the binding's is the cheaper one
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gcfast_backend", default=None)
 _last: dict[str, str] = {}
 _logged: set[tuple[str, str, str]] = set()
@@ -56,12 +81,110 @@ class BackendTable(Mapping[str, Mapping[str, str]]):
         return "\n".join(lines)
 
 
+def _dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    names = [str(d).removeprefix("torch.") for d in dtypes]
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _triton_error() -> str:
+    """Why Triton cannot be used, whatever the device; "" if it can. Imports nothing but Triton itself."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; Linux only)"
+    try:
+        import triton.language  # noqa: F401
+    except Exception as error:  # a broken install must not take the other backends along
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return ""
+
+
+def _triton_reason() -> str:
+    if not interpreting() and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _triton_error()
+
+
+@functools.cache
+def _cuda_reason() -> str:
+    status = _native.cuda_status()
+    if status["why"]:
+        return str(status["why"])
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
 def _static_reason(op: str, backend: str) -> str:
-    if backend == "reference":
-        return ""
+    """Why `backend` cannot run `op` on this machine; "" if it can."""
+    if op not in _KERNELS[backend]:
+        return "this op has no kernel there"
     if backend == "cpu":
         return "" if _native.cpu is not None else _native.cpu_error
-    return "not implemented for this op in this version"
+    if backend == "triton":
+        return _triton_reason()
+    return _cuda_reason() if backend == "cuda" else ""
+
+
+@functools.cache
+def _capability_reason(backend: str, device: torch.device) -> str:
+    """Why the kernels of a GPU backend were not built for this device; "" if they were."""
+    capability = torch.cuda.get_device_capability(device)
+    found = f"{device} has compute capability {capability[0]}.{capability[1]}"
+    if backend == "triton":
+        return "" if capability >= (8, 0) else f"needs compute capability 8.0, {found}"
+    if torch.version.hip is not None:
+        return "needs a CUDA device, torch is built for HIP"
+    archs = str(_native.cuda_status()["archs"]).split(";")
+    # Machine code serves its own major version from its minor on; the last one is there as PTX too. An
+    # architecture-specific one ("90a") serves exactly itself.
+    number = 10 * capability[0] + capability[1]
+    for arch in archs:
+        code = int(arch.rstrip("af"))
+        if code == number or (arch.isdigit() and code // 10 == capability[0] and code <= number):
+            return ""
+    if archs[-1].isdigit() and int(archs[-1]) <= number:
+        return ""
+    return f"was compiled for {', '.join(archs)} (GCFAST_CUDA_ARCHS), {found}"
+
+
+def _input_reason(backend: str, tensor: torch.Tensor) -> str:
+    """Why `backend` cannot run on inputs like `tensor`; "" if it can."""
+    if backend == "reference":
+        return ""
+    wanted = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
+    if tensor.device.type != wanted:
+        kind = {"cpu": "CPU", "cuda": "CUDA"}[wanted]
+        mode = " (Triton's interpreter is on)" if backend == "triton" and wanted == "cpu" else ""
+        return f"serves {kind} tensors{mode}, got {tensor.device}"
+    if tensor.dtype not in _DTYPES[backend]:
+        got = str(tensor.dtype).removeprefix("torch.")
+        return f"serves {_dtype_names(_DTYPES[backend])}, got {got}"
+    return _capability_reason(backend, tensor.device) if wanted == "cuda" else ""
+
+
+def preferred(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
+    """The backends for `op` on inputs like `tensor`, best first: the policy by device, dtype and size.
+
+    On the GPU the CUDA kernels come first for float64 (the same source as the CPU's, fewer instructions an
+    element than Triton's) and for small inputs (a launch through the binding costs a fraction of one through
+    Triton); Triton's serve everything else.
+    """
+    if tensor.device.type == "cpu":
+        return ("cpu", "reference")  # the interpreter runs on request only: it is for tests
+    if tensor.dtype == torch.float64 or tensor.numel() < _SMALL:
+        return ("cuda", "triton", "reference")
+    return ("triton", "cuda", "reference")
+
+
+def _triton_note() -> str:
+    if _triton_error():
+        return _triton_error()
+    import triton
+
+    return f"version {triton.__version__}" + (", interpreted on the CPU" if interpreting() else "")
 
 
 def backends() -> BackendTable:
@@ -70,6 +193,7 @@ def backends() -> BackendTable:
     notes = {
         "cpu": f"{_native.cpu_instruction_set() or 'no kernels'}, {torch.get_num_threads()} threads",
         "cuda": cuda["why"] or ", ".join(str(d["name"]) for d in cuda["devices"]),
+        "triton": _triton_note(),
         "in force": forced() or "auto",
     }
     return BackendTable({op: {b: _static_reason(op, b) for b in BACKENDS} for op in OPS}, notes)
@@ -77,7 +201,7 @@ def backends() -> BackendTable:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block: ``"reference"``, ``"cpu"`` or ``"auto"``.
+    """Force a backend inside a ``with`` block: one of ``BACKENDS``, or ``"auto"``.
 
     It overrides ``GCFAST_BACKEND``. The choice is per thread and per asynchronous task (a context variable)
     and is read when an op runs: it works around a call of a ``torch.compile``-d function and does not belong
@@ -105,29 +229,29 @@ def forced() -> str | None:
     return None if name == "auto" else name
 
 
-def _input_reason(backend_name: str, tensor: torch.Tensor) -> str:
-    if backend_name == "cpu":
-        if tensor.device.type != "cpu":
-            return f"serves CPU tensors, got {tensor.device}"
-        if tensor.dtype not in (torch.float32, torch.float64):
-            return f"serves float32 and float64, got {str(tensor.dtype).removeprefix('torch.')}"
-    return ""
+def _reason(op: str, backend: str, tensor: torch.Tensor) -> str:
+    return _static_reason(op, backend) or _input_reason(backend, tensor)
 
 
 def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend for `op` on inputs like `tensor`; raises if a forced one cannot serve them."""
     name = forced()
     if name is not None:
-        reason = _static_reason(op, name) or _input_reason(name, tensor)
+        reason = _reason(op, name, tensor)
         if reason:
             raise BackendError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
     else:
-        reason = _static_reason(op, "cpu") or _input_reason("cpu", tensor)
-        name = "reference" if reason else "cpu"
-        key = (op, name, reason)
+        passed: list[str] = []
+        for name in preferred(op, tensor):
+            reason = _reason(op, name, tensor)
+            if not reason:
+                break
+            passed.append(f"{name} {reason}")
+        assert name is not None
+        key = (op, name, "; ".join(passed))
         if key not in _logged:
             _logged.add(key)
-            log.debug("%s runs on backend %s%s", op, name, f" (cpu {reason})" if reason else "")
+            log.debug("%s runs on backend %s%s", op, name, f" ({key[2]})" if passed else "")
     _last[op] = name
     return name
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcfast import _dispatch
-from gcfast._ops_rows import run_activation
+from gcfast._ops_activation import run_activation
 
 _CHUNK_BYTES = 8 << 20  # a chunk of features stays near the cores' caches between the two products
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
-from gcfast._ops_rows import activation_op, activation_out_op, gram_product_op, softmax_residual_op
+from gcfast._ops_activation import activation_op, activation_out_op
+from gcfast._ops_gram import gram_product_op
+from gcfast._ops_softmax import softmax_residual_op
 from gcfast._ops_wide import wide_forward_op
 
 __all__ = [

@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
 
-import gcfast
+# Without a GPU Triton's interpreter runs the Triton kernels, on CPU tensors. It must be chosen before Triton
+# is first imported; where there is a GPU the compiled kernels are tested instead.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-        ],
-    ),
+import gcfast
+from gcfast import _dispatch, ops
+
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    not _dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+class Target(NamedTuple):
+    """A backend, in force while the test runs, and the device that its tensors live on."""
+
+    backend: str
+    device: torch.device
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device.type == "cpu"
+
+
+# Every backend of an op; a test of an op that some backend lacks filters this list.
+TARGETS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("triton", "cpu"), id="triton-interpreted", marks=NEEDS_INTERPRETER),
+    pytest.param(("triton", "cuda"), id="triton", marks=NEEDS_GPU),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=NEEDS_GPU),
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Runs the test on each backend; parametrise it with ``indirect=True`` for fewer of them."""
+    backend, device = request.param
+    with ops.backend(backend):
+        yield Target(backend, torch.device(device))
 
 
 def pytest_report_header() -> str:

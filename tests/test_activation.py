@@ -128,7 +128,7 @@ def test_bias_shapes_and_strides(dtype, cols, poison):
 
 @pytest.mark.parametrize("cols", [*SIZES, 3000])
 def test_in_place_and_fused_gradient(cols):
-    from gcfast._ops_rows import run_activation
+    from gcfast._ops_activation import run_activation
 
     x, g = torch.randn(9, cols, dtype=torch.float64), torch.randn(9, cols, dtype=torch.float64)
     b = torch.randn(cols, dtype=torch.float64)

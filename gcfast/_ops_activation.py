@@ -1,4 +1,4 @@
-"""The torch.library ops on rows: activation and softmax_residual, with fake kernels and gradients."""
+"""The torch.library ops of the activations, with fake kernels and gradients."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast import _dispatch, _native, _validate, reference
+from gcfast import _dispatch, _native, reference
+from gcfast._rows import as_rows
 
 # The order of Act in csrc/core/activations.h.
 _KINDS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """A 2-d view with unit column stride, or such a copy."""
-    if x.is_contiguous():
-        return x.view(-1, x.shape[-1]) if x.dim() else x.view(1, 1)
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x
-    return x.contiguous().view(-1, x.shape[-1])
 
 
 def run_activation(
@@ -40,11 +32,11 @@ def run_activation(
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.numel() == 0:
         return result
-    rows = _as_rows(x)
+    rows = as_rows(x)
     # Only a row-strided `out` can be written in place; any other layout goes through a temporary.
     in_place = result.is_contiguous() or (result.dim() == 2 and result.stride(1) == 1)
-    target = _as_rows(result) if in_place else torch.empty_like(rows, memory_format=torch.contiguous_format)
-    upstream = None if grad is None else _as_rows(grad)
+    target = as_rows(result) if in_place else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    upstream = None if grad is None else as_rows(grad)
     shift = None if bias is None else bias.contiguous()
     kernel = _native.cpu.activation_f64 if x.dtype == torch.float64 else _native.cpu.activation_f32
     kernel(
@@ -146,91 +138,3 @@ def _backward_activation_grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 activation_op.register_autograd(_backward_activation, setup_context=_setup_activation)
 activation_grad_op.register_autograd(_backward_activation_grad, setup_context=_setup_activation_grad)
-
-
-@torch.library.custom_op("gcfast::softmax_residual", mutates_args=())
-def softmax_residual_op(
-    logits: Tensor, target: Tensor, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    _validate.target_values(target, logits.shape[1])
-    if _dispatch.choose("softmax_residual", logits) == "reference":
-        return reference.softmax_residual(logits, target, label_smoothing=label_smoothing)
-    assert _native.cpu is not None
-    n, c = logits.shape
-    loss, neg_entropy = logits.new_empty(n), logits.new_empty(n)
-    residual = logits.new_empty(n, c)
-    if n == 0:
-        return loss, residual, neg_entropy
-    rows = _as_rows(logits)
-    soft = target.is_floating_point()
-    wanted = _as_rows(target) if soft else target.contiguous()
-    double = logits.dtype == torch.float64
-    kernel = _native.cpu.softmax_residual_f64 if double else _native.cpu.softmax_residual_f32
-    kernel(
-        rows.data_ptr(),
-        0 if soft else wanted.data_ptr(),
-        wanted.data_ptr() if soft else 0,
-        loss.data_ptr(),
-        residual.data_ptr(),
-        neg_entropy.data_ptr(),
-        n,
-        c,
-        rows.stride(0),
-        wanted.stride(0) if soft else 0,
-        label_smoothing,
-        torch.get_num_threads(),
-    )
-    return loss, residual, neg_entropy
-
-
-@softmax_residual_op.register_fake
-def _(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = logits.shape
-    return logits.new_empty(n), logits.new_empty(n, c), logits.new_empty(n)
-
-
-def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], output[1])
-
-
-def _backward_softmax(
-    ctx: Any, g_loss: Tensor | None, g_residual: Tensor | None, g_entropy: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    logits, residual = ctx.saved_tensors
-    dlogits = None if g_loss is None else g_loss.unsqueeze(-1) * residual
-    if g_residual is not None or g_entropy is not None:
-        log_p = torch.log_softmax(logits, dim=-1)
-        p = log_p.exp()
-        pull = torch.zeros_like(p) if g_residual is None else g_residual
-        if g_entropy is not None:
-            pull = pull + g_entropy.unsqueeze(-1) * log_p.clamp(min=torch.finfo(log_p.dtype).min)
-        rest = p * (pull - (p * pull).sum(dim=-1, keepdim=True))
-        dlogits = rest if dlogits is None else dlogits + rest
-    return dlogits, None, None
-
-
-softmax_residual_op.register_autograd(_backward_softmax, setup_context=_setup_softmax)
-
-
-@torch.library.custom_op("gcfast::gram_product", mutates_args=())
-def gram_product_op(gram: Tensor, x: Tensor) -> Tensor:
-    if _dispatch.choose("gram_product", gram) == "reference":
-        return reference.gram_product(gram, x)
-    assert _native.cpu is not None
-    n, c = x.shape
-    sides = x.mT.contiguous()  # the kernel takes each right-hand side as a row
-    out = torch.empty_like(sides)
-    if out.numel() == 0:
-        return x.new_empty(n, c)
-    rows = gram if gram.stride(1) == 1 and gram.stride(0) >= n else gram.contiguous()
-    double = gram.dtype == torch.float64
-    kernel = _native.cpu.gram_product_f64 if double else _native.cpu.gram_product_f32
-    threads = torch.get_num_threads()
-    kernel(rows.data_ptr(), sides.data_ptr(), out.data_ptr(), n, c, rows.stride(0), threads)
-    return out.mT.contiguous()
-
-
-@gram_product_op.register_fake
-def _(gram: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
