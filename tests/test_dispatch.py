@@ -1,0 +1,157 @@
+"""What every op promises, whatever backend runs it, and the policy that chooses the backend.
+
+``CALLS`` has one entry an op; an op of ``_dispatch.OPS`` that is missing here fails the first test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gcfast import _dispatch, ops
+
+from conftest import Target  # isort: skip
+
+
+def _on(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype).to(device)
+
+
+# op -> (differentiable, function, arguments of n rows). Every function calls its op exactly once.
+CALLS: dict[str, tuple[bool, Callable, Callable]] = {
+    "activation": (True, ops.activation, lambda d, n: (_on(d, n, 6), _on(d, 6))),
+    "softmax_residual": (
+        True,
+        lambda f: ops.softmax_residual(f, torch.arange(len(f), device=f.device) % 5)[0],
+        lambda d, n: (_on(d, n, 5),),
+    ),
+    "softmax_curvature": (True, ops.softmax_curvature, lambda d, n: (_on(d, n, 5), _on(d, n, 5))),
+    "gram_error_bound": (False, ops.gram_error_bound, lambda d, n: (_on(d, n, 7),)),
+    "wide_forward": (
+        True,
+        ops.wide_forward,
+        lambda d, n: (_on(d, n, 3), _on(d, 8, 3), _on(d, 8), _on(d, 2, 8), _on(d, 2)),
+    ),
+    "gram_product": (
+        False,
+        lambda k, x: ops.gram_product(k + k.mT, x),
+        lambda d, n: (_on(d, n, n), _on(d, n, 3)),
+    ),
+}
+
+
+def test_every_op_is_here():
+    assert set(CALLS) == set(_dispatch.OPS)
+    for backend, served in _dispatch._KERNELS.items():
+        assert backend in _dispatch.BACKENDS and set(served) <= set(_dispatch.OPS)
+
+
+def supported(op: str, target: Target) -> None:
+    if op not in _dispatch._KERNELS[target.backend]:
+        pytest.skip(f"{op} has no kernel on {target.backend}")
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_the_backend_asked_for_runs_and_repeats_bit_for_bit(op, target, monkeypatch):
+    supported(op, target)
+    _, f, make = CALLS[op]
+    args = make(target.device, 9)
+    first = f(*args)
+    assert _dispatch.last_backend(op) == target.backend
+    # Torch fills fresh memory with NaN under this switch: nothing may read what it has not written.
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(f(*args), first)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    with ops.backend("reference"):
+        torch.testing.assert_close(first, f(*args), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_compiles_whole_with_dynamic_shapes(op, target):
+    supported(op, target)
+    _, f, make = CALLS[op]
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 8):
+        args = make(target.device, n)
+        torch.testing.assert_close(compiled(*args), f(*args))
+
+
+@pytest.mark.parametrize("op", [op for op, (differentiable, _, _) in CALLS.items() if differentiable])
+def test_gradients_are_those_of_the_reference(op, target):
+    supported(op, target)
+    _, f, make = CALLS[op]
+    args = tuple(a.requires_grad_() for a in make(target.device, 4))
+    out = f(*args)
+    weight = torch.randn_like(out)
+    got = torch.autograd.grad((out * weight).sum(), args)
+    with ops.backend("reference"):
+        want = torch.autograd.grad((f(*args) * weight).sum(), args)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def like(device: str, dtype: torch.dtype, numel: int) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, numel=lambda: numel)
+
+
+@pytest.mark.parametrize(
+    "tensor, first",
+    [
+        (like("cpu", torch.float32, 1 << 20), "cpu"),
+        (like("cuda", torch.float64, 1 << 20), "cuda"),
+        (like("cuda", torch.float32, 100), "cuda"),
+        (like("cuda", torch.float32, 1 << 20), "triton"),
+        (like("cuda", torch.bfloat16, 1 << 20), "triton"),
+    ],
+)
+def test_the_policy(tensor, first):
+    order = _dispatch.preferred("activation", tensor)
+    assert order[0] == first and order[-1] == "reference"
+
+
+def test_the_first_usable_backend_runs(monkeypatch):
+    """With kernels pretended to be usable or not, the choice follows the policy and the log says why."""
+    usable = {"triton", "reference"}
+    monkeypatch.setattr(_dispatch, "_static_reason", lambda op, b: "" if b in usable else "not built")
+    monkeypatch.setattr(_dispatch, "_input_reason", lambda b, t: "")
+    assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "triton"
+    usable.add("cuda")
+    assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "cuda"
+    usable -= {"cuda", "triton"}
+    assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "reference"
+    with ops.backend("triton"), pytest.raises(ops.BackendError, match="cannot run activation: not built"):
+        _dispatch.choose("activation", like("cuda", torch.float64, 10))
+
+
+@pytest.mark.parametrize(
+    "archs, capability, served",
+    [
+        ("80;90a;100", (8, 0), True),
+        ("80;90a;100", (8, 9), True),  # machine code of 8.0 runs on 8.9
+        ("80;90a;100", (9, 0), True),
+        ("80;90a;100", (10, 0), True),
+        ("80;90a;100", (12, 0), True),  # from the PTX of the last
+        ("80;90a;100", (7, 5), False),
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),  # architecture-specific code serves no other
+        ("90a", (8, 0), False),
+    ],
+)
+def test_which_devices_a_cuda_build_serves(archs, capability, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_dispatch._native, "cuda_status", lambda: {"archs": archs})
+    _dispatch._capability_reason.cache_clear()
+    try:
+        reason = _dispatch._capability_reason("cuda", torch.device("cuda", 0))
+    finally:
+        _dispatch._capability_reason.cache_clear()
+    assert (reason == "") == served
+    if not served:
+        assert f"compiled for {archs.replace(';', ', ')}" in reason and "compute capability" in reason
