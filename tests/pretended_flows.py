@@ -86,7 +86,7 @@ def proof(device: torch.device) -> None:
 
 
 def every_reference(device: torch.device) -> None:
-    """The bodies of the reference themselves: a registered op unpacks pretended tensors before its body runs."""
+    """The reference itself: a registered op unpacks pretended tensors before its body runs."""
     x, y = data(device)
     for order in range(3):
         for name in reference.ACTIVATIONS:
