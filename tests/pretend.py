@@ -1,8 +1,8 @@
 """A pretended accelerator: tensors that say they live on device "pretend:0" and compute on the CPU.
 
-It finds what only a GPU would: operands on two devices, a factory that forgot ``device=``, a generator or an
-index on the wrong side. Mixing devices raises as on hardware; a CPU tensor without dimensions may join in, and
-CPU indices may index. Kernels cannot run on such a tensor (it has no memory to point at).
+It finds what only a GPU would: operands on two devices, a factory that forgot ``device=``, a generator or
+an index on the wrong side. Mixing devices raises as on hardware; a CPU tensor without dimensions may join in,
+and CPU indices may index. Kernels cannot run on such a tensor (it has no memory to point at).
 """
 
 from __future__ import annotations
