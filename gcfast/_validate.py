@@ -52,7 +52,7 @@ def matrix_without_gradient(op: str, name: str, value: Tensor, *others: Tensor |
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape (n, m); got {tuple(value.shape)}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (value, *others)):
-        raise RuntimeError(f"{op} cannot be differentiated: detach its arguments, or work under torch.no_grad()")
+        raise RuntimeError(f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()")
 
 
 def is_activation(activation: str, beta: float, order: int = 0) -> None:

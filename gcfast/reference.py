@@ -196,9 +196,7 @@ def gram_product(gram: Tensor, x: Tensor) -> Tensor:
 _BLOCK = 1 << 18  # elements of |a| in float64 at a time
 
 
-def abs_products(
-    a: Tensor, left: Tensor | None = None, right: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def abs_products(a: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(|a| right, left |a|) in float64: a (n, m), left (n,), right (m,), non-negative, ones by default.
 
     Products and sums element by element: a BLAS may skip a weight of zero, and with it a NaN.

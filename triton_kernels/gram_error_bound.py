@@ -4,12 +4,12 @@ A program owns a strip of rows and a block of columns: it adds |a| left into a t
 the rows once at the end, and writes each row's share of |A| right as it goes. The shares of strips and blocks
 are summed by a second, small reduction, in a fixed order.
 
-Count, for n x m elements of s bytes: n m s read, 8 n m / BLOCK_M and 8 n m / (BLOCK_N steps) of shares written
-and read again (1 to 3 %). |H| (|H|^T 1) reads H twice. Column panels that stay in 25 MB of L2 would save the
-second reading, but at 8 microseconds a panel three launches cost more than they save; instead the second
-pass runs from the end, where up to the size of L2 is still there. The arithmetic is two float64
-multiply-adds an element and a conversion, below the time of the bytes where float64 runs at half or a third
-of float32's rate (A100, H100, B200); on devices with 1/64 of it, it is what limits.
+Count, for n x m elements of s bytes: n m s read, 8 n m / BLOCK_M and 8 n m / (BLOCK_N steps) of shares
+written and read again (1 to 3 % in long strips). |H| (|H|^T 1) reads H twice: 50,000 x 1,024 in float64 is
+0.27 ms at 3 TB/s. Column panels of 25 MB would find the second reading in L2, but they last 8 microseconds
+each, less than their three launches; instead the second pass runs from the end, where as much as L2 holds is
+still there. The arithmetic is two float64 multiply-adds an element and a conversion, less time than the bytes
+take where float64 runs at half of float32's rate; on devices with 1/64 of it, it is what limits.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from gcfast.triton_kernels._launch import (
     run,
 )
 
-# 16 elements a thread: 16 to 8 KB in flight a program (float64 to float32), and its tile of column sums in 32
-# registers, so that at least five programs fit a multiprocessor: 40 KB in flight, where 3 TB/s over 132 of them at
-# 600 ns need 14. Rows of 512 columns keep the shares of the row sums below 1 % of the bytes in float32; half
-# precision takes 1024 for the same. No measured reason yet for the architectures to differ.
+# 16 elements a thread: 16 to 4 KB in flight a program (float64 to half), and its tile of column sums in 32
+# registers of about a hundred, so that four programs or more fit a multiprocessor: 16 to 64 KB in flight,
+# where 3 TB/s over 132 of them at 600 ns need 14. Rows of 512 columns keep the shares of the row sums below
+# 1 % of the bytes in float32; half precision takes 1024 for the same. Nothing was measured yet that would
+# let the architectures differ.
 _WIDE = Launch({"BLOCK_N": 4, "BLOCK_M": 512}, num_warps=4)
 _HALF = Launch({"BLOCK_N": 2, "BLOCK_M": 1024}, num_warps=4)
 _LAUNCHES = {
@@ -42,12 +43,12 @@ _LAUNCHES = {
     for arch in ARCHITECTURES
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
-_PROGRAMS = 8  # a multiprocessor, at least: one and a half rounds of what fits; fewer, longer strips otherwise
+_PROGRAMS = 8  # a multiprocessor, at least, before strips grow longer: two rounds of what fits
 _STEPS = 64  # row blocks a strip, at most: beyond it the shares of the column sums are a per mille
 
 
-@triton.jit(do_not_specialize=["n", "m", "steps", "column_stride"])
-def abs_products_kernel(
+@triton.jit(do_not_specialize=["n", "steps", "column_stride"])
+def abs_products_kernel(  # type: ignore[no-untyped-def]
     a,
     left,  # None: ones
     right,  # None: ones
@@ -159,7 +160,8 @@ def specializations() -> Iterator[Specialization]:
     ]
     for (arch, dtype), launch in _LAUNCHES.items():
         for given, backwards in uses:
-            for contiguous in (True, False):
+            # rows of unit stride, aligned or not (16 divides the sizes: loads of 16 bytes), and any strides
+            for contiguous, aligned in ((True, True), (True, False), (False, False)):
                 signature = {"a": "*" + TRITON_TYPES[dtype]} | dict.fromkeys(given, "*fp64")
                 sizes = ("n", "m", "steps", "row_stride", "column_stride")
                 yield Specialization(
@@ -169,5 +171,5 @@ def specializations() -> Iterator[Specialization]:
                     | {"CONTIGUOUS": contiguous, "REVERSED": backwards},
                     launch=launch,
                     architectures=(arch,),
-                    divisible=frozenset({"a", "row_stride", *given}),
+                    divisible=frozenset({"a", *given} | ({"m", "row_stride"} if aligned else set())),
                 )
