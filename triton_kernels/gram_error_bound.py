@@ -31,19 +31,19 @@ from gcfast.triton_kernels._launch import (
     run,
 )
 
-# 16 elements a thread: 16 to 4 KB in flight a program (float64 to half), and its tile of column sums in 32
-# registers of about a hundred, so that four programs or more fit a multiprocessor: 16 to 64 KB in flight,
-# where 3 TB/s over 132 of them at 600 ns need 14. Rows of 512 columns keep the shares of the row sums below
-# 1 % of the bytes in float32; half precision takes 1024 for the same. Nothing was measured yet that would
-# let the architectures differ.
-_WIDE = Launch({"BLOCK_N": 4, "BLOCK_M": 512}, num_warps=4)
-_HALF = Launch({"BLOCK_N": 2, "BLOCK_M": 1024}, num_warps=4)
+# 8 elements a thread: 8 to 4 KB in flight a program (float64 to float32) and its tile of column sums in 16
+# registers, so that eight programs fit a multiprocessor at the 64 registers most of them take: 32 to 64 KB in
+# flight, where 3 TB/s over 132 of them at 600 ns need 14. Rows of 256 columns keep the shares of the row sums
+# below 1 % of the bytes; half precision takes 512 for the same. Nothing was measured yet that would let the
+# architectures differ.
+_WIDE = Launch({"BLOCK_N": 4, "BLOCK_M": 256}, num_warps=4)
+_HALF = Launch({"BLOCK_N": 4, "BLOCK_M": 512}, num_warps=8)
 _LAUNCHES = {
     (arch, dtype): _HALF if dtype.itemsize == 2 else _WIDE
     for arch in ARCHITECTURES
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
-_PROGRAMS = 8  # a multiprocessor, at least, before strips grow longer: two rounds of what fits
+_PROGRAMS = 16  # a multiprocessor, at least, before strips grow longer: two rounds of what fits
 _STEPS = 64  # row blocks a strip, at most: beyond it the shares of the column sums are a per mille
 
 
