@@ -29,3 +29,58 @@ def gram_product_op(gram: Tensor, x: Tensor) -> Tensor:
 @gram_product_op.register_fake
 def _(gram: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _weights(w: Tensor | None) -> int:
+    return 0 if w is None else w.data_ptr()
+
+
+@torch.library.custom_op("gcfast::abs_products", mutates_args=())
+def abs_products_op(a: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    backend = _dispatch.choose("gram_error_bound", a)
+    if backend == "reference":
+        return reference.abs_products(a, left, right)
+    if a.numel() == 0:
+        return a.new_zeros(a.shape[0], dtype=torch.float64), a.new_zeros(a.shape[1], dtype=torch.float64)
+    left, right = (None if w is None else w.contiguous() for w in (left, right))
+    if backend == "triton":
+        from gcfast.triton_kernels import gram_error_bound as kernels
+
+        return kernels.abs_products(a, left, right)
+    assert _native.cpu is not None
+    rows, columns = (torch.empty(k, dtype=torch.float64) for k in a.shape)
+    kernel = _native.cpu.abs_products_f64 if a.dtype == torch.float64 else _native.cpu.abs_products_f32
+    weights = (_weights(left), _weights(right))
+    threads = torch.get_num_threads()
+    kernel(a.data_ptr(), *weights, rows.data_ptr(), columns.data_ptr(), *a.shape, *a.stride(), threads)
+    return rows, columns
+
+
+@abs_products_op.register_fake
+def _(a: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    n, m = a.shape
+    return a.new_empty(n, dtype=torch.float64), a.new_empty(m, dtype=torch.float64)
+
+
+@torch.library.custom_op("gcfast::gram_error_bound", mutates_args=())
+def gram_error_bound_op(h: Tensor) -> Tensor:
+    backend = _dispatch.choose("gram_error_bound", h)
+    if backend == "reference":
+        return reference.gram_error_bound(h)
+    if h.numel() == 0:
+        return h.new_zeros(h.shape[0], dtype=torch.float64)
+    if backend == "triton":
+        from gcfast.triton_kernels import gram_error_bound as kernels
+
+        return kernels.gram_error_bound(h)
+    assert _native.cpu is not None
+    out = torch.empty(h.shape[0], dtype=torch.float64)
+    double = h.dtype == torch.float64
+    kernel = _native.cpu.gram_error_bound_f64 if double else _native.cpu.gram_error_bound_f32
+    kernel(h.data_ptr(), out.data_ptr(), *h.shape, *h.stride(), torch.get_num_threads())
+    return out
+
+
+@gram_error_bound_op.register_fake
+def _(h: Tensor) -> Tensor:
+    return h.new_empty(h.shape[0], dtype=torch.float64)

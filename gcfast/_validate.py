@@ -38,6 +38,23 @@ def matches(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
 
 
+def is_float64(name: str, value: Tensor, device: torch.device) -> None:
+    is_float(name, value)
+    if value.dtype != torch.float64:
+        raise TypeError(f"{name} must be float64; got {_short(value.dtype)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}; got {value.device}")
+
+
+def matrix_without_gradient(op: str, name: str, value: Tensor, *others: Tensor | None) -> None:
+    """2-d and floating; an error if `op`, which has no gradient, would need one."""
+    is_float(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} must have shape (n, m); got {tuple(value.shape)}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (value, *others)):
+        raise RuntimeError(f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()")
+
+
 def is_activation(activation: str, beta: float, order: int = 0) -> None:
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}")

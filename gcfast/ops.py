@@ -15,16 +15,18 @@ from torch import Tensor
 from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast._ops_activation import activation_op, activation_out_op
-from gcfast._ops_gram import gram_product_op
+from gcfast._ops_gram import abs_products_op, gram_error_bound_op, gram_product_op
 from gcfast._ops_softmax import softmax_residual_op
 from gcfast._ops_wide import wide_forward_op
 
 __all__ = [
     "BackendError",
     "BackendTable",
+    "abs_products",
     "activation",
     "backend",
     "backends",
+    "gram_error_bound",
     "gram_product",
     "last_backend",
     "softmax_residual",
@@ -188,3 +190,46 @@ def gram_product(gram: Tensor, x: Tensor) -> Tensor:
             "gram_product cannot be differentiated: use gram @ x, or work under torch.no_grad()"
         )
     return gram_product_op(gram, x)
+
+
+def gram_error_bound(h: Tensor) -> Tensor:
+    """The row sums of |h| |h|^T, with which the rounding errors of h h^T are bounded; |h| is never stored.
+
+    Args:
+        h: (n, m), any floating dtype and strides (no copy is made of any layout).
+
+    Returns:
+        (n,) float64: |h| (|h|^T 1), within relative gamma_(n+m) = (n+m) u / (1 - (n+m) u), u = 2^-53, of the
+        exact values: all terms are non-negative, and none goes through more than n + m roundings, in whatever
+        order. (Short of overflow, and of denormal products: they may be off by 2^-1022 m as well.) A NaN
+        or infinity in h is never lost: every row that it belongs to is NaN or infinite, and so is every
+        row that meets its column (0 times infinity is NaN). Not differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: h requires a gradient.
+    """
+    _validate.matrix_without_gradient("gram_error_bound", "h", h)
+    return gram_error_bound_op(h)
+
+
+def abs_products(a: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """|a| right and left |a| in one reading of a: its absolute row and column sums, weighted.
+
+    Args:
+        a: (n, m), any floating dtype and strides (no copy is made of any layout).
+        left: (n,) float64, >= 0 (not checked), ones by default; right: (m,), likewise.
+
+    Returns:
+        |a| right (n,) and left |a| (m,), float64, within relative gamma_m and gamma_n of the exact values
+        (gamma_k = k u / (1 - k u), u = 2^-53; denormal products as in :func:`gram_error_bound`). NaN and
+        infinities come out of every sum that they go into. Not differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.matrix_without_gradient("abs_products", "a", a, left, right)
+    for name, weights, size, side in (("left", left, 0, "n"), ("right", right, 1, "m")):
+        if weights is not None:
+            _validate.is_float64(name, weights, a.device)
+            _validate.has_shape(name, weights, a.shape[size : size + 1], f"{side} from a")
+    return abs_products_op(a, left, right)

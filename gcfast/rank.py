@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfast import ops
+
 ROW_BLOCK = 512  # rows of the lower block triangle computed at once: half the work, still large products
 PANEL = 1024  # columns of H1 in flight
 PANEL32 = 256  # inner length of a float32 product: gamma stays 1.5e-5 whatever m is
@@ -54,7 +56,10 @@ class RankProof:
 
 
 def _up(x: float, terms: int = 8) -> float:
-    """x enlarged by the rounding of a sum of ``terms`` non-negative float64 terms, upward."""
+    """x enlarged by ``terms`` roundings of non-negative float64 numbers and a few more, upward.
+
+    It covers ``ops.abs_products`` and ``ops.gram_error_bound`` of an n x m matrix with ``terms`` = n + m.
+    """
     return float(x) * (1.0 + 4.0 * (terms + 8) * _UNIT[torch.float64])
 
 
@@ -122,6 +127,16 @@ class StackedOnes:
             if self.ones and j + width >= self.columns:
                 panel = torch.cat([panel, panel.new_ones(self.n, 1)], 1)
             yield panel if panel.stride(1) == 1 else panel.contiguous()
+
+    def abs_products(self, left: Tensor | None = None) -> tuple[Tensor, float]:
+        """|H1| 1 (n,) and the largest entry of left |H1|, float64; ``left`` ones by default."""
+        rows = self.features.new_zeros(self.n, dtype=torch.float64)
+        largest = rows.new_zeros(())
+        for panel in self.panels(dtype=self.features.dtype):  # by rows, so that no bit depends on the layout
+            panel_rows, columns = ops.abs_products(panel, left)
+            rows += panel_rows
+            largest = torch.maximum(largest, columns.amax())  # unlike max(), it keeps a NaN
+        return rows, float(largest)
 
 
 def _blocks(n: int) -> Iterator[tuple[int, int]]:
@@ -191,25 +206,10 @@ def _cholesky_inverse(g: Tensor, start_shift: float) -> tuple[Tensor, float] | N
     return None
 
 
-def _row_sums_abs(x: Tensor, v: Tensor) -> Tensor:
-    """|x| @ v by row blocks."""
-    return torch.cat([x[i0:i1].abs() @ v for i0, i1 in _blocks(len(x))])
-
-
-def _column_sums_abs(x: Tensor, v: Tensor) -> Tensor:
-    """|x|^T @ v by row blocks."""
-    total = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
-    for i0, i1 in _blocks(len(x)):
-        total += x[i0:i1].abs().mT @ v[i0:i1]
-    return total
-
-
 def norm_upper(x: Tensor) -> float:
     """Proved upper bound of ||x||_2: sqrt(||x||_1 ||x||_inf), float64."""
-    ones_r, ones_c = x.new_ones(len(x)), x.new_ones(x.shape[1])
-    one = float(_column_sums_abs(x, ones_r).amax())
-    inf = float(_row_sums_abs(x, ones_c).amax())
-    return _up(math.sqrt(one * inf), max(x.shape))
+    rows, columns = ops.abs_products(x)
+    return _up(math.sqrt(float(rows.amax()) * float(columns.amax())), sum(x.shape))
 
 
 def _add_gram_(g: Tensor, q: Tensor, inner: int) -> None:
@@ -233,41 +233,31 @@ class _Whitened:
 def _whiten(h1: StackedOnes, x: Tensor, dtype: torch.dtype) -> _Whitened:
     """Q = X H1 by column panels, G2 = Q Q^T in ``dtype``, and every error term of the proof."""
     n, columns = h1.n, h1.columns
-    device = x.device
-    g2 = torch.zeros((n, n), dtype=dtype, device=device)
+    g2 = torch.zeros((n, n), dtype=dtype, device=x.device)
     inner = PANEL32 if dtype == torch.float32 else PANEL
-    x_columns = _column_sums_abs(x, x.new_ones(n))
-    h_rows = torch.zeros(n, dtype=torch.float64, device=device)
-    q_rows = torch.zeros(n, dtype=torch.float64, device=device)
-    h_norm1, square = 0.0, 0.0
+    q_rows = torch.zeros(n, dtype=torch.float64, device=x.device)
     for panel in h1.panels():
-        q = _lower_times(x, panel)
-        h_abs = panel.abs()
-        h_rows += h_abs.sum(1)
-        h_norm1 = max(h_norm1, float((x_columns @ h_abs).amax()))
-        del h_abs
-        q_abs = q.abs()
-        q_rows += q_abs @ q_abs.sum(0)
-        square += float((q_abs * q_abs).sum())
-        del q_abs
-        _add_gram_(g2, q.to(dtype), inner)
+        q = _lower_times(x, panel).to(dtype)
+        q_rows += ops.gram_error_bound(q)
+        _add_gram_(g2, q, inner)
     terms = n + columns
     # || |X||H1| || from its row and column sums; |Q||Q|^T is symmetric, its largest row sum is enough
-    xh = _up(math.sqrt(_up(float(_row_sums_abs(x, h_rows).amax()), terms) * _up(h_norm1, terms)), terms)
+    h_rows, xh_one = h1.abs_products(left=ops.abs_products(x)[1])
+    xh_inf = float(ops.abs_products(x, right=h_rows)[0].amax())
+    xh = _up(math.sqrt(xh_one * xh_inf), 2 * terms)
     qq = _up(float(q_rows.amax()), terms)
     tiny, tiny64 = n * columns * _TINY[dtype], n * n * _TINY[torch.float64]
     panels = -(-columns // PANEL) * (PANEL // inner)
     witness_error = _up(gamma(n + 2) * xh + tiny64)
-    product_error = _up(gamma(inner + panels + 2, dtype) * qq * (1 + 3 * _UNIT[dtype]) + tiny)
-    if dtype != torch.float64:  # Q itself was rounded to float32 before its Gram
-        unit = _UNIT[dtype]
-        witness_error = _up(witness_error + unit * _up(math.sqrt(square), terms) + tiny)
+    product_error = _up(gamma(inner + panels + 2, dtype) * qq + tiny)
     _reflect(g2)
-    residual = torch.zeros(n, dtype=torch.float64, device=device)
-    for i0, i1 in _blocks(n):
-        block = g2[i0:i1].to(torch.float64, copy=True)
-        block[torch.arange(i1 - i0), torch.arange(i0, i1)] -= 1.0
-        residual[i0:i1] = block.abs().sum(1)
+    diagonal = g2.diagonal().to(torch.float64, copy=True)
+    if dtype != torch.float64:  # Q was rounded to float32 before its Gram; ||Q||_F^2 is the Gram's trace
+        square = _up(float(diagonal.sum()) + n * product_error, n)
+        witness_error = _up(witness_error + _UNIT[dtype] * math.sqrt(square) + tiny)
+    g2.diagonal().zero_()
+    residual = ops.abs_products(g2)[0] + (diagonal - 1.0).abs()
+    g2.diagonal().copy_(diagonal)
     distance = _up(float(residual.amax()), terms)
     inside = 1.0 - distance - product_error
     margin = (math.sqrt(inside) * (1 - 1e-15) - witness_error) if inside > 0 else -math.inf
@@ -304,10 +294,6 @@ def _norm_sharp(x: Tensor) -> float:
     y = (x * scale).to(dtype)
     top = top * (plain * scale) ** 2
     unit, tiny = _UNIT[dtype], n * n * _TINY[dtype]
-    ones = torch.ones(n, dtype=torch.float64, device=x.device)
-    y_sums = _row_sums_abs(y, _column_sums_abs(y, ones.to(dtype))).to(torch.float64)
-    y_rows = _up(float(y_sums.amax()) * (1 + 4 * n * unit), n)
-    frobenius = _up(float(torch.linalg.vector_norm(y, dtype=torch.float64)) * (1 + 4 * unit), n * n)
     inner = PANEL32 if dtype == torch.float32 else PANEL
     terms = inner + -(-n // inner) + 2
     m = torch.zeros_like(y)
@@ -316,8 +302,9 @@ def _norm_sharp(x: Tensor) -> float:
         for i0, i1 in _blocks(n - k):
             m[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
     _reflect(m)
-    error = gamma(terms, dtype) * y_rows + tiny
+    error = _up(gamma(terms, dtype) * _up(float(ops.gram_error_bound(y).amax()), 2 * n) + tiny)
     diagonal = m.diagonal().clone()
+    frobenius = math.sqrt(_up(float(diagonal.sum(dtype=torch.float64)) + n * error, n))
     shifted = m.neg_()
     for slack in (1.05, 1.25, 2.0):
         t = float(torch.tensor(slack * top, dtype=dtype))
@@ -332,11 +319,10 @@ def _norm_sharp(x: Tensor) -> float:
             for i0, i1 in _blocks(n - k):
                 product[k + i0 : k + i1, k : k + i1] += part[i0:i1] @ part[:i1].mT
         _reflect(product)
-        residual = float(product.sub_(shifted).abs_().sum(1, dtype=torch.float64).amax()) * (1 + 4 * n * unit)
-        low_sums = _row_sums_abs(low, _column_sums_abs(low, ones.to(dtype))).to(torch.float64)
-        low_rows = float(low_sums.amax()) * (1 + 4 * n * unit)
+        residual = _up(float(ops.abs_products(product.sub_(shifted))[0].amax()), n)
+        low_rows = _up(float(ops.gram_error_bound(low).amax()), 2 * n)
         # t I - Y Y^T = L L^T + (what each product, the shift's subtraction and the residual's rounding hide)
-        hidden = error + gamma(terms, dtype) * low_rows + _up(residual, n) * (1 + 4 * unit)
+        hidden = error + gamma(terms, dtype) * low_rows + residual * (1 + 4 * unit)
         hidden = hidden + 4 * unit * (t + top * slack) + tiny
         bound = math.sqrt(_up(t + hidden, n)) + unit * frobenius * (1 + 4 * unit) + tiny
         return min(plain, _up(bound / scale))
@@ -374,9 +360,8 @@ def prove_full_rank(
     with exact_products():
         check_products(features.device)
         tell("Gram", 0.0)
-        rows = torch.cat([r.to(torch.float64).abs().sum(1) for r in features.split(4096)]) + int(ones)
-        columns = max((float(p.abs().sum(0).amax()) for p in h1.panels()), default=0.0)
-        sigma_max = _up(math.sqrt(float(rows.amax()) * columns), n + h1.columns)
+        rows, one = h1.abs_products()
+        sigma_max = _up(math.sqrt(one * float(rows.amax())), n + h1.columns)
         g = gram(h1)
         if not bool(torch.isfinite(g.diagonal()).all()) or float(g.diagonal().amin()) < 1e-290:
             return RankProof(

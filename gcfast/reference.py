@@ -191,3 +191,29 @@ def wide_forward(
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:
     """gram x for symmetric gram (n, n) and x (n, c)."""
     return gram @ x
+
+
+_BLOCK = 1 << 18  # elements of |a| in float64 at a time
+
+
+def abs_products(a: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(|a| right, left |a|) in float64: a (n, m), left (n,), right (m,), non-negative, ones by default.
+
+    Products and sums element by element: a BLAS may skip a weight of zero, and with it a NaN.
+    """
+    if a.stride(0) < a.stride(1):
+        columns, rows = abs_products(a.mT, right, left)
+        return rows, columns
+    n, m = a.shape
+    rows, columns = (torch.zeros(k, dtype=torch.float64, device=a.device) for k in (n, m))
+    step = max(1, _BLOCK // max(1, m))
+    for i in range(0, n, step):
+        block = a[i : i + step].to(torch.float64).abs()
+        rows[i : i + step] = (block if right is None else block * right).sum(1)
+        columns += (block if left is None else block * left[i : i + step, None]).sum(0)
+    return rows, columns
+
+
+def gram_error_bound(h: Tensor) -> Tensor:
+    """The row sums of |h| |h|^T (n,), as |h| (|h|^T 1), in float64."""
+    return abs_products(h, right=abs_products(h)[1])[0]

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "gram_error_bound.h"
 #include "gram_product.h"
 #include "softmax_residual.h"
 
@@ -38,6 +39,21 @@ void gram_product(uintptr_t gram, uintptr_t x, uintptr_t out, int64_t n, int64_t
   gcfast::cpu::gram_product(GramProductArgs<T>{ptr<const T>(gram), ptr<const T>(x), ptr<T>(out), n, c, ld, threads});
 }
 
+template <class T>
+void abs_products(uintptr_t a, uintptr_t left, uintptr_t right, uintptr_t rows, uintptr_t columns, int64_t n, int64_t m,
+                  int64_t row_stride, int64_t column_stride, int threads) {
+  gcfast::cpu::abs_products(gcfast::cpu::AbsProductsArgs<T>{{ptr<const T>(a), n, m, row_stride, column_stride},
+                                                            ptr<const double>(left), ptr<const double>(right),
+                                                            ptr<double>(rows), ptr<double>(columns), threads});
+}
+
+template <class T>
+void gram_error_bound(uintptr_t h, uintptr_t out, int64_t n, int64_t m, int64_t row_stride, int64_t column_stride,
+                      int threads) {
+  gcfast::cpu::gram_error_bound(gcfast::cpu::GramErrorBoundArgs<T>{
+      {ptr<const T>(h), n, m, row_stride, column_stride}, ptr<double>(out), threads});
+}
+
 const char* instruction_set() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
@@ -54,8 +70,12 @@ const char* instruction_set() {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "gcfast's CPU kernels on raw pointers; use gcfast.ops instead.";
   const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("abs_products_f32", &abs_products<float>, nogil);
+  m.def("abs_products_f64", &abs_products<double>, nogil);
   m.def("activation_f32", &activation<float>, nogil);
   m.def("activation_f64", &activation<double>, nogil);
+  m.def("gram_error_bound_f32", &gram_error_bound<float>, nogil);
+  m.def("gram_error_bound_f64", &gram_error_bound<double>, nogil);
   m.def("gram_product_f32", &gram_product<float>, nogil);
   m.def("gram_product_f64", &gram_product<double>, nogil);
   m.def("softmax_residual_f32", &softmax_residual<float>, nogil);
