@@ -1,0 +1,412 @@
+"""Activations and their first two derivatives on a tile in registers, for every kernel that needs them.
+
+The mathematics of csrc/core/activations.h, in fp32 and fp64 (narrower types are cast to fp32 by the caller):
+no step uses the hardware's exp2, logarithm or division, which flush denormals or lose digits. What carries
+the accuracy (tests/test_activation.py: within 4 ulp everywhere, denormal results included):
+
+* exp(t) = (1 + q) s 2^-64 (2^-512 in fp64) with a power of two s. A factor f enters as (f q + f) s 2^-64: one
+  rounding for 1 + q and f together, and one where a denormal result is formed.
+* Products inside an exponent are carried as hi + lo: one ulp of t is |t| ulps of exp(t).
+* Denominators are polynomials in y = exp(-|t|), carried as hi + lo too, and there is one quotient a value: an
+  approximate reciprocal and a correction by its exact remainder leave half an ulp.
+
+Nothing here may be reordered, but contraction of a b + c into one rounding only helps. The interpreter does
+not fuse `tl.fma`, hence the two forms of what must be exact; there the reciprocal is the correctly rounded
+one, so that the seed of the hardware (inline assembly) is tested on a GPU only.
+
+Polynomials: Chebyshev interpolation in 60 digits, rewritten in powers, highest first.
+"""
+
+import triton
+import triton.language as tl
+
+from ._launch import interpreted
+
+# (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2
+_EXP_32 = tl.constexpr(
+    (1.9891080463998842e-4, 1.39337307157920825e-3, 8.33331084464786256e-3, 0.0416664641974056923,
+     0.16666666681704215, 0.500000001353872989)
+)  # fmt: skip
+_EXP_64 = tl.constexpr(
+    (2.5100472505694996e-8, 2.76202015910315488e-7, 2.75572682769056962e-6, 2.48015210578682052e-5,
+     1.9841269863171556e-4, 1.38888889173670806e-3, 8.3333333333300382e-3, 0.0416666666666238205,
+     0.166666666666666675, 0.500000000000000103)
+)  # fmt: skip
+# (y - log(1 + y)) / y^2 on [0, 1]
+_LOG_32 = tl.constexpr(
+    (-0.00280164199280334992, 0.0171842669824487093, -0.0493099734345496944, 0.0913941377401492021,
+     -0.130333642382428156, 0.163651528692055351, -0.199567079522518358, 0.249967599082639252,
+     -0.33333237346213987, 0.499999995222237707)
+)  # fmt: skip
+_LOG_64 = tl.constexpr(
+    (0.0000229388568184714378, -0.000265295970542531044, 0.00145692484733291744, -0.00508109047854899415,
+     0.0127321505282476731, -0.0246829501916849337, 0.0391250511523394424, -0.0532235224603212144,
+     0.0650401036603685578, -0.0744481701994222684, 0.0825618541627825036, -0.0907183529253426044,
+     0.0999632434755013683, -0.111105711428558057, 0.124999412815076874, -0.142857097454455445,
+     0.166666664309783401, -0.1999999999247163, 0.249999999998720501, -0.333333333333324656, 0.5)
+)  # fmt: skip
+# (a + 4) erfcx(a / sqrt(2)) / 2 in u = (a - 4)/(a + 4), the density's tail: no rounding of a / sqrt(2)
+_TAIL_32 = tl.constexpr(
+    (-5.188017604e-5, -2.326310772e-4, 1.705670802e-4, 1.645552089e-3, -3.488950607e-3, -7.545274108e-3,
+     0.06039746097, -0.1865212885, 0.3871373724, -0.6078966587, 0.7552851306)
+)  # fmt: skip
+_TAIL_64 = tl.constexpr(
+    (-7.24547937033790985e-10, -2.5168191619926508e-9, 1.91813946836078413e-9, 1.96040493990377268e-8,
+     1.32707869739611057e-8, -8.53898597427761187e-8, -1.54946042464582715e-7, 2.71793439788748867e-7,
+     1.02153742618240522e-6, -6.29693516039342578e-7, -5.92016487909155337e-6, 7.16666373663619845e-7,
+     0.0000351446834211625441, -1.90825875793517962e-6, -0.000231094934664636102, 0.000133344312488674937,
+     0.00163081845753126692, -0.00347969236740357266, -0.00754018896672323833, 0.060396574890937138,
+     -0.186521857959657347, 0.387137400742214529, -0.607896641971892107, 0.755285130415751493)
+)  # fmt: skip
+
+INV_SQRT_2PI = tl.constexpr(0.3989422804014326779399461)
+
+
+@triton.jit
+def polynomial(x, C: tl.constexpr):
+    """Horner's rule: the fewest instructions; other warps and elements fill the pipeline meanwhile."""
+    p = x * C[0] + C[1]
+    for i in tl.static_range(2, len(C.value)):
+        p = p * x + C[i]
+    return p
+
+
+@triton.jit
+def upper_half(a):
+    """The upper 12 (26) bits of the significand: products of two such are exact."""
+    if a.dtype == tl.float64:
+        return (a.to(tl.int64, bitcast=True) & -0x8000000).to(tl.float64, bitcast=True)
+    return (a.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product_error(a, b, p):
+    """a b - p, exactly, for p = a b rounded; rounded once for any p near a b."""
+    if interpreted:
+        t = a * b
+        ah = upper_half(a)
+        bh = upper_half(b)
+        al = a - ah
+        bl = b - bh
+        return (t - p) + (((ah * bh - t) + ah * bl + al * bh) + al * bl)
+    return tl.fma(a, b, -p)
+
+
+@triton.jit
+def quotient(n, hi, lo):
+    """n / (hi + lo) to half an ulp and a little, for hi in [1, 2^100]."""
+    if interpreted:
+        r = 1.0 / hi
+    elif hi.dtype == tl.float64:  # 20 bits, then 40
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [hi], tl.float64, True, 1)
+        r = tl.fma(tl.fma(-hi, r, 1.0), r, r)
+    else:  # 23 bits
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [hi], tl.float32, True, 1)
+    q = n * r
+    return q - (product_error(q, hi, n) + q * lo) * r
+
+
+@triton.jit
+def exp_parts(hi, lo=None):
+    """q and s of exp(hi + lo) = (1 + q) s down, -120 <= hi <= 0 (fp64: -800); q to full relative precision."""
+    if hi.dtype == tl.float64:
+        shifted = hi * 1.4426950408889634074 + 6755399441055744.0  # 1.5 2^52: rounds to an integer, low bits
+        n = shifted - 6755399441055744.0
+        r = (hi - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
+        if lo is not None:
+            r += lo
+        q = r + (polynomial(r, _EXP_64) * r) * r
+        s = (shifted.to(tl.int64, bitcast=True) << 52) + 0x5FF0000000000000  # 2^(512 + n)
+        return q, s.to(tl.float64, bitcast=True)
+    else:
+        shifted = hi * 1.44269504 + 12582912.0
+        n = shifted - 12582912.0
+        r = (hi - n * 0.693359375) - n * -2.12194440e-4
+        if lo is not None:
+            r += lo
+        q = r + (polynomial(r, _EXP_32) * r) * r
+        s = (shifted.to(tl.int32, bitcast=True) << 23) + 0x5F800000  # 2^(64 + n)
+        return q, s.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_value(q, s, POWER: tl.constexpr = 1.0):
+    """POWER exp(t), a power of two times it."""
+    down: tl.constexpr = POWER * (2.0**-512 if q.dtype == tl.float64 else 2.0**-64)
+    return (q * s + s) * down
+
+
+@triton.jit
+def exp_times(f, q, s, POWER: tl.constexpr = 1.0):
+    """POWER f exp(t)."""
+    down: tl.constexpr = POWER * (2.0**-512 if q.dtype == tl.float64 else 2.0**-64)
+    return (f * q + f) * s * down
+
+
+@triton.jit
+def one_minus_exp(q, s):
+    """1 - exp(t) without cancellation: the power of two is 1 where t is small, and then this is -q."""
+    down: tl.constexpr = 2.0**-512 if q.dtype == tl.float64 else 2.0**-64
+    power = s * down
+    return (1.0 - power) - power * q
+
+
+@triton.jit
+def clamped(a, TOP: tl.constexpr):
+    """min(a, TOP), NaN kept."""
+    return tl.where(a > TOP, TOP, a)
+
+
+@triton.jit
+def magnitude(x):
+    """|x| up to where exp(-|x|) is 0, NaN kept."""
+    top: tl.constexpr = 800.0 if x.dtype == tl.float64 else 120.0
+    return clamped(tl.abs(x), top)
+
+
+@triton.jit
+def with_sign(v, x):
+    """The sign of x on a value v >= 0."""
+    if x.dtype == tl.float64:
+        sign = x.to(tl.int64, bitcast=True) & -0x8000000000000000
+        return (v.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (v.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def one_plus(y):
+    """1 + y as hi + lo, 0 <= y <= 1."""
+    hi = 1.0 + y
+    return hi, y - (hi - 1.0)
+
+
+@triton.jit
+def one_plus_squared(y):
+    inner = 2.0 + y
+    hi = y * inner + 1.0
+    return hi, product_error(y, inner, hi - 1.0)
+
+
+@triton.jit
+def one_plus_cubed(y):
+    inner = y * (y + 3.0) + 3.0
+    hi = y * inner + 1.0
+    return hi, product_error(y, inner, hi - 1.0)
+
+
+@triton.jit
+def log1p_unit(y):
+    """log(1 + y), 0 <= y <= 1."""
+    if y.dtype == tl.float64:
+        return y * (1.0 - y * polynomial(y, _LOG_64))
+    else:
+        return y * (1.0 - y * polynomial(y, _LOG_32))
+
+
+@triton.jit
+def _logistic_slope(q, s, POWER: tl.constexpr):
+    """POWER y / (1 + y)^2."""
+    hi, lo = one_plus_squared(exp_value(q, s))
+    return quotient(exp_value(q, s, POWER), hi, lo)
+
+
+@triton.jit
+def _logistic_bend(q, s, POWER: tl.constexpr):
+    """POWER y (1 - y) / (1 + y)^3."""
+    hi, lo = one_plus_cubed(exp_value(q, s))
+    return exp_times(quotient(one_minus_exp(q, s), hi, lo), q, s, POWER)
+
+
+@triton.jit
+def _logistic(x, q, s):
+    y = exp_value(q, s)
+    hi, lo = one_plus(y)
+    return quotient(tl.where(x < 0.0, y, 1.0), hi, lo)
+
+
+@triton.jit
+def _softplus_scaled(x, beta_hi, beta_lo, beta_inv, ORDER: tl.constexpr):
+    floor: tl.constexpr = -800.0 if x.dtype == tl.float64 else -120.0
+    beta = tl.full(x.shape, beta_hi, x.dtype)
+    a = -tl.abs(x)
+    t = a * beta
+    below = t < floor  # and there, where the product may have overflowed, exp(t) is 0 whatever multiplies it
+    tail = tl.where(below, 0.0, product_error(a, beta, t) + a * beta_lo)
+    q, s = exp_parts(tl.where(below, floor, t), tail)
+    s = tl.where(below, 0.0, s)
+    if ORDER == 0:
+        y = exp_value(q, s)
+        # below 1e-18 y may be denormal while y / beta is not
+        low = tl.where(y < 1e-18, exp_times(tl.full(x.shape, beta_inv, x.dtype), q, s), log1p_unit(y) * beta_inv)
+        return tl.maximum(x, 0.0) + low
+    elif ORDER == 1:
+        return _logistic(x, q, s)
+    else:
+        hi, lo = one_plus_squared(exp_value(q, s))
+        return quotient(exp_times(beta, q, s), hi, lo)
+
+
+@triton.jit
+def softplus(x, ORDER: tl.constexpr):
+    """log(1 + exp(x))."""
+    q, s = exp_parts(-magnitude(x))
+    if ORDER == 0:
+        return tl.maximum(x, 0.0) + log1p_unit(exp_value(q, s))
+    elif ORDER == 1:
+        return _logistic(x, q, s)
+    else:
+        return _logistic_slope(q, s, 1.0)
+
+
+@triton.jit
+def sigmoid(x, ORDER: tl.constexpr):
+    if ORDER < 2:
+        return softplus(x, ORDER + 1)
+    else:
+        q, s = exp_parts(-magnitude(x))
+        return with_sign(_logistic_bend(q, s, 1.0), -x)
+
+
+@triton.jit
+def tanh(x, ORDER: tl.constexpr):
+    q, s = exp_parts(-magnitude(2.0 * x))
+    if ORDER == 0:
+        hi, lo = one_plus(exp_value(q, s))
+        return with_sign(quotient(one_minus_exp(q, s), hi, lo), x)
+    elif ORDER == 1:
+        return _logistic_slope(q, s, 4.0)
+    else:
+        return with_sign(_logistic_bend(q, s, 8.0), -x)
+
+
+@triton.jit
+def _gated(x, a, q, s, adv, advdv, bend, ORDER: tl.constexpr):
+    """x sigmoid(v(x)) for odd v; a = |x|, at most where exp(-|v|) is 0; adv = a v', advdv = a v'^2, bend = 2 v' + x v''."""
+    y = exp_value(q, s)
+    negative = x < 0.0
+    if ORDER == 0:
+        hi, lo = one_plus(y)
+        f = quotient(tl.where(negative, -a, a), hi, lo)
+        return tl.where(negative, exp_times(f, q, s), tl.where(x > a, x, f))
+    elif ORDER == 1:
+        hi, lo = one_plus_squared(y)
+        f = quotient((1.0 + y) + tl.where(negative, -adv, y * adv), hi, lo)
+        return tl.where(negative, exp_times(f, q, s), f)
+    else:
+        hi, lo = one_plus_cubed(y)
+        return exp_times(quotient((bend * y + bend) - advdv * one_minus_exp(q, s), hi, lo), q, s)
+
+
+@triton.jit
+def silu(x, ORDER: tl.constexpr):
+    a = magnitude(x)
+    q, s = exp_parts(-a)
+    return _gated(x, a, q, s, a, a, 2.0, ORDER)
+
+
+@triton.jit
+def gelu_tanh(x, ORDER: tl.constexpr):
+    """x sigmoid(v), v = x (A + B x^2), A = 2 sqrt(2/pi), B = 0.044715 A, in twice the precision.
+
+    A's upper part is short of 3 (fp64: 5) bits, so that A + B x^2 - A is exact, and with it the error of the sum.
+    """
+    if x.dtype == tl.float64:
+        A: tl.constexpr = 1.595769121605727
+        A_LO: tl.constexpr = 3.675065195634423e-15
+        B: tl.constexpr = 0.07135481627260025
+        B_LO: tl.constexpr = -6.175149918155315e-19
+        B3: tl.constexpr = 0.21406444881780073
+        B3_LO: tl.constexpr = 1.2025242832367862e-17
+        a = clamped(tl.abs(x), 22.0)
+    else:
+        A: tl.constexpr = 1.5957698822021484
+        A_LO: tl.constexpr = -7.605964356116601e-07
+        B: tl.constexpr = 0.07135481387376785
+        B_LO: tl.constexpr = 2.3988324659995897e-09
+        B3: tl.constexpr = 0.21406444907188416
+        B3_LO: tl.constexpr = -2.540834209696641e-10
+        a = clamped(tl.abs(x), 11.5)
+    square = a * a
+    square_lo = product_error(a, a, square)
+    b = tl.full(x.shape, B, x.dtype)
+    p = square * B + A
+    p_lo = product_error(square, b, p - A) + (square_lo * B + (square * B_LO + A_LO))
+    v = a * p
+    v_lo = product_error(a, p, v) + a * p_lo
+    q, s = exp_parts(-v, -v_lo)
+    # v' = A + 3 B x^2 in the same way
+    b3 = tl.full(x.shape, B3, x.dtype)
+    sum = square * B3 + A
+    sum_lo = product_error(square, b3, sum - A) + (square_lo * B3 + (square * B3_LO + A_LO))
+    dv = sum + sum_lo
+    dv_lo = sum_lo - (dv - sum)
+    adv = a * dv
+    adv_lo = product_error(a, dv, adv) + a * dv_lo
+    advdv = adv * dv + (adv * dv_lo + adv_lo * dv)
+    return _gated(x, a, q, s, adv, advdv, 2.0 * dv + square * (6.0 * B), ORDER)
+
+
+@triton.jit
+def gelu(x, ORDER: tl.constexpr):
+    """x Phi(x), Phi the normal distribution function: for x < 0 exp(-x^2/2) tail(|x|)."""
+    top: tl.constexpr = 39.4 if x.dtype == tl.float64 else 14.8
+    a = clamped(tl.abs(x), top)
+    half = -0.5 * a
+    t = a * half
+    t_lo = product_error(a, half, t)
+    q, s = exp_parts(t, t_lo)
+    if ORDER == 2:
+        return exp_times(((2.0 + 2.0 * t) + 2.0 * t_lo) * INV_SQRT_2PI, q, s)
+    else:
+        hi = a + 4.0
+        lo = a - (hi - 4.0)
+        u = quotient(a - 4.0, hi, lo)
+        if x.dtype == tl.float64:
+            tail = quotient(polynomial(u, _TAIL_64), hi, lo)
+        else:
+            tail = quotient(polynomial(u, _TAIL_32), hi, lo)
+        if ORDER == 0:
+            v = exp_times(a * tail, q, s)
+            return tl.where(x < 0.0, -v, x - v)
+        else:
+            v = exp_times(tail - a * INV_SQRT_2PI, q, s)
+            return tl.where(x < 0.0, v, 1.0 - v)
+
+
+@triton.jit
+def relu(x, ORDER: tl.constexpr):
+    nan_or_zero = tl.where(x == x, 0.0, x)
+    if ORDER == 0:
+        return tl.where(x < 0.0, 0.0, x)
+    elif ORDER == 1:
+        return tl.where(x > 0.0, 1.0, nan_or_zero)
+    else:
+        return nan_or_zero
+
+
+@triton.jit
+def activate(x, beta_hi, beta_lo, beta_inv, ACT: tl.constexpr, ORDER: tl.constexpr, SCALED: tl.constexpr):
+    """act^(ORDER)(x) of an fp32 or fp64 tile. ACT is an index into gcfast.reference.ACTIVATIONS.
+
+    SCALED: softplus with beta = beta_hi + beta_lo, beta_inv = 1 / beta, scalars of x's precision (see
+    `scale_arguments` and `scalar`); otherwise beta is 1 and they are not read.
+    """
+    tl.static_assert(x.dtype == tl.float32 or x.dtype == tl.float64, "cast to fp32 first")
+    if ACT == 0:
+        if SCALED:
+            return _softplus_scaled(x, beta_hi, beta_lo, beta_inv, ORDER)
+        else:
+            return softplus(x, ORDER)
+    elif ACT == 1:
+        return sigmoid(x, ORDER)
+    elif ACT == 2:
+        return tanh(x, ORDER)
+    elif ACT == 3:
+        return gelu(x, ORDER)
+    elif ACT == 4:
+        return gelu_tanh(x, ORDER)
+    elif ACT == 5:
+        return silu(x, ORDER)
+    else:
+        return relu(x, ORDER)
