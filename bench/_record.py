@@ -1,4 +1,4 @@
-"""What a benchmark run leaves behind: a JSON file, named by GCFAST_BENCH_OUT, rewritten after each comparison.
+"""What a benchmark run leaves behind: a JSON file that GCFAST_BENCH_OUT names, rewritten each time.
 
     {"header": {device, capability, driver, torch, ..., commit, date},
      "ceilings": {"cuda": {"copy": bytes a second, "matmul float32": FLOP a second, ...}},

@@ -21,12 +21,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # `python -m bench.table` and a plain import find the same module
 
-import _record  # noqa: E402
-from _record import ROOT  # noqa: E402
+import _record
+from _record import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed: written by python -m bench.table -->", "<!-- speed: end -->"
+
+PEERS = ("reference", "torch.compile", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -191,20 +193,17 @@ def replaced(readme: str, new: str) -> str:
 
 
 def show(run: dict[str, Any]) -> str:
-    """Every comparison of a run: a line for each candidate, with its ratios to the others."""
-    lines = [
-        f"{'op, size, dtype':<66}{'candidate':<20}{'median':>11}{'spread':>9}{'of limit':>9}  faster than"
-    ]
+    """Every comparison of a run: a line for each candidate of gcfast's, with its ratios to the others."""
+    lines = [f"{'op, size, dtype':<65}{'candidate':<19}{'median':>12}{'of limit':>9}  faster than"]
     for result in run["results"]:
+        first = result["candidates"][0]["name"]
         title = ", ".join(t for t in (result["op"], result["size"], result["dtype"]) if t)
-        for i, c in enumerate(result["candidates"]):
-            ratios = ", ".join(f"{other} {_interval(r)}" for other, r in c["ratios"].items()) if i else "-"
-            share = "-" if c["of_limit"] is None else f"{c['of_limit']:.0%}"
-            spread = "-" if c["spread"] is None else f"{c['spread'] / c['median']:.0%}"
-            lines.append(
-                f"{'' if i else title:<66}{c['name']:<20}{c['median'] * 1e3:>8.3f} ms{spread:>9}{share:>9}"
-                f"  {ratios}"
-            )
+        for c in result["candidates"][1:]:
+            if c["name"] not in PEERS:
+                others = [name for name in (first, *PEERS) if name in c["ratios"]]
+                ratios = ", ".join(f"{name} {_interval(c['ratios'][name])}" for name in others)
+                share = "-" if c["of_limit"] is None else f"{c['of_limit']:.0%}"
+                lines.append(f"{title:<64} {c['name']:<19}{c['median'] * 1e3:>9.3f} ms{share:>9}  {ratios}")
     return "\n".join(lines)
 
 
