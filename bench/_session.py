@@ -50,6 +50,7 @@ class Session:
         for name in ("device.log", "summary.json", "tests.xml"):
             (out / name).unlink(missing_ok=True)
         self.log = out / "device.log"
+        self.log.touch()
         self.cwd = self.work / "cwd"  # empty: the source tree must not shadow what was installed
         self.cwd.mkdir(exist_ok=True)
         path = [str(self.work / "site"), os.environ.get("PYTHONPATH", "")]

@@ -67,6 +67,7 @@ ROWS = (
     Row("`softmax_residual`, {size}", "softmax_residual"),
     Row("`softmax_curvature`, {size}", "softmax_curvature"),
     Row("`gram_error_bound`, {size}", "gram_error_bound"),
+    Row("`abs_products`, {size}", "abs_products"),
     Row("`wide_forward`, {size}", "wide_forward"),
     Row("`wide_forward` and its gradients, {size}", "wide_forward and gradients"),
     Row("`gram_product`, {size}", "gram_product", ours=("cpu",), kernels=False),
