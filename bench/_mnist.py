@@ -49,14 +49,20 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @cache
-def head_problem(n: int = 4000, m: int = 4400, layer: str = "WideLayer", epochs: int = 6) -> HeadProblem:
+def head_problem(
+    n: int = 4000,
+    m: int = 4400,
+    layer: str = "WideLayer",
+    epochs: int = 6,
+    device: str = "cpu",
+) -> HeadProblem:
     """MLP 784-256-128-m-10, softplus, SGD (lr 0.02, momentum 0.9, batch 64); features in float64.
 
     The wide layer has beta = 4: with beta = 1 this step size is beyond the edge of stability. ``layer`` says
     how it is initialised: as gcfast's WideLayer, or as torch's nn.Linear.
     """
     torch.manual_seed(0)
-    x, y, xt, yt = mnist()
+    x, y, xt, yt = (t.to(device) for t in mnist())
     x, y = x[:n], y[:n]
     model = nn.Sequential(
         nn.Linear(784, 256),
@@ -67,10 +73,10 @@ def head_problem(n: int = 4000, m: int = 4400, layer: str = "WideLayer", epochs:
         if layer == "WideLayer"
         else nn.Sequential(nn.Linear(128, m), nn.Softplus(beta=4.0)),
         nn.Linear(m, 10),
-    )
+    ).to(device)
     opt = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(epochs):
-        for batch in torch.randperm(n).split(64):
+        for batch in torch.randperm(n).to(device).split(64):
             opt.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             opt.step()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
+import functools
+import importlib.util
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _compare import compare, show
 from _mnist import HeadProblem, head_problem
 
 import gcfast
@@ -58,58 +59,50 @@ def nearest(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, float]:
 def sklearn(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, float]:
     from sklearn.linear_model import LogisticRegression
 
+    x, y = p.features.cpu().numpy(), p.targets.cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit = LogisticRegression(C=1e6, max_iter=5000, tol=1e-6).fit(p.features.numpy(), p.targets.numpy())
-    w, b = torch.from_numpy(fit.coef_), torch.from_numpy(fit.intercept_)
+        fit = LogisticRegression(C=1e6, max_iter=5000, tol=1e-6).fit(x, y)
+    w, b = (torch.from_numpy(a).to(p.features.device) for a in (fit.coef_, fit.intercept_))
     return w, b, float(F.cross_entropy(p.features @ w.T + b, p.targets))
 
 
-def _seconds(f, p):
-    start = time.perf_counter()
-    w, b, loss = f(p)
-    return time.perf_counter() - start, loss, p.test_error(w, b)
-
-
-def bench_nearest(benchmark):
-    p = head_problem()
+def bench_nearest(benchmark, device):
+    p = head_problem(device=device.type)
     benchmark.group = "phase two, MNIST n = 4000, m = 4400"
     _, _, loss = benchmark.pedantic(nearest, args=(p,), rounds=3, warmup_rounds=1)
     assert loss <= TARGET
 
 
-def bench_torch_lbfgs(benchmark):
-    p = head_problem()
+def bench_torch_lbfgs(benchmark, device):
+    p = head_problem(device=device.type)
     benchmark.group = "phase two, MNIST n = 4000, m = 4400"
     _, _, loss = benchmark.pedantic(lbfgs, args=(p,), rounds=3, warmup_rounds=0)
     assert loss <= TARGET
 
 
 @pytest.mark.parametrize("layer", ["WideLayer", "Linear"])
-def bench_table(benchmark, layer):
-    """nearest and L-BFGS in turn, scikit-learn once; the ratio of each round."""
-    p = head_problem(layer=layer)
+def bench_table(benchmark, device, layer):
+    """nearest and L-BFGS in turn, scikit-learn (on the CPU, as it does) once, for it takes long."""
+    p = head_problem(layer=layer, device=device.type)
+    methods = {"torch L-BFGS": lbfgs, "nearest": nearest}
+    if importlib.util.find_spec("sklearn"):
+        methods["scikit-learn"] = sklearn
+    extra = {}
 
-    def rounds():
-        return [(_seconds(nearest, p), _seconds(lbfgs, p)) for _ in range(5)]
+    def solve(name):
+        w, b, loss = methods[name](p)
+        extra[name] = {"loss": loss, "test_error": p.test_error(w, b)}
 
-    nearest(p)
-    rows = benchmark.pedantic(rounds, rounds=1)
-    slow = _seconds(sklearn, p)
-    error = p.test_error(p.weight, p.bias)
-    print(f"\nphase two to loss {TARGET:g}, {layer} features (start: test error {error:.2f} %)")
-    for name, values in (
-        ("nearest", [a for a, _ in rows]),
-        ("torch L-BFGS", [b for _, b in rows]),
-        ("scikit-learn", [slow]),
-    ):
-        seconds = [v[0] for v in values]
-        print(
-            f"  {name:<14}{statistics.median(seconds):>9.3f} s "
-            f"(min {min(seconds):.3f}, max {max(seconds):.3f})"
-            f"   loss {values[-1][1]:.1e}   test error {values[-1][2]:.2f} %"
-        )
-    ratios = sorted(b[0] / a[0] for a, b in rows)
-    print(f"  L-BFGS / nearest: median {ratios[2]:.2f}x, range {ratios[0]:.2f}-{ratios[-1]:.2f}x")
-    print(f"  scikit-learn / nearest: {slow[0] / statistics.median([a[0] for a, _ in rows]):.0f}x")
-    assert rows[-1][0][2] <= rows[-1][1][2] + 0.3
+    candidates = {name: functools.partial(solve, name) for name in methods}
+    timings = benchmark.pedantic(
+        lambda: compare(candidates, repeats=5, warmup=1, device=device, once=("scikit-learn",)), rounds=1
+    )
+    size = f"MNIST n=4000 m=4400, {layer} features"
+    title = f"phase two to loss {TARGET:g}, {size}, float64"
+    show(title, timings, op="phase two", size=size, extra=extra)
+    print(f"  test error at the start {p.test_error(p.weight, p.bias):.2f} %")
+    for name, found in extra.items():
+        print(f"  {name:<14} loss {found['loss']:.1e}   test error {found['test_error']:.2f} %")
+    assert extra["nearest"]["loss"] <= TARGET
+    assert extra["nearest"]["test_error"] <= extra["torch L-BFGS"]["test_error"] + 0.3

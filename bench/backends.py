@@ -1,0 +1,77 @@
+"""Does every op run on the kernels that it should on this GPU? If not, a line for each and exit code 1.
+
+"Should" is the policy of gcfast._dispatch: the first backend that has a kernel for the op and the dtype,
+whether or not it is usable here. A module that did not build or does not load is seen by this.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+import gcfast
+from gcfast import _dispatch, ops
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ROWS = {"small": 8, "large": 2048}  # x 100: on either side of the size where the policy changes
+
+
+def _wide(x: torch.Tensor) -> object:
+    w = torch.randn(64, x.shape[1], dtype=x.dtype, device=x.device)
+    return ops.wide_forward(x, w, w[:, 0].contiguous(), w.mT.contiguous()[:10, :])
+
+
+# An op's call on x (n, 100); those that are missing here fail below, by name.
+CALLS = {
+    "activation": lambda x: ops.activation(x),
+    "softmax_residual": lambda x: ops.softmax_residual(
+        x, torch.zeros(len(x), dtype=torch.long, device=x.device)
+    ),
+    "softmax_curvature": lambda x: ops.softmax_curvature(x, x),
+    "gram_error_bound": lambda x: (ops.gram_error_bound(x), ops.abs_products(x)),
+    "wide_forward": _wide,
+    "gram_product": lambda x: ops.gram_product(x[:8] @ x[:8].mT, x[:8, :8].contiguous()),
+}
+
+
+def expected(op: str, x: torch.Tensor) -> str:
+    for backend in _dispatch.preferred(op, x):
+        served = backend == "reference" or x.dtype in _dispatch._DTYPES[backend]
+        if served and op in _dispatch._KERNELS[backend]:
+            return backend
+    raise AssertionError(f"no backend for {op}")
+
+
+def check(op: str, dtype: torch.dtype, rows: int, device: str) -> str:
+    """ "" if the call ran where it should, or what is wrong."""
+    x = torch.randn(rows, 100, device=device).to(dtype)
+    want = expected(op, x)
+    _dispatch._last.clear()
+    try:
+        CALLS[op](x)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # one op that fails must not hide the others
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    got = ops.last_backend(op)
+    return "" if got == want else f"ran on {got}, expected {want}"
+
+
+def main(device: str = "cuda") -> int:
+    print(f"gcfast {gcfast.__version__} from {Path(gcfast.__file__).parent}")
+    print(gcfast.backends())
+    failures = []
+    for op in _dispatch.OPS:
+        for dtype in DTYPES:
+            for name, rows in ROWS.items():
+                if wrong := check(op, dtype, rows, device):
+                    failures.append(f"{op} {str(dtype).removeprefix('torch.')} {name}: {wrong}")
+    checked = len(_dispatch.OPS) * len(DTYPES) * len(ROWS)
+    print(*failures, f"{checked - len(failures)} of {checked} calls ran where they should", sep="\n")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
