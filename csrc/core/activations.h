@@ -18,6 +18,11 @@
 #else
 #define GCFAST_HD inline __attribute__((always_inline))
 #endif
+#if defined(__CUDACC__)
+#define GCFAST_UNROLL _Pragma("unroll")
+#else
+#define GCFAST_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 namespace gcfast {
 
@@ -66,7 +71,7 @@ GCFAST_HD double magnitude(double a) { return fabs(a); }
 template <int First, int Step, class T, int N> GCFAST_HD T horner(T x, const T (&c)[N]) {
   constexpr int last = First + (N - 1 - First) / Step * Step;
   T r = c[last];
-#pragma GCC unroll 32
+  GCFAST_UNROLL
   for (int i = last - Step; i >= 0; i -= Step) r = r * x + c[i];
   return r;
 }
@@ -135,15 +140,29 @@ template <class T> GCFAST_HD Sum<T> two_sum(T a, T b) {
   return {s, (a - (s - t)) + (b - t)};
 }
 
-// a * b to twice the precision (Dekker); splitting by bit mask cannot overflow, and FMA contraction only helps.
+// a * b to twice the precision. Host: Dekker, since not every instruction set has an FMA; splitting by bit mask
+// cannot overflow, and FMA contraction only helps. Device: one FMA, exact barring underflow. The low words may
+// differ in their last bits, so results on host and device may, too; each meets the same error bounds.
 template <class T> GCFAST_HD T upper_half(T a) {
   using U = decltype(Traits<T>::split_mask + 0);
   return bits<T>(static_cast<U>(bits<U>(a) & Traits<T>::split_mask));
 }
+#if defined(__CUDA_ARCH__)
+// The intrinsic keeps the product from being contracted into a later sum: hi must be the rounded product.
+GCFAST_HD Sum<float> two_prod(float a, float b) {
+  const float p = __fmul_rn(a, b);
+  return {p, __fmaf_rn(a, b, -p)};
+}
+GCFAST_HD Sum<double> two_prod(double a, double b) {
+  const double p = __dmul_rn(a, b);
+  return {p, __fma_rn(a, b, -p)};
+}
+#else
 template <class T> GCFAST_HD Sum<T> two_prod(T a, T b) {
   const T p = a * b, ah = upper_half(a), al = a - ah, bh = upper_half(b), bl = b - bh;
   return {p, ((ah * bh - p) + ah * bl + al * bh) + al * bl};
 }
+#endif
 
 // exp(hi + lo) for hi <= 0 as p * s * down; q = p - 1 to full relative precision.
 template <class T> struct Exp {
