@@ -13,16 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define GCFAST_HD __host__ __device__ __forceinline__
-#else
-#define GCFAST_HD inline __attribute__((always_inline))
-#endif
-#if defined(__CUDACC__)
-#define GCFAST_UNROLL _Pragma("unroll")
-#else
-#define GCFAST_UNROLL _Pragma("GCC unroll 32")
-#endif
+#include "macros.h"
 
 namespace gcfast {
 
