@@ -24,7 +24,9 @@ template <> struct Types<double> { using Real = long double; using Wide = Quad; 
 // value, and the sum of the magnitudes of its terms where it is a difference of them
 template <class R> struct Value { R value, terms; };
 
-template <class W> constexpr W kInvSqrt2 = W(0.70710678118654752440084436210484903928L);
+// Literals end at 64 bits; a second one continues them.
+template <class W> constexpr W kInvSqrt2 = W(0.707106781186547524381894L) + W(1.895032558893257079655062e-20L);
+template <class W> constexpr W kTwoSqrt2OverPi = W(1.595769121605730711706272L) + W(5.351177755720478292013163e-20L);
 template <class R, class W> R exp_of(W t) {
   const R hi = static_cast<R>(t);
   const R e = std::exp(hi);
@@ -90,7 +92,7 @@ Value<typename Types<T>::Real> activation(gcfast::Act act, int order, T at, doub
     }
     case gcfast::Act::gelu: return gelu<R, W>(x, order);
     case gcfast::Act::gelu_tanh: {
-      const W k = W(1.59576912160573071175978423973752747L), c = W(44715) / W(1000000);
+      const W k = kTwoSqrt2OverPi<W>, c = W(44715) / W(1000000);
       return gated<R, W>(x, k * (x + c * x * x * x), k * (W(1) + W(3) * c * x * x), W(6) * k * c * x, order);
     }
     case gcfast::Act::silu: return gated<R, W>(x, x, W(1), W(0), order);
