@@ -47,7 +47,10 @@ def find_nvcc() -> tuple[str | None, str]:
 
 def cuda_archs() -> list[str]:
     archs = os.environ.get("GCFAST_CUDA_ARCHS", "80;90a;100").replace(",", ";").split(";")
-    return [a.strip() for a in archs if a.strip()]
+    archs = [a.strip() for a in archs if a.strip()]
+    if not archs:
+        raise SystemExit("gcfast: GCFAST_CUDA_ARCHS is empty; it takes architectures such as 80;90a;100")
+    return archs
 
 
 def cpu_extension() -> Extension:
@@ -95,6 +98,8 @@ class Build(build_ext):
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         command = [nvcc, "-shared", "-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC"]
+        # Denormals kept and divisions rounded correctly: the defaults, said because results rest on them.
+        command += ["-ftz=false", "-prec-div=true", "--threads", "0"]
         command += ["-Xcompiler", "-fvisibility=hidden", f'-DGCFAST_CUDA_ARCHS="{";".join(archs)}"']
         command += [*codes, *include, *ext.sources, "-o", str(target)]
         print(shlex.join(command), flush=True)
@@ -129,7 +134,7 @@ class Build(build_ext):
 
 extensions = [cpu_extension()]
 if cuda_mode() != "0":
-    sources = ["csrc/cuda/device.cu"]
+    sources = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
     extensions.append(Extension("gcfast._cuda", sources=sources, depends=HEADERS, language="c++"))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

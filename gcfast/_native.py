@@ -7,7 +7,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-_API = 2  # must equal the `api` attribute of the compiled modules
+_API = 3  # must equal the `api` attribute of the compiled modules
 _FIX = "reinstall gcfast where a C++17 compiler is available: pip install --force-reinstall --no-deps gcfast"
 
 
@@ -30,15 +30,15 @@ if cpu is None:
         RuntimeWarning,
         stacklevel=2,
     )
+cuda, cuda_error = load("_cuda")  # loads without a driver too: whether it could run is cuda_status()'s matter
 
 
 def cuda_status() -> dict[str, Any]:
     """Whether CUDA kernels could run: ``built``, ``why`` (empty if they could), versions and devices."""
-    module, error = load("_cuda")
-    if module is None:
-        return {"built": False, "why": f"not built: {error}", "devices": []}
-    status = dict(module.status())
-    devices = [dict(module.device(i)) for i in range(status["count"])]
+    if cuda is None:
+        return {"built": False, "why": f"not built: {cuda_error}", "devices": []}
+    status = dict(cuda.status())
+    devices = [dict(cuda.device(i)) for i in range(status["count"])]
     why = status["error"] or ("no CUDA device" if not devices else "")
     return {"built": True, "why": why, "devices": devices, **status}
 

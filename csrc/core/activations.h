@@ -13,11 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define GCFAST_HD __host__ __device__ __forceinline__
-#else
-#define GCFAST_HD inline __attribute__((always_inline))
-#endif
+#include "macros.h"
 
 namespace gcfast {
 
@@ -32,9 +28,8 @@ template <> struct Traits<float> {
   static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr float exp_floor = -120.0f;  // exp(-104) is already 0
-  static constexpr float small = 1e-9f;        // far below an ulp of 1, its fourth power no denormal
   static constexpr float up = 18446744073709551616.0f, down = 5.42101086242752217e-20f;  // 2^64, 2^-64
-  static constexpr float erfc_max = 10.5f;
+  static constexpr float erfc_max = 10.5f, erfcx_centre = 0.375f;
 };
 
 template <> struct Traits<double> {
@@ -45,9 +40,8 @@ template <> struct Traits<double> {
   static constexpr double log2e = 1.4426950408889634074, ln2_hi = 6.93147180369123816490e-01,
                           ln2_lo = 1.90821492927058770002e-10;
   static constexpr double exp_floor = -800.0;
-  static constexpr double small = 1e-18;
   static constexpr double up = 1.3407807929942597e154, down = 7.458340731200207e-155;  // 2^512, 2^-512
-  static constexpr double erfc_max = 27.9;
+  static constexpr double erfc_max = 27.9, erfcx_centre = 0.4375;
 };
 
 template <class To, class From> GCFAST_HD To bits(From v) {
@@ -66,7 +60,7 @@ GCFAST_HD double magnitude(double a) { return fabs(a); }
 template <int First, int Step, class T, int N> GCFAST_HD T horner(T x, const T (&c)[N]) {
   constexpr int last = First + (N - 1 - First) / Step * Step;
   T r = c[last];
-#pragma GCC unroll 32
+  GCFAST_UNROLL
   for (int i = last - Step; i >= 0; i -= Step) r = r * x + c[i];
   return r;
 }
@@ -91,39 +85,39 @@ GCFAST_HD double exp_poly(double r) {
                           2.75572682769056962e-6, 2.76202015910315488e-7, 2.5100472505694996e-8};
   return polynomial(r, c);
 }
-// (y - log(1 + y)) / y^2 on [0, 1]: longer than the usual form in y/(2 + y), but without its division and selects.
-GCFAST_HD float log_poly(float y) {
-  constexpr float c[] = {0.499999995222237707f, -0.33333237346213987f, 0.249967599082639252f, -0.199567079522518358f,
-                         0.163651528692055351f, -0.130333642382428156f, 0.0913941377401492021f,
-                         -0.0493099734345496944f, 0.0171842669824487093f, -0.00280164199280334992f};
-  return polynomial(y, c);
-}
-GCFAST_HD double log_poly(double y) {
-  constexpr double c[] = {0.5, -0.333333333333324656, 0.249999999998720501, -0.1999999999247163, 0.166666664309783401,
-                          -0.142857097454455445, 0.124999412815076874, -0.111105711428558057, 0.0999632434755013683,
-                          -0.0907183529253426044, 0.0825618541627825036, -0.0744481701994222684,
-                          0.0650401036603685578, -0.0532235224603212144, 0.0391250511523394424,
-                          -0.0246829501916849337, 0.0127321505282476731, -0.00508109047854899415,
-                          0.00145692484733291744, -0.000265295970542531044, 0.0000229388568184714378};
-  return polynomial(y, c);
-}
-// (1 + 2z) erfcx(z) / 2 as a polynomial in u = (z - 3)/(z + 3).
-GCFAST_HD float erfcx_poly(float u) {
-  constexpr float c[] = {0.626504029571410391f, -0.0678105543715457021f, -0.0237812022032677061f,
-                         0.0648226216975999373f, -0.059635688544687149f, 0.0341539997907242738f,
-                         -0.0118938679941791158f, 0.00126040057275545553f, 0.000971547580719382205f,
-                         -0.000365159059404002978f, -0.0000825694274979010034f, 0.0000209408257947504036f};
+// (y - log(1 + y)) / y^2 on [0, 1], u = y - 1/2: longer than the usual form in y/(2 + y), but without its division
+// and selects. Powers of u, not of y: their terms fall fast, so little rounding piles up, and none is a denormal.
+GCFAST_HD float log_poly(float u) {
+  constexpr float c[] = {0.378139571f, -0.179224939f, 0.0932297089f, -0.0510830385f, 0.0289640082f,
+                         -0.0168016515f, 0.00968185867f, -0.00578768344f, 0.00457687801f, -0.00280164199f};
   return polynomial(u, c);
 }
+GCFAST_HD double log_poly(double u) {
+  constexpr double c[] = {0.378139567567342472, -0.179224936936036275, 0.0932303663636650409,
+                          -0.0510834461056585199, 0.0289431831652281894, -0.016788742470007618,
+                          0.00990990070901868873, -0.00592901234789971385, 0.00358566675681426994,
+                          -0.00218763196321537011, 0.001344493715755721, -0.000831523408149073258,
+                          0.000516957599362573072, -0.000322216110299234201, 0.000202048802683137088,
+                          -0.000130560543790504917, 0.0000824550194446244055, -0.0000413824966137594519,
+                          0.0000262088260562658163, -0.000035907402357816666, 0.0000229388568184714378};
+  return polynomial(u, c);
+}
+// ((1 + a) erfcx(a / sqrt2) / 2 - 1/2) / v for v = a/(a + 4.25), u = v - centre: what is added to 1/2 is small where
+// a is, and so are its errors.
+GCFAST_HD float erfcx_poly(float u) {
+  constexpr float c[] = {-0.0166688001f, -0.480701412f, 1.13193358f, -1.50758573f, 1.23794578f, -0.469262298f,
+                          -0.175636625f, 0.255462019f, 0.000601679855f, -0.0979199226f, 0.0139688231f};
+  return polynomial(u, c);
+}
+
 GCFAST_HD double erfcx_poly(double u) {
-  constexpr double c[] = {0.626504029134864829, -0.0678105530622905488, -0.0237811471767265302, 0.0648225793513751275,
-                          -0.0596368317075842847, 0.0341540136722030218, -0.0118852574609688233,
-                          0.00126469590395003148, 0.000944345199084840036, -0.000389916092762963984,
-                          -0.0000525800312064977424, 0.0000625493964637382508, 2.47527617481733332e-6,
-                          -0.0000100491269188129638, -3.67081582733419536e-7, 1.73307983563980871e-6,
-                          1.80334317377120625e-7, -3.02829319466882958e-7, -7.20517718984084447e-8,
-                          4.48874030580425211e-8, 2.05673781960790069e-8, -2.87825199807375371e-9,
-                          -3.23392222789149375e-9, -5.33629760748845805e-10};
+  constexpr double c[] = {-0.042640654664111708, -0.355704511359045698, 0.877095438253166646, -1.21715031699431165,
+                          1.08314388948510798, -0.514405297548200207, -0.064883026755576288, 0.243722843912467139,
+                          -0.0607250586704820045, -0.102662669629282688, 0.0473551049549462716,
+                          0.0532863635844671556, -0.0264029154751662846, -0.0346829959892779803,
+                          0.011025261028013864, 0.0251833475270213046, -0.000407983943376141055,
+                          -0.0176480790394904882, -0.00591238923399909065, 0.0100950517781596059,
+                          0.00712644006374419079, -0.00339992805892255881, -0.00362510783200619013};
   return polynomial(u, c);
 }
 
@@ -135,21 +129,35 @@ template <class T> GCFAST_HD Sum<T> two_sum(T a, T b) {
   return {s, (a - (s - t)) + (b - t)};
 }
 
-// a * b to twice the precision (Dekker); splitting by bit mask cannot overflow, and FMA contraction only helps.
+// a * b to twice the precision. Host: Dekker, since not every instruction set has an FMA; splitting by bit mask
+// cannot overflow, and FMA contraction only helps. Device: one FMA, exact barring underflow. The low words may
+// differ in their last bits, so results on host and device may, too; each meets the same error bounds.
 template <class T> GCFAST_HD T upper_half(T a) {
   using U = decltype(Traits<T>::split_mask + 0);
   return bits<T>(static_cast<U>(bits<U>(a) & Traits<T>::split_mask));
 }
+#if defined(__CUDA_ARCH__)
+// The intrinsic keeps the product from being contracted into a later sum: hi must be the rounded product.
+GCFAST_HD Sum<float> two_prod(float a, float b) {
+  const float p = __fmul_rn(a, b);
+  return {p, __fmaf_rn(a, b, -p)};
+}
+GCFAST_HD Sum<double> two_prod(double a, double b) {
+  const double p = __dmul_rn(a, b);
+  return {p, __fma_rn(a, b, -p)};
+}
+#else
 template <class T> GCFAST_HD Sum<T> two_prod(T a, T b) {
   const T p = a * b, ah = upper_half(a), al = a - ah, bh = upper_half(b), bl = b - bh;
   return {p, ((ah * bh - p) + ah * bl + al * bh) + al * bl};
 }
+#endif
 
 // exp(hi + lo) for hi <= 0 as p * s * down; q = p - 1 to full relative precision.
 template <class T> struct Exp {
   T p, q, s;
   GCFAST_HD T value() const { return p * s * Traits<T>::down; }
-  GCFAST_HD T times(T factor) const { return p * factor * s * Traits<T>::down; }
+  GCFAST_HD T times(T factor) const { return (factor + factor * q) * s * Traits<T>::down; }  // without p's rounding
   // 1 - exp(t) without cancellation: q is exact in the sense above when the power of two is 1.
   GCFAST_HD T one_minus() const {
     const T power = s * Traits<T>::down;
@@ -168,13 +176,13 @@ template <class T> GCFAST_HD Exp<T> exp_parts(T hi, T lo) {
   const T t = at_least(hi, R::exp_floor);
   const T tail = hi > R::exp_floor ? lo : T(0);
   const T shifted = t * R::log2e + R::magic, n = shifted - R::magic;
-  const T r = ((t - n * R::ln2_hi) - n * R::ln2_lo) + tail;
+  const T r = (t - n * R::ln2_hi) + (tail - n * R::ln2_lo);
   const T q = r + (r * r) * exp_poly(r);
   return {T(1) + q, q, hi < R::exp_floor ? T(0) : power_of_two(shifted)};
 }
 
-// log(1 + y), 0 <= y <= 1. No power of a small y is formed: denormal intermediates cost a hundred cycles each.
-template <class T> GCFAST_HD T log1p_unit(T y) { return y * (T(1) - y * log_poly(y + Traits<T>::small)); }
+// log(1 + y), 0 <= y <= 1.
+template <class T> GCFAST_HD T log1p_unit(T y) { return y * (T(1) - y * log_poly(y - T(0.5))); }
 
 // log(1 + y) for any y >= 0 (softmax sums): y = 2^k (1 + f) above 1.
 template <class T> GCFAST_HD T log1p_any(T y) {
@@ -203,19 +211,25 @@ template <bool Scaled, class T> GCFAST_HD Exp<T> exp_minus_abs(T x, const Scale<
   return exp_parts(t.hi, t.lo + a * beta.lo);
 }
 
+// Quotients by powers of 1 + y, y = exp(-|t|): one division of everything, since a reciprocal's error would count
+// as often as it is multiplied in; and the power expanded, since the rounding of 1 + y would.
+template <int N, class T> GCFAST_HD T power_of_one_plus(T y) {
+  if constexpr (N == 2) return T(1) + y * (T(2) + y);
+  return T(1) + y * (T(3) + y * (T(3) + y));
+}
+
 template <int K, bool Scaled, class T> GCFAST_HD T softplus(T x, const Scale<T>& beta) {
   const Exp<T> e = exp_minus_abs<Scaled>(x, beta);
-  const T y = e.value();
+  const T y = e.value(), w = T(1) + y;
   if constexpr (K == 0) {
     T low = log1p_unit(y);
     if constexpr (Scaled) low = y < T(1e-18) ? e.times(beta.inverse) : low * beta.inverse;
     return (x < T(0) ? T(0) : x) + low;
   } else if constexpr (K == 1) {
-    const T r = T(1) / (T(1) + y);
+    const T r = T(1) / w;
     return x < T(0) ? y * r : r;
   } else {
-    const T r = T(1) / (T(1) + y);
-    return e.times(r * r * beta.hi);
+    return e.times(beta.hi / power_of_one_plus<2>(y));
   }
 }
 
@@ -223,42 +237,47 @@ template <int K, class T> GCFAST_HD T sigmoid(T x) {
   const Scale<T> one{T(1), T(0), T(1)};
   if constexpr (K < 2) return softplus<K + 1, false>(x, one);
   const Exp<T> e = exp_minus_abs<false>(x, one);
-  const T r = T(1) / (T(1) + e.value());
-  const T v = e.times(e.one_minus() * r * r * r);
+  const T v = e.times(e.one_minus() / power_of_one_plus<3>(e.value()));
   return x > T(0) ? -v : v;
 }
 
 template <int K, class T> GCFAST_HD T tanh_(T x) {
   const Exp<T> e = exp_parts(T(-2) * magnitude(x), T(0));
-  const T r = T(1) / (T(1) + e.value());
+  const T y = e.value(), w = T(1) + y;
   if constexpr (K == 0) {
-    const T v = e.one_minus() / (T(1) + e.value());
+    const T v = e.one_minus() / w;
     return x < T(0) ? -v : (x == T(0) ? x : v);
   } else if constexpr (K == 1) {
-    return e.times(T(4) * r * r);
+    return e.times(T(4) / power_of_one_plus<2>(y));
   } else {
-    const T v = e.times(T(8) * e.one_minus() * r * r * r);
+    const T v = e.times(T(8) * e.one_minus() / power_of_one_plus<3>(y));
     return x > T(0) ? -v : v;
   }
 }
 
-// x s(v) with v = v(x) odd, given v' and v'' (silu: v = x; gelu_tanh: a cubic). xc is x clamped to where s is not 0.
-template <int K, class T> GCFAST_HD T gated(T x, T xc, const Exp<T>& e, T dv, T ddv) {
-  const T y = e.value(), r = T(1) / (T(1) + y);
+// x s(v) with v = v(x) odd, given what v does to derivatives (silu: v = x; gelu_tanh: a cubic). xc is x clamped to
+// where s is not 0.
+template <class T> struct Inner { T dv, xdv, xdv2, xddv; };  // v', x v', x v'^2, x v''; low words may ride on xddv
+
+template <int K, class T> GCFAST_HD T gated(T x, T xc, const Exp<T>& e, const Inner<T>& v) {
+  const T y = e.value(), w = T(1) + y;
   const bool neg = x < T(0);
   if constexpr (K == 0) {
-    return neg ? e.times(xc * r) : x * r;
+    const T c = (neg ? xc : x) / w;
+    return neg ? e.times(c) : c;
   } else if constexpr (K == 1) {
-    return neg ? e.times((T(1) + y + xc * dv) * r * r) : (T(1) + y + y * (xc * dv)) * r * r;
+    const T c = (w + (neg ? v.xdv : y * v.xdv)) / power_of_one_plus<2>(y);
+    return neg ? e.times(c) : c;
   } else {
-    const T slope = (neg ? e.one_minus() : -e.one_minus()) * r;  // 1 - 2 s(v)
-    return e.times((T(2) * dv + xc * ddv + xc * dv * dv * slope) * r * r);
+    // s r (2 v' + x v'' + x v'^2 (1 - 2 s)) with 1 - 2 s = +-(1 - y)/(1 + y)
+    const T bend = T(2) * v.dv + v.xddv, pull = neg ? v.xdv2 : -v.xdv2;
+    return e.times(((bend + pull) + y * (bend - pull)) / power_of_one_plus<3>(y));
   }
 }
 
 template <int K, class T> GCFAST_HD T silu(T x) {
   const T xc = at_most(at_least(x, Traits<T>::exp_floor), -Traits<T>::exp_floor);
-  return gated<K>(x, xc, exp_parts(-magnitude(x), T(0)), T(1), T(0));
+  return gated<K>(x, xc, exp_parts(-magnitude(x), T(0)), Inner<T>{T(1), xc, xc, T(0)});
 }
 
 template <int K, class T> GCFAST_HD T gelu_tanh(T x) {
@@ -272,10 +291,18 @@ template <int K, class T> GCFAST_HD T gelu_tanh(T x) {
   const Sum<T> square = two_prod(a, a);
   const Sum<T> cubic = two_prod(square.hi, b_hi);
   const Sum<T> sum = two_sum(a_hi, cubic.hi);
-  const T sum_lo = sum.lo + (a_lo + (cubic.lo + (square.hi * b_lo + square.lo * b_hi)));
+  const T cubic_lo = cubic.lo + (square.hi * b_lo + square.lo * b_hi), sum_lo = sum.lo + (a_lo + cubic_lo);
   const Sum<T> v = two_prod(a, sum.hi);
   const Exp<T> e = exp_parts(v.hi, v.lo + a * sum_lo);
-  return gated<K>(x, xc, e, a_hi + T(3) * b_hi * square.hi, T(6) * b_hi * xc);
+  if constexpr (K < 2) {
+    const T dv = a_hi + T(3 * B) * square.hi;
+    return gated<K>(x, xc, e, Inner<T>{dv, xc * dv, T(0), T(0)});
+  }
+  // v' = A + 3 B x^2. Its error would count twice in x v'^2, so that is made with low words.
+  const Sum<T> dv = two_sum(sum.hi, T(2) * cubic.hi), xdv = two_prod(xc, dv.hi);
+  const T dv_lo = dv.lo + (sum_lo + T(2) * cubic_lo);
+  const T xdv2 = xdv.hi * dv.hi + (xdv.hi * dv_lo + (xdv.lo + xc * dv_lo) * dv.hi);
+  return gated<K>(x, xc, e, Inner<T>{dv.hi, xdv.hi, xdv2, T(6 * B) * square.hi + T(2) * dv_lo});
 }
 
 template <int K, class T> GCFAST_HD T gelu(T x) {
@@ -284,14 +311,16 @@ template <int K, class T> GCFAST_HD T gelu(T x) {
   const T a = at_most(magnitude(x), T(1.4142135623730951) * R::erfc_max);
   const Sum<T> square = two_prod(a, T(-0.5) * a);
   const Exp<T> e = exp_parts(square.hi, square.lo);  // exp(-x^2 / 2)
-  const T z = a * T(0.7071067811865475244);
-  const T half_erfcx = erfcx_poly((z - T(3)) / (z + T(3))) / (T(1) + T(2) * z);
+  const T v = a / (a + T(4.25));
+  const T erfcx = T(0.5) + v * erfcx_poly(v - R::erfcx_centre);  // times w: erfcx(a / sqrt2) / 2
+  const T w = T(1) + a;
   const bool neg = x < T(0);
   if constexpr (K == 0) {
-    return neg ? e.times(-a * half_erfcx) : x * (T(1) - e.times(half_erfcx));
+    const T tail = e.times((neg ? -a * erfcx : erfcx) / w);
+    return neg ? tail : x * (T(1) - tail);
   } else if constexpr (K == 1) {
-    const T v = e.times(half_erfcx - a * inv_sqrt_2pi);
-    return neg ? v : T(1) - v;
+    const T tail = e.times(erfcx / w - a * inv_sqrt_2pi);
+    return neg ? tail : T(1) - tail;
   } else {
     const Sum<T> two_minus = two_sum(T(2), T(2) * square.hi);
     return e.times((two_minus.hi + (two_minus.lo + T(2) * square.lo)) * inv_sqrt_2pi);
