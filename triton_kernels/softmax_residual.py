@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import TRITON_TYPES, Launch, Specialization, architecture, run
+from ._launch import ARCHITECTURES, TRITON_TYPES, Launch, Specialization, architecture, run
 from ._math import at_least, divide, exp_nonpositive, log1p_any, two_sum
 
 
@@ -57,70 +57,88 @@ def _label(target, row, live, c):
 
 
 @triton.jit
+def _tile(n, c, unit, NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows and columns of a program's tile, the offsets of the columns, and the axis that they lie on.
+
+    Wide: rows along axis 0, lanes along the columns. Narrow: the tile is transposed and its columns are
+    multiplied by `unit`, a 1 that the compiler cannot see through, so that it puts the lanes along the rows:
+    a thread holds 16 elements of one row, sums without shuffles, and does the row's own arithmetic once, not
+    in every lane.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if NARROW:
+        row = first + tl.arange(0, ROWS)[None, :]
+        col = tl.arange(0, COLS)[:, None]
+        return row, col, col * unit, row < n, (row < n) & (col < c)
+    else:
+        row = first + tl.arange(0, ROWS)[:, None]
+        col = tl.arange(0, COLS)[None, :]
+        return row, col, col, row < n, (row < n) & (col < c)
+
+
+@triton.jit(do_not_specialize=["unit"])
 def softmax_residual_rows_kernel(
-    logits, target, loss, residual, neg_entropy, n, c, logits_stride, target_stride,
+    logits, target, loss, residual, neg_entropy, n, c, logits_stride, target_stride, unit,
     keep: tl.float64, spread: tl.float64, rest: tl.float64,
-    SOFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SOFT: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows of at most COLS columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)[None, :]
-    row_live = row < n
-    live = row_live[:, None] & (col < c)
-    f = _load(logits + row[:, None] * logits_stride + col, live, -float("inf"))
+    AXIS: tl.constexpr = 0 if NARROW else 1
+    row, col, offset, row_live, live = _tile(n, c, unit, NARROW, ROWS, COLS)
+    f = _load(logits + row * logits_stride + offset, live, -float("inf"))
     # q = keep * y + spread and 1 - q = keep * (1 - y) + rest, rounded to the arithmetic's dtype
     keep = tl.full([1, 1], keep, f.dtype)
     spread = tl.full([1, 1], spread, f.dtype)
     rest = tl.full([1, 1], rest, f.dtype)
 
-    top, k = tl.max(f, 1, return_indices=True, keep_dims=True)
+    top, k = tl.max(f, AXIS, return_indices=True, keep_dims=True)
     at_top = col == k
     e, a = _exp_terms(f, top, at_top)
-    s = tl.sum(e, 1, keep_dims=True)
-    weighted = tl.sum(e * _finite(a), 1, keep_dims=True)
+    s = tl.sum(e, AXIS, keep_dims=True)
+    weighted = tl.sum(e * _finite(a), AXIS, keep_dims=True)
     poison = top - top  # NaN when the maximum is infinite
     if SOFT:
-        y = _load(target + row[:, None] * target_stride + col, live, 0.0)
+        y = _load(target + row * target_stride + offset, live, 0.0)
         q = keep * y + spread
-        scale = tl.sum(tl.where(live, q, 0.0), 1, keep_dims=True)
-        data = tl.sum(tl.where(live & (q != 0.0), q * a, 0.0), 1, keep_dims=True)
+        scale = tl.sum(tl.where(live, q, 0.0), AXIS, keep_dims=True)
+        data = tl.sum(tl.where(live & (q != 0.0), q * a, 0.0), AXIS, keep_dims=True)
         other = keep * (1.0 - y) + rest
     else:
         label, bad = _label(target, row, row_live, c)
-        poison += bad[:, None]
-        at_label = col == label[:, None]
+        poison += bad
+        at_label = col == label
         q = tl.where(at_label, keep + spread, spread)
         scale = 1.0
-        data = _load(logits + row * logits_stride + label, row_live, 0.0)[:, None] - top
-        every = tl.sum(tl.where(live, a, 0.0), 1, keep_dims=True)
+        data = _load(logits + row * logits_stride + label, row_live, 0.0) - top
+        every = tl.sum(tl.where(live, a, 0.0), AXIS, keep_dims=True)
         data = tl.where(spread == 0.0, data, keep * data + spread * every)
         other = tl.where(at_label, rest, keep + rest)
     log_sum = log1p_any(s) + poison
     inverse = divide(1.0, 1.0 + s + poison)
     out = tl.where(at_top, other - s * inverse, e * inverse - q)
-    tl.store(residual + row[:, None] * c + col, out, mask=live)
-    tl.store(loss + row[:, None], scale * log_sum - data, mask=row_live[:, None])
-    tl.store(neg_entropy + row[:, None], weighted * inverse - log_sum, mask=row_live[:, None])
+    tl.store(residual + row * c + col, out, mask=live)
+    tl.store(loss + row, scale * log_sum - data, mask=row_live)
+    tl.store(neg_entropy + row, weighted * inverse - log_sum, mask=row_live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unit"])
 def softmax_curvature_rows_kernel(
-    logits, v, out, n, c, logits_stride, v_stride, ROWS: tl.constexpr, COLS: tl.constexpr
+    logits, v, out, n, c, logits_stride, v_stride, unit,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows of at most COLS columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)[None, :]
-    live = (row < n)[:, None] & (col < c)
-    f = _load(logits + row[:, None] * logits_stride + col, live, -float("inf"))
-    w = _load(v + row[:, None] * v_stride + col, live, 0.0)
-    top, k = tl.max(f, 1, return_indices=True, keep_dims=True)
+    AXIS: tl.constexpr = 0 if NARROW else 1
+    row, col, offset, row_live, live = _tile(n, c, unit, NARROW, ROWS, COLS)
+    f = _load(logits + row * logits_stride + offset, live, -float("inf"))
+    w = _load(v + row * v_stride + offset, live, 0.0)
+    top, k = tl.max(f, AXIS, return_indices=True, keep_dims=True)
     at_top = col == k
     e, _a = _exp_terms(f, top, at_top)
-    w -= tl.sum(tl.where(at_top, w, 0.0), 1, keep_dims=True)
-    inverse = divide(1.0, 1.0 + tl.sum(e, 1, keep_dims=True) + (top - top))
-    mu = tl.sum(tl.where(live, e * w, 0.0), 1, keep_dims=True) * inverse
+    w -= tl.sum(tl.where(at_top, w, 0.0), AXIS, keep_dims=True)
+    inverse = divide(1.0, 1.0 + tl.sum(e, AXIS, keep_dims=True) + (top - top))
+    mu = tl.sum(tl.where(live, e * w, 0.0), AXIS, keep_dims=True) * inverse
     p = tl.where(at_top, inverse, e * inverse)
-    tl.store(out + row[:, None] * c + col, p * (w - mu), mask=live)
+    tl.store(out + row * c + col, p * (w - mu), mask=live)
 
 
 @triton.jit
@@ -231,16 +249,21 @@ def softmax_curvature_long_kernel(logits, v, out, c, logits_stride, v_stride, BL
         tl.store(out + col, p * ((_load(v + col, live, 0.0) - at_top) - mu), mask=live)
 
 
-# Columns of a tile, up to whole rows of 1,024. A program has 16 elements of float32 a thread, 8 of float64:
-# with logits, exponentials and targets alive that is 48 registers and 20 to 40 more for the arithmetic, so that
-# 16 to 24 warps share a multiprocessor (64 Ki registers on all three architectures, hence one column).
-_COLS = (16, 32, 64, 128, 256, 512, 1024)
+# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one; wider tiles belong to one warp (no barriers), 16
+# elements of float32 or 8 of float64 a thread, up to 1,024 columns: a row's own arithmetic (a logarithm, two
+# divisions) falls on every lane, so few elements a lane cost more of it, and many cost registers. The register
+# file (64 Ki a multiprocessor) and the shuffles are alike on all three architectures: one set of rows.
+_NARROW = (16, 32)
+_COLS = (*_NARROW, 64, 128, 256, 512, 1024)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _rows_launch(cols: int, dtype: torch.dtype) -> Launch:
-    elements = 1024 if dtype == torch.float64 else 2048
-    return Launch({"ROWS": elements // cols, "COLS": cols}, num_warps=4)
+    double = dtype == torch.float64
+    if cols in _NARROW:
+        return Launch({"ROWS": 2048 // cols, "COLS": cols}, num_warps=4)
+    rows = max(1, (256 if double else 512) // cols)
+    return Launch({"ROWS": rows, "COLS": cols}, num_warps=2 if double and cols == 1024 else 1)
 
 
 def _long_launch(dtype: torch.dtype) -> Launch:
@@ -251,17 +274,17 @@ def _long_launch(dtype: torch.dtype) -> Launch:
 # By architecture, dtype and width of the tile (0: long rows).
 _LAUNCHES = {
     (arch, dtype, cols): _rows_launch(cols, dtype) if cols else _long_launch(dtype)
-    for arch in (80, 90, 100)
+    for arch in ARCHITECTURES
     for dtype in _DTYPES
     for cols in (*_COLS, 0)
 }
 
 
-def _pick(device: torch.device, dtype: torch.dtype, c: int) -> tuple[Launch, int]:
-    """The configuration for rows of c, and the rows of a program; 0 for a long row."""
+def _pick(device: torch.device, dtype: torch.dtype, c: int) -> tuple[Launch, int, bool]:
+    """The configuration for rows of c, the rows of a program (0: a long row), and whether it is narrow."""
     cols = next((width for width in _COLS if c <= width), 0)
     launch = _LAUNCHES[architecture(device), dtype, cols]
-    return launch, launch.blocks.get("ROWS", 0)
+    return launch, launch.blocks.get("ROWS", 0), cols in _NARROW
 
 
 def softmax_residual(
@@ -279,10 +302,10 @@ def softmax_residual(
     eps = label_smoothing
     smoothing = (1.0 - eps, eps / c, eps * (c - 1) / c)
     tensors = (logits, target, loss, residual, neg_entropy)
-    launch, rows = _pick(device, logits.dtype, c)
+    launch, rows, narrow = _pick(device, logits.dtype, c)
     if rows:
         grid, kernel = (triton.cdiv(n, rows),), softmax_residual_rows_kernel
-        run(kernel, grid, launch, device, *tensors, n, c, *strides, *smoothing, SOFT=soft)
+        run(kernel, grid, launch, device, *tensors, n, c, *strides, 1, *smoothing, SOFT=soft, NARROW=narrow)
     else:
         kernel = softmax_residual_long_kernel
         run(kernel, (n,), launch, device, *tensors, c, *strides, *smoothing, SOFT=soft)
@@ -292,10 +315,10 @@ def softmax_curvature(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor) 
     """Into out, contiguous. logits and v: unit column stride."""
     (n, c), device = logits.shape, logits.device
     strides = (logits.stride(0), v.stride(0))
-    launch, rows = _pick(device, logits.dtype, c)
+    launch, rows, narrow = _pick(device, logits.dtype, c)
     if rows:
         grid, kernel = (triton.cdiv(n, rows),), softmax_curvature_rows_kernel
-        run(kernel, grid, launch, device, logits, v, out, n, c, *strides)
+        run(kernel, grid, launch, device, logits, v, out, n, c, *strides, 1, NARROW=narrow)
     else:
         run(softmax_curvature_long_kernel, (n,), launch, device, logits, v, out, c, *strides)
 
@@ -312,20 +335,22 @@ def specializations() -> list[Specialization]:
         for cols in (*_COLS, 0):
             launch, long = _LAUNCHES[80, dtype, cols], cols == 0
             counts = {"c": "i32"} if long else {"n": "i32", "c": "i32"}
+            unit: dict[str, str] = {} if long else {"unit": "i32"}
+            narrow: dict[str, bool] = {} if long else {"NARROW": cols in _NARROW}
             wide = {"c"} if long or cols >= 128 else set()
             kernel = softmax_residual_long_kernel if long else softmax_residual_rows_kernel
             outputs = dict.fromkeys(("loss", "residual", "neg_entropy"), element)
             for soft in (False, True):
                 pointers = {"logits": element, "target": element if soft else "*i64", **outputs}
                 strides = {"logits_stride": "i32", "target_stride": "i32"}
-                signature = pointers | counts | strides | dict.fromkeys(("keep", "spread", "rest"), "fp64")
+                signature = pointers | counts | strides | unit | dict.fromkeys(("keep", "spread", "rest"), "fp64")
                 divisible = frozenset(pointers) | (wide | set(strides) if wide else set())
-                constants = {"SOFT": soft}
+                constants = {"SOFT": soft, **narrow}
                 listed.append(Specialization(kernel, signature, constants, launch, divisible=divisible))
             kernel = softmax_curvature_long_kernel if long else softmax_curvature_rows_kernel
             pointers = dict.fromkeys(("logits", "v", "out"), element)
             strides = {"logits_stride": "i32", "v_stride": "i32"}
             divisible = frozenset(pointers) | (wide | set(strides) if wide else set())
-            signature = pointers | counts | strides
-            listed.append(Specialization(kernel, signature, {}, launch, divisible=divisible))
+            signature = pointers | counts | strides | unit
+            listed.append(Specialization(kernel, signature, narrow, launch, divisible=divisible))
     return listed
