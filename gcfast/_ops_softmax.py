@@ -11,14 +11,18 @@ from gcfast import _dispatch, _native, _validate, reference
 from gcfast._rows import as_rows
 
 
+_CLAMP = -1e4  # exp of it is 0 in any dtype, and 0 * _CLAMP is no NaN
+
+
 @torch.library.custom_op("gcfast::softmax_residual", mutates_args=())
 def softmax_residual_op(
-    logits: Tensor, target: Tensor, label_smoothing: float
+    logits: Tensor, target: Tensor, label_smoothing: float, check_target: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _validate.target_values(target, logits.shape[1])
-    if _dispatch.choose("softmax_residual", logits) == "reference":
+    if check_target:
+        _validate.target_values(target, logits.shape[1])
+    backend = _dispatch.choose("softmax_residual", logits)
+    if backend == "reference":
         return reference.softmax_residual(logits, target, label_smoothing=label_smoothing)
-    assert _native.cpu is not None
     n, c = logits.shape
     loss, neg_entropy = logits.new_empty(n), logits.new_empty(n)
     residual = logits.new_empty(n, c)
@@ -27,6 +31,12 @@ def softmax_residual_op(
     rows = as_rows(logits)
     soft = target.is_floating_point()
     wanted = as_rows(target) if soft else target.contiguous()
+    if backend == "triton":
+        from gcfast.triton_kernels.softmax_residual import softmax_residual as launch
+
+        launch(rows, wanted, label_smoothing, loss, residual, neg_entropy)
+        return loss, residual, neg_entropy
+    assert _native.cpu is not None
     double = logits.dtype == torch.float64
     kernel = _native.cpu.softmax_residual_f64 if double else _native.cpu.softmax_residual_f32
     kernel(
@@ -46,10 +56,41 @@ def softmax_residual_op(
     return loss, residual, neg_entropy
 
 
+@torch.library.custom_op("gcfast::softmax_curvature", mutates_args=())
+def softmax_curvature_op(logits: Tensor, v: Tensor) -> Tensor:
+    """(diag(p) - p p^T) v a row."""
+    backend = _dispatch.choose("softmax_curvature", logits)
+    if backend == "reference":
+        return reference.softmax_curvature(logits, v)
+    n, c = logits.shape
+    out = logits.new_empty(n, c)
+    if n == 0:
+        return out
+    rows, vectors = as_rows(logits), as_rows(v)
+    if backend == "triton":
+        from gcfast.triton_kernels.softmax_residual import softmax_curvature as launch
+
+        launch(rows, vectors, out)
+        return out
+    assert _native.cpu is not None
+    double = logits.dtype == torch.float64
+    kernel = _native.cpu.softmax_curvature_f64 if double else _native.cpu.softmax_curvature_f32
+    strides, threads = (rows.stride(0), vectors.stride(0)), torch.get_num_threads()
+    kernel(rows.data_ptr(), vectors.data_ptr(), out.data_ptr(), n, c, *strides, threads)
+    return out
+
+
 @softmax_residual_op.register_fake
-def _(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, target: Tensor, label_smoothing: float, check_target: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     n, c = logits.shape
     return logits.new_empty(n), logits.new_empty(n, c), logits.new_empty(n)
+
+
+@softmax_curvature_op.register_fake
+def _(logits: Tensor, v: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
 def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -60,17 +101,45 @@ def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward_softmax(
     ctx: Any, g_loss: Tensor | None, g_residual: Tensor | None, g_entropy: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    """residual has the Jacobian S = diag(p) - p p^T, sum p log p the gradient S log p = S (f - max f)."""
     logits, residual = ctx.saved_tensors
     dlogits = None if g_loss is None else g_loss.unsqueeze(-1) * residual
-    if g_residual is not None or g_entropy is not None:
-        log_p = torch.log_softmax(logits, dim=-1)
-        p = log_p.exp()
-        pull = torch.zeros_like(p) if g_residual is None else g_residual
-        if g_entropy is not None:
-            pull = pull + g_entropy.unsqueeze(-1) * log_p.clamp(min=torch.finfo(log_p.dtype).min)
-        rest = p * (pull - (p * pull).sum(dim=-1, keepdim=True))
+    pull = g_residual
+    if g_entropy is not None:
+        top = logits.detach().amax(dim=-1, keepdim=True)  # a constant in a row changes nothing
+        part = g_entropy.unsqueeze(-1) * (logits - top).clamp(min=_CLAMP)
+        pull = part if pull is None else pull + part
+    if pull is not None:
+        rest = softmax_curvature_op(logits, pull)
         dlogits = rest if dlogits is None else dlogits + rest
-    return dlogits, None, None
+    return dlogits, None, None, None
+
+
+def _setup_curvature(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_curvature(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """In v: S g, S being symmetric. In logits: S ((g - p.g)(v - p.v)).
+
+    That is S (g v - (p.v) g - (p.g) v) with a multiple of the ones vector added, which S maps to zero; both
+    factors are formed from differences to the first maximum, as the op's own.
+    """
+    logits, v = ctx.saved_tensors
+    need_logits, need_v = ctx.needs_input_grad
+    dv = softmax_curvature_op(logits, g) if need_v else None
+    dlogits = None
+    if need_logits:
+        k = logits.detach().argmax(dim=-1, keepdim=True)
+        p = torch.softmax(logits, dim=-1)
+
+        def centred(x: Tensor) -> Tensor:
+            x = x - x.gather(-1, k)
+            return x - (p * x).sum(dim=-1, keepdim=True)
+
+        dlogits = softmax_curvature_op(logits, centred(g) * centred(v))
+    return dlogits, dv
 
 
 softmax_residual_op.register_autograd(_backward_softmax, setup_context=_setup_softmax)
+softmax_curvature_op.register_autograd(_backward_curvature, setup_context=_setup_curvature)

@@ -71,10 +71,14 @@ def smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing!r}")
 
 
-def logits_and_target(logits: Tensor, target: Tensor) -> None:
+def is_logits(logits: Tensor) -> None:
     is_float("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape (n, C) with C >= 1; got {tuple(logits.shape)}")
+
+
+def logits_and_target(logits: Tensor, target: Tensor) -> None:
+    is_logits(logits)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor; got {type(target).__name__}")
     if target.dtype == torch.int64:

@@ -2,7 +2,8 @@
 
 Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
 ``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
-the ``cpu`` backend (C++; float32 and float64 CPU tensors) or on ``reference`` (plain PyTorch; anything else).
+the ``cpu`` backend (C++; float32 and float64), on ``triton`` or ``cuda`` (CUDA tensors, on their device and its
+current stream), or on ``reference`` (plain PyTorch; anything else). All kernels are deterministic.
 ``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
 ``last_backend(op)`` tells which one ran.
 """
@@ -16,7 +17,7 @@ from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast._ops_activation import activation_op, activation_out_op
 from gcfast._ops_gram import abs_products_op, gram_error_bound_op, gram_product_op
-from gcfast._ops_softmax import softmax_residual_op
+from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
 from gcfast._ops_wide import wide_forward_op
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "gram_error_bound",
     "gram_product",
     "last_backend",
+    "softmax_curvature",
     "softmax_residual",
     "wide_features",
     "wide_forward",
@@ -83,7 +85,7 @@ def activation(
 
 
 def softmax_residual(
-    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, check_target: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, its residual and its conjugate term, per row, in one pass.
 
@@ -91,6 +93,10 @@ def softmax_residual(
         logits: (n, C), C >= 1, any strides.
         target: int64 class indices (n,), or probabilities (n, C) of logits' dtype whose rows sum to one.
         label_smoothing: in [0, 1); the targets are q = (1 - label_smoothing) y + label_smoothing / C.
+        check_target: whether the values of `target` are checked. That costs a pass over it and, on the GPU,
+            a synchronisation, which is not allowed while a CUDA graph is captured. Without the check a label
+            outside [0, C) gives NaN in all three outputs of its row, and rows of probabilities are taken as
+            they are; no memory outside the arguments is read.
 
     Returns:
         loss (n,), as ``torch.nn.functional.cross_entropy(..., reduction="none")``; residual (n, C), p - q
@@ -105,7 +111,31 @@ def softmax_residual(
     """
     _validate.logits_and_target(logits, target)
     _validate.smoothing(label_smoothing)
-    return softmax_residual_op(logits, target, float(label_smoothing))
+    return softmax_residual_op(logits, target, float(label_smoothing), bool(check_target))
+
+
+def softmax_curvature(logits: Tensor, v: Tensor) -> Tensor:
+    """The curvature of cross-entropy times a vector, per row: (diag(p) - p p^T) v with p = softmax(logits).
+
+    Args:
+        logits: (n, C), C >= 1, any strides.
+        v: (n, C), of logits' dtype and device, any strides.
+
+    Returns:
+        (n, C), contiguous: with k the first maximum of the row, w_c = v_c - v_k and mu the sum of p_c w_c over
+        c != k, it is p_c (w_c - mu) for c != k and -p_k mu. Nothing cancels where p is nearly one-hot, so the
+        small numbers there keep their relative accuracy. A row of logits with a NaN or an infinite maximum
+        gives NaN; a logit of -inf is a class of probability zero.
+
+    Symmetric and linear in `v`; differentiable any number of times in both arguments.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _validate.is_logits(logits)
+    _validate.matches("v", v, "logits", logits)
+    _validate.has_shape("v", v, logits.shape, "as logits")
+    return softmax_curvature_op(logits, v)
 
 
 def wide_features(

@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 using gcfast::cpu::ActivationArgs;
+using gcfast::cpu::CurvatureArgs;
 using gcfast::cpu::GramProductArgs;
 using gcfast::cpu::SoftmaxArgs;
 
@@ -32,6 +33,13 @@ void softmax_residual(uintptr_t logits, uintptr_t labels, uintptr_t probs, uintp
   gcfast::cpu::softmax_residual(SoftmaxArgs<T>{ptr<const T>(logits), ptr<const int64_t>(labels), ptr<const T>(probs),
                                                ptr<T>(loss), ptr<T>(residual), ptr<T>(neg_entropy), rows, c,
                                                logits_stride, probs_stride, smoothing, threads});
+}
+
+template <class T>
+void softmax_curvature(uintptr_t logits, uintptr_t v, uintptr_t out, int64_t rows, int64_t c, int64_t logits_stride,
+                       int64_t v_stride, int threads) {
+  gcfast::cpu::softmax_curvature(CurvatureArgs<T>{ptr<const T>(logits), ptr<const T>(v), ptr<T>(out), rows, c,
+                                                  logits_stride, v_stride, threads});
 }
 
 template <class T>
@@ -80,6 +88,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gram_product_f64", &gram_product<double>, nogil);
   m.def("softmax_residual_f32", &softmax_residual<float>, nogil);
   m.def("softmax_residual_f64", &softmax_residual<double>, nogil);
+  m.def("softmax_curvature_f32", &softmax_curvature<float>, nogil);
+  m.def("softmax_curvature_f64", &softmax_curvature<double>, nogil);
   m.def("instruction_set", &instruction_set);
   m.attr("api") = 3;  // gcfast/_native.py refuses a module built from other sources
 }

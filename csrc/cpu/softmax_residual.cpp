@@ -3,6 +3,8 @@
 // With k the first maximum, a_c = f_c - f_k <= 0 and s = sum over c != k of exp(a_c):
 //   log-sum-exp - f_k = log1p(s),  loss = log1p(s) - sum q_c a_c,  sum p log p = (sum e_c a_c)/(1 + s) - log1p(s),
 // sums of terms of one sign; and p_k - q_k = (1 - q_k) - s/(1 + s), which does not cancel when q_k = 1.
+// With w_c = v_c - v_k and mu = sum over c != k of p_c w_c the curvature product is p_c (w_c - mu) and, at k, -p_k mu:
+// 1 - p_k is never formed.
 #include "softmax_residual.h"
 
 #include <algorithm>
@@ -33,24 +35,17 @@ template <class T> struct Smoothing {
   Smoothing(double eps, int64_t c) : keep(T(1.0 - eps)), spread(T(eps / c)), rest(T(eps * (c - 1) / c)) {}
 };
 
-// `count` <= kLanes rows starting at row i; scratch holds c * kLanes.
-template <class T> GCFAST_HD void lanes(const SoftmaxArgs<T>& a, int64_t i, int count, T* scratch) {
-  using I = typename Traits<T>::Int;
-  const int64_t c = a.c;
-  const Smoothing<T> sm(a.smoothing, c);
-  const bool smooth = a.smoothing != 0.0;
-  alignas(64) T max[kLanes], s[kLanes], sa[kLanes], all[kLanes], qs[kLanes], qa[kLanes], ya[kLanes];
-  alignas(64) I arg[kLanes], label[kLanes];
+// Columns j of `count` <= kLanes rows side by side: scratch[j * kLanes + lane]; spare lanes repeat the last row.
+template <class T> GCFAST_HD void to_lanes(const T* f, int64_t stride, int64_t c, int count, T* scratch) {
   for (int l = 0; l < kLanes; ++l) {
-    const int64_t row = i + std::min(l, count - 1);  // spare lanes repeat the last row
-    const T* f = a.logits + row * a.logits_stride;
-    for (int64_t j = 0; j < c; ++j) scratch[j * kLanes + l] = f[j];
-    label[l] = a.labels ? I(a.labels[row]) : I(-1);
-    ya[l] = a.labels ? f[label[l]] : T(0);
-    max[l] = -std::numeric_limits<T>::infinity();
-    arg[l] = 0;
-    s[l] = sa[l] = all[l] = qs[l] = qa[l] = T(0);
+    const T* row = f + std::min(l, count - 1) * stride;
+    for (int64_t j = 0; j < c; ++j) scratch[j * kLanes + l] = row[j];
   }
+}
+
+// The first maximum of each lane.
+template <class T, class I> GCFAST_HD void lanes_max(const T* scratch, int64_t c, T* max, I* arg) {
+  for (int l = 0; l < kLanes; ++l) max[l] = -std::numeric_limits<T>::infinity(), arg[l] = 0;
   for (int64_t j = 0; j < c; ++j) {
     const T* v = scratch + j * kLanes;
 #pragma omp simd
@@ -59,6 +54,36 @@ template <class T> GCFAST_HD void lanes(const SoftmaxArgs<T>& a, int64_t i, int 
       max[l] = more ? v[l] : max[l];
       arg[l] = more ? I(j) : arg[l];
     }
+  }
+}
+
+template <class T> GCFAST_HD int64_t first_max(const T* f, int64_t c, T& max) {
+  T top = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < c; ++j) top = f[j] > top ? f[j] : top;
+  int64_t k = 0;
+  while (k < c - 1 && f[k] != top) ++k;
+  max = top;
+  return k;
+}
+
+// `count` <= kLanes rows starting at row i; scratch holds c * kLanes.
+template <class T> GCFAST_HD void lanes(const SoftmaxArgs<T>& a, int64_t i, int count, T* scratch) {
+  using I = typename Traits<T>::Int;
+  const int64_t c = a.c;
+  const Smoothing<T> sm(a.smoothing, c);
+  const bool smooth = a.smoothing != 0.0;
+  alignas(64) T max[kLanes], s[kLanes], sa[kLanes], all[kLanes], qs[kLanes], qa[kLanes], ya[kLanes], bad[kLanes];
+  alignas(64) I arg[kLanes], label[kLanes];
+  to_lanes(a.logits + i * a.logits_stride, a.logits_stride, c, count, scratch);
+  lanes_max(scratch, c, max, arg);
+  for (int l = 0; l < kLanes; ++l) {
+    const int64_t row = i + std::min(l, count - 1), wanted = a.labels ? a.labels[row] : 0;
+    const bool inside = wanted >= 0 && wanted < c;
+    label[l] = I(inside ? wanted : 0);
+    bad[l] = inside ? T(0) : std::numeric_limits<T>::quiet_NaN();
+    ya[l] = scratch[label[l] * kLanes + l];
+    s[l] = sa[l] = all[l] = qs[l] = qa[l] = T(0);
   }
   for (int64_t j = 0; j < c; ++j) {
     T* v = scratch + j * kLanes;
@@ -85,7 +110,7 @@ template <class T> GCFAST_HD void lanes(const SoftmaxArgs<T>& a, int64_t i, int 
   alignas(64) T inv[kLanes], at_max[kLanes], loss[kLanes], ent[kLanes];
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) {
-    const T poison = max[l] - max[l];  // NaN when the maximum is infinite
+    const T poison = (max[l] - max[l]) + bad[l];  // NaN when the maximum is infinite
     const T log_sum = log1p_any(s[l]) + poison;
     inv[l] = T(1) / (T(1) + s[l] + poison);
     at_max[l] = s[l] * inv[l];
@@ -117,11 +142,11 @@ template <class T> GCFAST_HD void long_row(const SoftmaxArgs<T>& a, int64_t i) {
   const T* f = a.logits + i * a.logits_stride;
   const T* y = a.probs ? a.probs + i * a.probs_stride : nullptr;
   T* r = a.residual + i * c;
-  T max = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < c; ++j) max = f[j] > max ? f[j] : max;
-  int64_t k = 0;
-  while (k < c - 1 && f[k] != max) ++k;
+  T max;
+  const int64_t k = first_max(f, c, max);
+  const int64_t wanted = y ? 0 : a.labels[i];
+  const bool inside = wanted >= 0 && wanted < c;
+  const int64_t label = inside ? wanted : 0;
 
   T s = 0, sa = 0, all = 0, qs = 0, qa = 0;
   for (int64_t j0 = 0; j0 < c; j0 += kChunk) {
@@ -146,7 +171,8 @@ template <class T> GCFAST_HD void long_row(const SoftmaxArgs<T>& a, int64_t i) {
     }
     s += s1, sa += sa1, all += all1, qs += qs1, qa += qa1;
   }
-  const T poison = max - max, log_sum = log1p_any(s) + poison, w = T(1) / (T(1) + s + poison);
+  const T poison = inside ? max - max : std::numeric_limits<T>::quiet_NaN();
+  const T log_sum = log1p_any(s) + poison, w = T(1) / (T(1) + s + poison);
   a.neg_entropy[i] = sa * w - log_sum;
   if (y) {
 #pragma omp simd
@@ -154,7 +180,6 @@ template <class T> GCFAST_HD void long_row(const SoftmaxArgs<T>& a, int64_t i) {
     r[k] = (sm.keep * (T(1) - y[k]) + sm.rest) - s * w;
     a.loss[i] = qs * log_sum - qa;
   } else {
-    const int64_t label = a.labels[i];
 #pragma omp simd
     for (int64_t j = 0; j < c; ++j) r[j] = r[j] * w - sm.spread;
     r[label] -= sm.keep;
@@ -164,18 +189,84 @@ template <class T> GCFAST_HD void long_row(const SoftmaxArgs<T>& a, int64_t i) {
   }
 }
 
-#define GCFAST_SOFTMAX(T, SUFFIX)                                                                            \
-  GCFAST_CLONES void lanes_##SUFFIX(const SoftmaxArgs<T>& a, int64_t begin, int64_t end, T* scratch) {       \
+// scratch holds 2 * c * kLanes.
+template <class T> GCFAST_HD void lanes(const CurvatureArgs<T>& a, int64_t i, int count, T* scratch) {
+  using I = typename Traits<T>::Int;
+  const int64_t c = a.c;
+  T* const w = scratch + c * kLanes;
+  alignas(64) T max[kLanes], s[kLanes], mu[kLanes], at_max[kLanes];
+  alignas(64) I arg[kLanes];
+  to_lanes(a.logits + i * a.logits_stride, a.logits_stride, c, count, scratch);
+  to_lanes(a.v + i * a.v_stride, a.v_stride, c, count, w);
+  lanes_max(scratch, c, max, arg);
+  for (int l = 0; l < kLanes; ++l) at_max[l] = w[arg[l] * kLanes + l], s[l] = mu[l] = T(0);
+  for (int64_t j = 0; j < c; ++j) {
+    T *f = scratch + j * kLanes, *v = w + j * kLanes;
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const T e = I(j) == arg[l] ? T(0) : term(f[l], max[l]).e;
+      v[l] -= at_max[l];
+      s[l] += e;
+      mu[l] += e * v[l];
+      f[l] = e;
+    }
+  }
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) {
+    s[l] = T(1) / (T(1) + s[l] + (max[l] - max[l]));
+    mu[l] *= s[l];
+  }
+  for (int64_t j = 0; j < c; ++j) {
+    T *f = scratch + j * kLanes, *v = w + j * kLanes;
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) f[l] = (I(j) == arg[l] ? T(1) : f[l]) * s[l] * (v[l] - mu[l]);
+  }
+  for (int l = 0; l < count; ++l) {
+    T* out = a.out + (i + l) * c;
+    for (int64_t j = 0; j < c; ++j) out[j] = scratch[j * kLanes + l];
+  }
+}
+
+template <class T> GCFAST_HD void long_row(const CurvatureArgs<T>& a, int64_t i) {
+  const int64_t c = a.c;
+  const T *f = a.logits + i * a.logits_stride, *v = a.v + i * a.v_stride;
+  T* out = a.out + i * c;
+  T max, s = 0, mu = 0;
+  const int64_t k = first_max(f, c, max);
+  const T at_max = v[k];
+  for (int64_t j0 = 0; j0 < c; j0 += kChunk) {
+    const int64_t j1 = std::min(c, j0 + kChunk);
+    T s1 = 0, mu1 = 0;
+#pragma omp simd reduction(+ : s1, mu1)
+    for (int64_t j = j0; j < j1; ++j) {
+      const T e = j == k ? T(0) : term(f[j], max).e;
+      s1 += e;
+      mu1 += e * (v[j] - at_max);
+      out[j] = e;
+    }
+    s += s1, mu += mu1;
+  }
+  const T inverse = T(1) / (T(1) + s + (max - max));
+  mu *= inverse;
+  out[k] = T(1);
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) out[j] = out[j] * inverse * ((v[j] - at_max) - mu);
+}
+
+#define GCFAST_SOFTMAX(ARGS, T, NAME)                                                                        \
+  GCFAST_CLONES void NAME##_lanes(const ARGS<T>& a, int64_t begin, int64_t end, T* scratch) {                \
     for (int64_t i = begin; i < end; i += kLanes)                                                            \
       lanes(a, i, static_cast<int>(std::min<int64_t>(kLanes, end - i)), scratch);                            \
   }                                                                                                          \
-  GCFAST_CLONES void long_rows_##SUFFIX(const SoftmaxArgs<T>& a, int64_t begin, int64_t end, T*) {           \
+  GCFAST_CLONES void NAME##_rows(const ARGS<T>& a, int64_t begin, int64_t end, T*) {                         \
     for (int64_t i = begin; i < end; ++i) long_row(a, i);                                                    \
   }
-GCFAST_SOFTMAX(float, f32)
-GCFAST_SOFTMAX(double, f64)
+GCFAST_SOFTMAX(SoftmaxArgs, float, residual_f32)
+GCFAST_SOFTMAX(SoftmaxArgs, double, residual_f64)
+GCFAST_SOFTMAX(CurvatureArgs, float, curvature_f32)
+GCFAST_SOFTMAX(CurvatureArgs, double, curvature_f64)
 
-template <class T, class F> void run(const SoftmaxArgs<T>& a, F short_rows, F long_rows) {
+template <class T, class Args, class F> void run(const Args& a, F short_rows, F long_rows) {
   if (a.rows <= 0 || a.c <= 0) return;
   const bool is_short = a.c <= kShortRow;
   // About 4,096 elements a task: enough to hide the scheduling, few enough to balance.
@@ -184,14 +275,16 @@ template <class T, class F> void run(const SoftmaxArgs<T>& a, F short_rows, F lo
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(a.threads, tasks)));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < tasks; ++t) {
-    alignas(64) T scratch[kShortRow * kLanes];
+    alignas(64) T scratch[2 * kShortRow * kLanes];
     (is_short ? short_rows : long_rows)(a, t * step, std::min(a.rows, (t + 1) * step), scratch);
   }
 }
 
 }  // namespace
 
-void softmax_residual(const SoftmaxArgs<float>& a) { run(a, lanes_f32, long_rows_f32); }
-void softmax_residual(const SoftmaxArgs<double>& a) { run(a, lanes_f64, long_rows_f64); }
+void softmax_residual(const SoftmaxArgs<float>& a) { run<float>(a, residual_f32_lanes, residual_f32_rows); }
+void softmax_residual(const SoftmaxArgs<double>& a) { run<double>(a, residual_f64_lanes, residual_f64_rows); }
+void softmax_curvature(const CurvatureArgs<float>& a) { run<float>(a, curvature_f32_lanes, curvature_f32_rows); }
+void softmax_curvature(const CurvatureArgs<double>& a) { run<double>(a, curvature_f64_lanes, curvature_f64_rows); }
 
 }  // namespace gcfast::cpu
