@@ -94,7 +94,9 @@ class Build(build_ext):
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        command = [nvcc, "-shared", "-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC"]
+        # What decides the machine code is in a file of options, which bench/aot.py compiles with too.
+        command = [nvcc, "-shared", "-optf", "csrc/cuda/nvcc_flags.txt", "-cudart", "static"]
+        command += ["-Xcompiler", "-fPIC"]
         command += ["-Xcompiler", "-fvisibility=hidden", f'-DGCFAST_CUDA_ARCHS="{";".join(archs)}"']
         command += [*codes, *include, *ext.sources, "-o", str(target)]
         print(shlex.join(command), flush=True)
