@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench._machine_code import Row, disassemble, read_code, read_ptxas
+from bench._machine_code import Row, output, read_ptxas, read_sass
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {80: "80", 90: "90a", 100: "100"}  # what setup.py builds for an architecture
@@ -31,7 +31,9 @@ def _find_cuobjdump(nvcc: str) -> str | None:
     """The toolkit's, else Triton's."""
     beside = Path(nvcc).resolve().with_name("cuobjdump")
     triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else beside
+    bundled = (
+        Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else beside
+    )
     return next((str(p) for p in (beside, bundled) if p.is_file()), None)
 
 
@@ -70,9 +72,11 @@ def compile_one(source: Path, arch: int) -> list[Row]:
             return [Row(source.name, "", arch, seconds=seconds, error=f"{done.stderr}\n{reason}")]
         figures = read_ptxas(done.stderr + done.stdout)
         cuobjdump = _find_cuobjdump(nvcc)
-        code = disassemble(cuobjdump, cubin, "-sass", "-elf") if cuobjdump and figures else ""
+        code = output(cuobjdump, "-sass", "-elf", cubin) if cuobjdump and figures else ""
     names = _readable(list(figures))
-    return [_row(source, arch, name, names[name], figures[name], code, seconds / len(figures)) for name in figures]
+    return [
+        _row(source, arch, name, names[name], figures[name], code, seconds / len(figures)) for name in figures
+    ]
 
 
 def _row(
@@ -82,6 +86,8 @@ def _row(
     row = Row(f"{source.name}:{kernel}", template.removesuffix(">"), arch, seconds=seconds)
     for key, value in figures.items():
         setattr(row, key, value)
+    if not code:
+        return row
     # Without __launch_bounds__ a kernel may be launched with 1024 threads, so it must fit them.
     info = code.partition(f"\n.nv.info.{name}\n")[2].partition("\n.nv.")[0]
     bound = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:\s+\w+\s+Value:\s+(\w+) (\w+) (\w+)", info)
@@ -89,6 +95,5 @@ def _row(
     if bound:
         x, y, z = (int(v, 16) for v in bound.groups())
         row.threads = x * y * z
-    if code:
-        read_code(row, code.partition(f"Function : {name}\n")[2].partition("Function : ")[0])
+    read_sass(row, code.partition(f"Function : {name}\n")[2].partition("Function : ")[0])
     return row

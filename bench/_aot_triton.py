@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench._machine_code import Row, disassemble, read_code, read_ptxas
+from bench._machine_code import Row, output, read_ptx, read_ptxas, read_sass
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +47,9 @@ def unlisted(module: ModuleType, listed: list[Any]) -> list[str]:
     own = [
         (name, value)
         for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__ and name.endswith("_kernel")
+        if isinstance(value, JITFunction)
+        and value.fn.__module__ == module.__name__
+        and name.endswith("_kernel")
     ]
     missing = [name for name, value in own if not any(s.kernel is value for s in listed)]
     return [f"{module.__name__}.{name}: not in {module.__name__}.specializations()" for name in missing]
@@ -59,7 +61,7 @@ def _key(s: Any) -> tuple[Any, ...]:
 
 
 def _switches(s: Any) -> tuple[Any, ...]:
-    """What decides which of a kernel's branches are compiled: its switches and the arguments that are there."""
+    """What decides which of a kernel's branches are compiled: its switches, the arguments that are there."""
     values = [(k, str(v)) for k, v in s.constants.items() if v is None or isinstance(v, bool)]
     return (s.kernel, *sorted(values))
 
@@ -79,7 +81,7 @@ def completed(listed: list[Any], architectures: list[int]) -> Iterator[tuple[Any
         for arch in s.architectures:
             if arch in architectures and (key := (_key(s), arch)) not in done:
                 done |= {key, _key(s)}
-                yield s, arch, "" if s.divisible else "unaligned"
+                yield s, arch, ""
     for s in listed:
         arch = next((a for a in s.architectures if a in architectures), None)
         if arch is None:
@@ -91,14 +93,32 @@ def completed(listed: list[Any], architectures: list[int]) -> Iterator[tuple[Any
                 yield variant, arch, name
 
 
+def _alignment(s: Any) -> str:
+    """How much Triton is told about multiples of 16, in a word or two."""
+    told = {k for k, t in s.signature.items() if t.startswith("*") or t in ("i32", "i64")}
+    told -= {p.name for p in s.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    untold = told - s.divisible
+    if not untold:
+        return "aligned"
+    return "unaligned" if untold == told else f"aligned but {', '.join(sorted(untold))}"
+
+
 def config(s: Any, variant: str) -> str:
-    """A configuration in one line: pointer types, constants, blocks, warps and stages, variant."""
+    """A configuration in one line: pointer types, constants, blocks, warps and stages, alignment, variant."""
     pointers = sorted({t for t in s.signature.values() if t.startswith("*")})
     constants = [f"{k}={v}" for k, v in s.constants.items() if v is not None]
     absent = [f"no {k}" for k, v in s.constants.items() if v is None]
     blocks = [f"{k}={v}" for k, v in s.launch.blocks.items()]
     launch = f"{s.launch.num_warps} warps, {s.launch.num_stages} stages"
-    parts = (" ".join(pointers), ", ".join(constants + absent), ", ".join(blocks), launch, variant)
+    note = variant if variant in ("ones", "64-bit") else ""
+    parts = (
+        " ".join(pointers),
+        ", ".join(constants + absent),
+        ", ".join(blocks),
+        launch,
+        _alignment(s),
+        note,
+    )
     return "; ".join(p for p in parts if p)
 
 
@@ -108,7 +128,9 @@ def source(s: Any) -> Any:
 
     values = {**s.launch.blocks, **s.constants}
     parameters = inspect.signature(s.kernel.fn).parameters
-    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty and k not in s.signature}
+    defaults = {
+        k: p.default for k, p in parameters.items() if p.default is not p.empty and k not in s.signature
+    }
     values = {**defaults, **values}
     if unknown := (set(values) | set(s.signature)) - set(parameters):
         raise ValueError(f"{s.kernel.__name__} has no argument {', '.join(sorted(unknown))}")
@@ -142,17 +164,20 @@ def compile_one(s: Any, arch: int, variant: str) -> list[Row]:
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source(s), target=GPUTarget("cuda", arch, 32), options=s.launch.options())
+            compiled = triton.compile(
+                source(s), target=GPUTarget("cuda", arch, 32), options=s.launch.options()
+            )
         (figures,) = read_ptxas(log.getvalue()).values()
         for key, value in figures.items():
             setattr(row, key, value)
         row.shared = max(row.shared, compiled.metadata.shared)
         row.threads = 32 * compiled.metadata.num_warps
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            sass = disassemble(triton.knobs.nvidia.cuobjdump.path, cubin.name, "-sass")
-        read_code(row, sass, compiled.asm["ptx"])
+        read_ptx(row, compiled.asm["ptx"])
+        if row.matrix:  # takes as long as the compilation, so only where ptxas may have replaced them
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+                cubin.write(compiled.asm["cubin"])
+                cubin.flush()
+                read_sass(row, output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin.name))
     except Exception as error:  # anything: a kernel that does not compile is what this looks for
         last = (str(error).strip().splitlines() or [""])[-1]
         row.error = f"{log.getvalue()[:2000]}\n{error}\n{type(error).__name__}: {last}"

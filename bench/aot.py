@@ -13,11 +13,12 @@ The exit status is 1, with a line on stderr for each reason, if a compilation fa
 is missing, shared memory or registers times threads exceed the architecture's, or a kernel is not listed. A
 narrow load is shown only: whether it matters is for the reader to judge.
 
-A Triton kernel is added by naming it ``*_kernel`` in a module of triton_kernels/ and yielding its compilations
-from that module's ``specializations()``; besides those this compiles, for one architecture each, what Triton
-specialises by the values of arguments: "unaligned" (no pointer a multiple of 16 bytes) or "aligned", "ones"
-(every integer 1, which makes it a constant) and "64-bit" (every integer beyond 32 bits). A CUDA kernel is found
-by itself in csrc/cuda/*.cu; without ``__launch_bounds__`` it is taken to be launched with 1024 threads.
+A Triton kernel is added by naming it ``*_kernel`` in a module of triton_kernels/ and yielding its
+compilations from that module's ``specializations()``. Besides those this compiles, for one architecture
+each, what Triton specialises by the values of arguments: "unaligned" (no pointer or integer a known
+multiple of 16) or "aligned" (every pointer is), whichever is not listed, "ones" (every integer 1, which
+makes it a constant) and "64-bit" (every integer beyond 32 bits). A CUDA kernel is found by itself in
+csrc/cuda/*.cu; without ``__launch_bounds__`` it is taken to be launched with 1024 threads.
 
 Triton's own ptxas log and machine code are read, so the figures are those of the installed version of Triton.
 """
@@ -44,8 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import _aot_cuda, _aot_triton
-from bench._machine_code import SHARED_LIMIT, Row
+from bench import _aot_cuda, _aot_triton  # noqa: E402
+from bench._machine_code import SHARED_LIMIT, Row  # noqa: E402
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
@@ -59,7 +60,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel}[{self.config}] sm_{self.arch}" if self.config else f"{self.kernel} sm_{self.arch}"
+        return (
+            f"{self.kernel}[{self.config}] sm_{self.arch}" if self.config else f"{self.kernel} sm_{self.arch}"
+        )
 
 
 def say(text: str) -> None:
@@ -142,7 +145,9 @@ def table(rows: list[Row]) -> str:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench.aot", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name or configuration has this")
+    parser.add_argument(
+        "--only", default="", metavar="NAME", help="kernels whose name or configuration has this"
+    )
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and offences")
@@ -206,7 +211,10 @@ def main(argv: list[str] | None = None) -> int:
             if not jobs:
                 offences.append(f"nothing to compile{f' matches {args.only!r}' if args.only else ''}")
             bad = f"{len(offences)} offence{'s' * (len(offences) != 1)}"
-            print(f"\n{len(rows)} kernels in {len(jobs)} compilations: {bad if offences else 'nothing wrong'}", flush=True)
+            print(
+                f"\n{len(rows)} kernels in {len(jobs)} compilations: {bad if offences else 'nothing wrong'}",
+                flush=True,
+            )
     for line in offences:
         say(f"bench.aot: {line}")
     return 1 if offences else 0

@@ -68,9 +68,10 @@ class Specialization:
 def variants(s: Specialization) -> dict[str, Specialization]:
     """`s` with the other things that Triton can find out about its arguments at run time.
 
-    ``aligned``: every pointer a multiple of 16; ``unaligned``: nothing known to be one; ``ones``: every integer
-    1, hence a constant; ``64-bit``: every integer too large for 32 bits. List ``variants(s)["unaligned"]``
-    where it is as common as the aligned one; otherwise ``bench/aot.py`` compiles it for one architecture.
+    ``aligned``: every pointer a multiple of 16; ``unaligned``: nothing known to be one; ``ones``: every
+    integer 1, hence a constant; ``64-bit``: every integer too large for 32 bits. List
+    ``variants(s)["unaligned"]`` where it is as common as the aligned one; what is not listed ``bench/aot.py``
+    compiles for one architecture.
     """
     fixed = {p.name for p in getattr(s.kernel, "params", ()) if p.do_not_specialize}
     integers = {k for k, t in s.signature.items() if t in ("i32", "i64")}
@@ -80,7 +81,9 @@ def variants(s: Specialization) -> dict[str, Specialization]:
     return {
         "aligned": replace(s, divisible=pointers),
         "unaligned": replace(s, divisible=frozenset()),
-        "ones": replace(s, signature=rest, constants={**s.constants, **dict.fromkeys(ones, 1)}, divisible=pointers),
+        "ones": replace(
+            s, signature=rest, constants={**s.constants, **dict.fromkeys(sorted(ones), 1)}, divisible=pointers
+        ),
         "64-bit": replace(s, signature={k: "i64" if k in integers else t for k, t in s.signature.items()}),
     }
 
