@@ -39,7 +39,7 @@ def product_kernel(x, y, BLOCK: tl.constexpr):
 @triton.jit
 def spilling_kernel(x, y, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    v = tl.load(x + i)  # 512 values a thread, needed again after the reduction
+    v = tl.load(x + i)  # 256 values a thread, needed again after the reduction
     tl.store(y + i, v - tl.max(v, 0))
 
 
@@ -71,8 +71,8 @@ def specializations():
     tensor_cores = {80: "HMMA", 90: "wgmma"}
     small = Launch({"BLOCK": 64}, 4)
     yield Specialization(product_kernel, half, {}, small, (80, 90), frozenset({"x", "y"}), tensor_cores)
-    yield Specialization(product_kernel, full, {}, small, (90,), frozenset({"x", "y"}), tensor_cores)
-    yield Specialization(spilling_kernel, full, {}, Launch({"BLOCK": 16384}, 1), (90,), frozenset({"x", "y"}))
+    yield Specialization(product_kernel, full, {}, Launch({"BLOCK": 16}, 4), (90,), frozenset({"x", "y"}), tensor_cores)
+    yield Specialization(spilling_kernel, full, {}, Launch({"BLOCK": 8192}, 1), (90,), frozenset({"x", "y"}))
     yield Specialization(broken_kernel, {"x": "*fp32", "n": "fp32"}, {}, Launch({}, 1), (90,))
     yield Specialization(only_ones_kernel, {"x": "*fp32", "n": "i32"}, {}, Launch({}, 1), (90,))
 """
