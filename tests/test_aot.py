@@ -71,7 +71,8 @@ def specializations():
     tensor_cores = {80: "HMMA", 90: "wgmma"}
     small = Launch({"BLOCK": 64}, 4)
     yield Specialization(product_kernel, half, {}, small, (80, 90), frozenset({"x", "y"}), tensor_cores)
-    yield Specialization(product_kernel, full, {}, Launch({"BLOCK": 16}, 4), (90,), frozenset({"x", "y"}), tensor_cores)
+    tiny = Launch({"BLOCK": 16}, 4)
+    yield Specialization(product_kernel, full, {}, tiny, (90,), frozenset({"x", "y"}), tensor_cores)
     yield Specialization(spilling_kernel, full, {}, Launch({"BLOCK": 8192}, 1), (90,), frozenset({"x", "y"}))
     yield Specialization(broken_kernel, {"x": "*fp32", "n": "fp32"}, {}, Launch({}, 1), (90,))
     yield Specialization(only_ones_kernel, {"x": "*fp32", "n": "i32"}, {}, Launch({}, 1), (90,))
