@@ -97,9 +97,10 @@ class Build(build_ext):
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        command = [nvcc, "-shared", "-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC"]
-        # Denormals kept and divisions rounded correctly: the defaults, said because results rest on them.
-        command += ["-ftz=false", "-prec-div=true", "--threads", "0"]
+        # What decides the machine code is in a file of options that bench/aot.py compiles with too. Denormals kept
+        # and divisions rounded correctly are the defaults, said there because results rest on them.
+        command = [nvcc, "-shared", "-optf", "csrc/cuda/nvcc_flags.txt", "-cudart", "static"]
+        command += ["-Xcompiler", "-fPIC", "--threads", "0"]
         command += ["-Xcompiler", "-fvisibility=hidden", f'-DGCFAST_CUDA_ARCHS="{";".join(archs)}"']
         command += [*codes, *include, *ext.sources, "-o", str(target)]
         print(shlex.join(command), flush=True)

@@ -17,8 +17,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import launches
+
 import gcfast
 from gcfast import _dispatch, ops
+
+launches.watch()
 
 NEEDS_GPU = [
     pytest.mark.gpu,

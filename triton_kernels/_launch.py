@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,8 +44,10 @@ class Specialization:
 
     ``signature`` gives the types of the run-time arguments ("*fp32", "i32", "i64", "fp32"), ``constants`` the
     values of the constexpr ones (those of ``launch.blocks`` come on top), ``divisible`` the arguments known
-    to be multiples of 16. ``instruction`` names the matrix instruction expected in the machine code of an
-    architecture, where one is.
+    to be multiples of 16. A pointer that is None, or an integer that is always 1, is a constant to Triton and
+    is given among the constants. ``instruction`` names the matrix instruction expected in the machine code of
+    an architecture, where one is: the start of its name in SASS (HMMA, DMMA, HGMMA, UTCHMMA) or in PTX
+    (mma.sync, wgmma, tcgen05).
     """
 
     kernel: Any
@@ -61,6 +63,29 @@ class Specialization:
         fixed = ", ".join(f"{k}={v}" for k, v in self.constants.items())
         types = sorted({t for t in self.signature.values() if t.startswith("*")})
         return f"{self.kernel.__name__}({', '.join(types)}; {fixed}; {self.launch.num_warps} warps)"
+
+
+def variants(s: Specialization) -> dict[str, Specialization]:
+    """`s` with the other things that Triton can find out about its arguments at run time.
+
+    ``aligned``: every pointer a multiple of 16; ``unaligned``: nothing known to be one; ``ones``: every
+    integer 1, hence a constant; ``64-bit``: every integer too large for 32 bits. List
+    ``variants(s)["unaligned"]`` where it is as common as the aligned one; what is not listed ``bench/aot.py``
+    compiles for one architecture.
+    """
+    fixed = {p.name for p in getattr(s.kernel, "params", ()) if p.do_not_specialize}
+    integers = {k for k, t in s.signature.items() if t in ("i32", "i64")}
+    pointers = frozenset(k for k, t in s.signature.items() if t.startswith("*")) - fixed
+    ones = integers - fixed
+    rest = {k: t for k, t in s.signature.items() if k not in ones}
+    return {
+        "aligned": replace(s, divisible=pointers),
+        "unaligned": replace(s, divisible=frozenset()),
+        "ones": replace(
+            s, signature=rest, constants={**s.constants, **dict.fromkeys(sorted(ones), 1)}, divisible=pointers
+        ),
+        "64-bit": replace(s, signature={k: "i64" if k in integers else t for k, t in s.signature.items()}),
+    }
 
 
 @functools.cache
