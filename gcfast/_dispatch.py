@@ -139,11 +139,11 @@ def _capability_reason(backend: str, device: torch.device) -> str:
         return "needs a CUDA device, torch is built for HIP"
     archs = str(_native.cuda_status()["archs"]).split(";")
     # Machine code serves its own major version from its minor on; the last one is there as PTX too. An
-    # architecture-specific one ("90a") serves exactly itself.
+    # architecture-specific one ("90a") serves exactly itself, a family's ("100f") its major version.
     number = 10 * capability[0] + capability[1]
     for arch in archs:
         code = int(arch.rstrip("af"))
-        if code == number or (arch.isdigit() and code // 10 == capability[0] and code <= number):
+        if code == number or (arch[-1] != "a" and code // 10 == capability[0] and code <= number):
             return ""
     if archs[-1].isdigit() and int(archs[-1]) <= number:
         return ""

@@ -28,9 +28,6 @@ def run_activation(
     if backend == "reference":
         value = reference.activation(x, bias, activation=activation, beta=beta, order=order, grad=grad)
         return value if out is None else out.copy_(value)
-    if backend == "cuda":
-        return _run_cuda(x, bias, activation, beta, order, grad, out)
-    assert _native.cpu is not None
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.numel() == 0:
         return result
@@ -40,68 +37,61 @@ def run_activation(
     target = as_rows(result) if in_place else torch.empty_like(rows, memory_format=torch.contiguous_format)
     upstream = None if grad is None else as_rows(grad)
     shift = None if bias is None else bias.contiguous()
-    kernel = _native.cpu.activation_f64 if x.dtype == torch.float64 else _native.cpu.activation_f32
-    kernel(
-        rows.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        0 if upstream is None else upstream.data_ptr(),
-        target.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
-        rows.stride(0),
-        0 if upstream is None else upstream.stride(0),
-        target.stride(0),
-        _KINDS[activation],
-        order,
-        beta,
-        torch.get_num_threads(),
-    )
+    if backend == "cpu":
+        _run_cpu(rows, shift, upstream, target, _KINDS[activation], order, beta)
+    elif backend == "cuda":
+        _run_cuda(rows, shift, upstream, target, _KINDS[activation], order, beta)
+    else:
+        raise AssertionError(f"activation has no kernel on backend {backend!r}")
     if not in_place:
         result.copy_(target.view(result.shape))
     return result
 
 
+def _run_cpu(
+    x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
+) -> None:
+    assert _native.cpu is not None
+    kernel = _native.cpu.activation_f64 if x.dtype == torch.float64 else _native.cpu.activation_f32
+    kernel(
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        0 if grad is None else grad.stride(0),
+        out.stride(0),
+        kind,
+        order,
+        beta,
+        torch.get_num_threads(),
+    )
+
+
 def _run_cuda(
-    x: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    beta: float,
-    order: int,
-    grad: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
+    x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
+) -> None:
     """On the device of the tensors, whichever is current, and on that device's current stream."""
     assert _native.cuda is not None
-    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if x.numel() == 0:
-        return result
-    rows = as_rows(x)
-    # Only a row-strided `out` can be written in place; any other layout goes through a temporary.
-    in_place = result.is_contiguous() or (result.dim() == 2 and result.stride(1) == 1)
-    target = as_rows(result) if in_place else torch.empty_like(rows, memory_format=torch.contiguous_format)
-    upstream = None if grad is None else as_rows(grad)
-    shift = None if bias is None else bias.contiguous()
     kernel = _native.cuda.activation_f64 if x.dtype == torch.float64 else _native.cuda.activation_f32
     kernel(
-        rows.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        0 if upstream is None else upstream.data_ptr(),
-        target.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
-        rows.stride(0),
-        0 if upstream is None else upstream.stride(0),
-        target.stride(0),
-        _KINDS[activation],
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        0 if grad is None else grad.stride(0),
+        out.stride(0),
+        kind,
         order,
         beta,
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
-    if not in_place:
-        with torch.cuda.device(x.device):
-            result.copy_(target.view(result.shape))
-    return result
 
 
 @torch.library.custom_op("gcfast::activation", mutates_args=())

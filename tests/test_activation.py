@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import exact
 import numpy as np
@@ -17,15 +14,8 @@ from gcfast import ops, reference
 DTYPES = [torch.float32, torch.float64]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 # Largest distance from the exact value in ulps of it (of the sum of its terms, where a derivative crosses 0).
-LIMITS = {
-    "softplus": (4, 4, 4),
-    "sigmoid": (4, 4, 7),
-    "tanh": (4, 5, 7),
-    "gelu": (7, 7, 4),
-    "gelu_tanh": (4, 5, 7),
-    "silu": (4, 5, 6),
-    "relu": (0, 0, 0),
-}
+# tests/core/activations.cpp measures it at a million points a function.
+LIMITS = {name: (0, 0, 0) if name == "relu" else (4, 4, 4) for name in reference.ACTIVATIONS}
 CASES = [(name, 1.0) for name in reference.ACTIVATIONS] + [("softplus", b) for b in (0.1, 3.7, 100.0)]
 SIZES = [1, 2, 31, 33, 252, 507]
 
@@ -160,49 +150,3 @@ def test_large_parallel_equals_serial():
         assert torch.equal(y, ops.activation(x, b))
     finally:
         torch.set_num_threads(threads)
-
-
-SANITIZED = """
-#include <cstdio>
-#include <limits>
-#include <vector>
-#include "csrc/core/activations.h"
-using namespace gcfast;
-template <class T, Act A> double run() {
-  const T inf = std::numeric_limits<T>::infinity(), big = std::numeric_limits<T>::max();
-  const std::vector<T> xs = {0, 1, -1, inf, -inf, big, -big, T(-1e4), T(-700), T(-100), T(-0.7), inf - inf,
-                             std::numeric_limits<T>::denorm_min()};
-  double sum = 0;
-  for (T x : xs) for (T beta : {T(1), T(0.1)}) {
-    const Scale<T> s{beta, 0, T(1) / beta};
-    const T v = activate<A, 0, true>(x, s) + activate<A, 1, true>(x, s) + activate<A, 2, true>(x, s);
-    if (v - v == 0) sum += double(v) / double(big) + 1;
-  }
-  return sum;
-}
-template <class T> double all() {
-  return run<T, Act::softplus>() + run<T, Act::sigmoid>() + run<T, Act::tanh>() + run<T, Act::gelu>() +
-         run<T, Act::gelu_tanh>() + run<T, Act::silu>() + run<T, Act::relu>() + double(log1p_any(T(1e5)));
-}
-int main() { std::printf("%.3f\\n", all<float>() + all<double>()); }
-"""
-
-
-def test_header_under_sanitizers(tmp_path):
-    root = Path(__file__).resolve().parent.parent
-    compiler = shutil.which("g++")
-    if compiler is None or not (root / "csrc").is_dir():
-        pytest.skip("needs g++ and the source tree")
-    source = tmp_path / "host.cpp"
-    source.write_text(SANITIZED)
-    binary = tmp_path / "host"
-    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    build = subprocess.run(
-        [compiler, *flags, f"-I{root}", str(source), "-o", str(binary)], capture_output=True, text=True
-    )
-    if build.returncode != 0 and "cannot find" in build.stderr:
-        pytest.skip("this compiler has no sanitizer runtime")
-    assert build.returncode == 0, build.stderr
-    done = subprocess.run([str(binary)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 300  # every finite value was summed

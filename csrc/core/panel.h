@@ -36,7 +36,9 @@ template <class T>
 inline Panel<T> panel_of(const T* x, const T* bias, const T* grad, T* out, int64_t rows, int64_t cols, int64_t x_stride,
                          int64_t grad_stride, int64_t out_stride) {
   constexpr int64_t W = kWidth<T>;
-  Panel<T> p{x, bias, grad, out, cols, x_stride, grad_stride, out_stride};
+  Panel<T> p{};
+  p.x = x, p.bias = bias, p.grad = grad, p.out = out;
+  p.cols = cols, p.x_stride = x_stride, p.grad_stride = grad_stride, p.out_stride = out_stride;
   p.total = rows * cols;
   p.joined = rows == 1 || (x_stride == cols && out_stride == cols && (!grad || grad_stride == cols));
   if (p.joined && !bias) p.cols = p.total;  // one long row

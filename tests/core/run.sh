@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Builds and runs the C++ tests of csrc/core, each header's algorithms on the host from the source that the device
+# compiles:   bash tests/core/run.sh [MODE...] [-- ARGUMENTS OF THE PROGRAMS]
+# Modes (default: all four):
+#   plain      for the baseline instruction set
+#   native     for this processor, with contraction into FMAs, as the fastest CPU kernels are built
+#   sanitized  under AddressSanitizer and UndefinedBehaviorSanitizer
+#   nvcc       compiled only, for host and device
+# A mode whose compiler is missing is skipped with a line that says so; the exit status is 77 if all were, 1 if
+# anything failed. CXX and NVCC name the compilers (default g++, nvcc).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+modes=() arguments=()
+while [ $# -gt 0 ]; do
+  if [ "$1" = -- ]; then shift; arguments=("$@"); break; fi
+  modes+=("$1"); shift
+done
+[ "${#modes[@]}" -gt 0 ] || modes=(plain native sanitized nvcc)
+
+cxx=${CXX:-g++} nvcc=${NVCC:-nvcc}
+command -v "$nvcc" >/dev/null || nvcc=/usr/local/cuda/bin/nvcc
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/gcfast-core.XXXXXX")
+trap 'rm -rf "$tmp"' EXIT
+echo 'int main() { return 0; }' >"$tmp/probe.cpp"
+
+flags=(-std=c++17 -Wall -Wextra -Werror)
+failed=0 ran=0
+
+available() { # whether a mode can run here, else why not
+  case $1 in
+    nvcc) command -v "$nvcc" >/dev/null || { echo "no nvcc"; return 1; } ;;
+    sanitized)
+      command -v "$cxx" >/dev/null || { echo "no $cxx"; return 1; }
+      "$cxx" -fsanitize=address,undefined "$tmp/probe.cpp" -o "$tmp/probe" 2>/dev/null ||
+        { echo "$cxx has no sanitizer runtime"; return 1; } ;;
+    plain | native) command -v "$cxx" >/dev/null || { echo "no $cxx"; return 1; } ;;
+    *) echo "unknown mode $1: plain, native, sanitized, nvcc" >&2; exit 2 ;;
+  esac
+}
+
+build() { # MODE SOURCE BINARY
+  case $1 in
+    plain) "$cxx" "${flags[@]}" -O2 "$2" -o "$3" ;;
+    native) "$cxx" "${flags[@]}" -O3 -march=native "$2" -o "$3" ;;
+    sanitized)
+      "$cxx" "${flags[@]}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all "$2" -o "$3" ;;
+    nvcc) "$nvcc" -std=c++17 -O1 -Werror all-warnings -x cu -gencode=arch=compute_80,code=sm_80 -c "$2" -o "$3" ;;
+  esac
+}
+
+for mode in "${modes[@]}"; do
+  if ! reason=$(available "$mode"); then
+    echo "skipped $mode: $reason"
+    continue
+  fi
+  for source in *.cpp; do
+    name=${source%.cpp}
+    ran=$((ran + 1))
+    # A million floats are measured as the kernels are built; other modes take fewer.
+    extra=()
+    case $mode.$name in
+      plain.activations) extra=(--stride 16411) ;;
+      sanitized.activations) extra=(--stride 65537) ;;
+    esac
+    if build "$mode" "$source" "$tmp/$name.$mode" &&
+      { [ "$mode" = nvcc ] || "$tmp/$name.$mode" ${extra[@]+"${extra[@]}"} ${arguments[@]+"${arguments[@]}"}; }; then
+      echo "passed $mode $name"
+    else
+      echo "FAILED $mode $name"
+      failed=1
+    fi
+  done
+done
+[ "$failed" -eq 0 ] || exit 1
+[ "$ran" -gt 0 ] || exit 77
