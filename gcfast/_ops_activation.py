@@ -28,7 +28,6 @@ def run_activation(
     if backend == "reference":
         value = reference.activation(x, bias, activation=activation, beta=beta, order=order, grad=grad)
         return value if out is None else out.copy_(value)
-    assert _native.cpu is not None
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.numel() == 0:
         return result
@@ -38,25 +37,45 @@ def run_activation(
     target = as_rows(result) if in_place else torch.empty_like(rows, memory_format=torch.contiguous_format)
     upstream = None if grad is None else as_rows(grad)
     shift = None if bias is None else bias.contiguous()
+    if backend == "cpu":
+        _run_cpu(rows, shift, upstream, target, _KINDS[activation], order, beta)
+    elif backend == "triton":
+        _run_triton(rows, shift, upstream, target, _KINDS[activation], order, beta)
+    else:
+        raise AssertionError(f"activation has no kernel on backend {backend!r}")
+    if not in_place:
+        result.copy_(target.view(result.shape))
+    return result
+
+
+def _run_cpu(
+    x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
+) -> None:
+    assert _native.cpu is not None
     kernel = _native.cpu.activation_f64 if x.dtype == torch.float64 else _native.cpu.activation_f32
     kernel(
-        rows.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        0 if upstream is None else upstream.data_ptr(),
-        target.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
-        rows.stride(0),
-        0 if upstream is None else upstream.stride(0),
-        target.stride(0),
-        _KINDS[activation],
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        0 if grad is None else grad.stride(0),
+        out.stride(0),
+        kind,
         order,
         beta,
         torch.get_num_threads(),
     )
-    if not in_place:
-        result.copy_(target.view(result.shape))
-    return result
+
+
+def _run_triton(
+    x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
+) -> None:
+    from gcfast.triton_kernels.activation import activation
+
+    activation(x, bias, grad, out, kind, order, beta)
 
 
 @torch.library.custom_op("gcfast::activation", mutates_args=())
