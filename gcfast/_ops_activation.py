@@ -41,6 +41,8 @@ def run_activation(
         _run_cpu(rows, shift, upstream, target, _KINDS[activation], order, beta)
     elif backend == "cuda":
         _run_cuda(rows, shift, upstream, target, _KINDS[activation], order, beta)
+    elif backend == "triton":
+        _run_triton(rows, shift, upstream, target, _KINDS[activation], order, beta)
     else:
         raise AssertionError(f"activation has no kernel on backend {backend!r}")
     if not in_place:
@@ -92,6 +94,14 @@ def _run_cuda(
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
+
+
+def _run_triton(
+    x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
+) -> None:
+    from gcfast.triton_kernels.activation import activation
+
+    activation(x, bias, grad, out, kind, order, beta)
 
 
 @torch.library.custom_op("gcfast::activation", mutates_args=())

@@ -17,6 +17,12 @@ one, so that the seed of the hardware (inline assembly) is tested on a GPU only.
 Polynomials: Chebyshev interpolation in 60 digits, rewritten in powers, highest first.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-redef"
+from __future__ import annotations
+
+import struct
+
+import torch
 import triton
 import triton.language as tl
 
@@ -76,7 +82,8 @@ def upper_half(a):
     """The upper 12 (26) bits of the significand: products of two such are exact."""
     if a.dtype == tl.float64:
         return (a.to(tl.int64, bitcast=True) & -0x8000000).to(tl.float64, bitcast=True)
-    return (a.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
+    else:
+        return (a.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -89,7 +96,8 @@ def product_error(a, b, p):
         al = a - ah
         bl = b - bh
         return (t - p) + (((ah * bh - t) + ah * bl + al * bh) + al * bl)
-    return tl.fma(a, b, -p)
+    else:
+        return tl.fma(a, b, -p)
 
 
 @triton.jit
@@ -108,7 +116,7 @@ def quotient(n, hi, lo):
 
 @triton.jit
 def exp_parts(hi, lo=None):
-    """q and s of exp(hi + lo) = (1 + q) s down, -120 <= hi <= 0 (fp64: -800); q to full relative precision."""
+    """q and s of exp(hi + lo) = (1 + q) s down, q to full relative precision; hi in [-130, 0] (fp64: -800)."""
     if hi.dtype == tl.float64:
         shifted = hi * 1.4426950408889634074 + 6755399441055744.0  # 1.5 2^52: rounds to an integer, low bits
         n = shifted - 6755399441055744.0
@@ -170,8 +178,9 @@ def with_sign(v, x):
     if x.dtype == tl.float64:
         sign = x.to(tl.int64, bitcast=True) & -0x8000000000000000
         return (v.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    return (v.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    else:
+        sign = x.to(tl.int32, bitcast=True) & -0x80000000
+        return (v.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -238,7 +247,9 @@ def _softplus_scaled(x, beta_hi, beta_lo, beta_inv, ORDER: tl.constexpr):
     if ORDER == 0:
         y = exp_value(q, s)
         # below 1e-18 y may be denormal while y / beta is not
-        low = tl.where(y < 1e-18, exp_times(tl.full(x.shape, beta_inv, x.dtype), q, s), log1p_unit(y) * beta_inv)
+        low = tl.where(
+            y < 1e-18, exp_times(tl.full(x.shape, beta_inv, x.dtype), q, s), log1p_unit(y) * beta_inv
+        )
         return tl.maximum(x, 0.0) + low
     elif ORDER == 1:
         return _logistic(x, q, s)
@@ -282,7 +293,10 @@ def tanh(x, ORDER: tl.constexpr):
 
 @triton.jit
 def _gated(x, a, q, s, adv, advdv, bend, ORDER: tl.constexpr):
-    """x sigmoid(v(x)) for odd v; a = |x|, at most where exp(-|v|) is 0; adv = a v', advdv = a v'^2, bend = 2 v' + x v''."""
+    """x sigmoid(v(x)) for odd v, a = |x| clamped to where exp(-|v|) is 0, exp(-|v|) in parts q and s.
+
+    adv = a v', advdv = a v'^2, bend = 2 v' + x v''.
+    """
     y = exp_value(q, s)
     negative = x < 0.0
     if ORDER == 0:
@@ -309,7 +323,8 @@ def silu(x, ORDER: tl.constexpr):
 def gelu_tanh(x, ORDER: tl.constexpr):
     """x sigmoid(v), v = x (A + B x^2), A = 2 sqrt(2/pi), B = 0.044715 A, in twice the precision.
 
-    A's upper part is short of 3 (fp64: 5) bits, so that A + B x^2 - A is exact, and with it the error of the sum.
+    A's upper part is 4 (fp64: 6) bits short, so that subtracting A from A + B x^2 and from v' = A + 3 B x^2
+    is exact, and with it the error of these sums.
     """
     if x.dtype == tl.float64:
         A: tl.constexpr = 1.595769121605727
@@ -335,7 +350,6 @@ def gelu_tanh(x, ORDER: tl.constexpr):
     v = a * p
     v_lo = product_error(a, p, v) + a * p_lo
     q, s = exp_parts(-v, -v_lo)
-    # v' = A + 3 B x^2 in the same way
     b3 = tl.full(x.shape, B3, x.dtype)
     sum = square * B3 + A
     sum_lo = product_error(square, b3, sum - A) + (square_lo * B3 + (square * B3_LO + A_LO))
@@ -385,12 +399,34 @@ def relu(x, ORDER: tl.constexpr):
         return nan_or_zero
 
 
+def scale_arguments(beta: float, dtype: torch.dtype) -> tuple[float | int, float, float | int]:
+    """What a launcher passes for beta_hi, beta_lo and beta_inv; a kernel reads them through `scale`.
+
+    Triton makes an fp32 of every Python float, so an fp64 kernel is given the bits, as integers.
+    """
+    if dtype == torch.float64:
+        beta_bits, inverse_bits = struct.unpack("=qq", struct.pack("=dd", beta, 1.0 / beta))
+        return beta_bits, 0.0, inverse_bits
+    single = struct.Struct("=f")
+    (hi,) = single.unpack(single.pack(beta))
+    return hi, beta - hi, 1.0 / beta
+
+
+@triton.jit
+def scale(beta_hi, beta_lo, beta_inv, precision: tl.constexpr):
+    """beta_hi, beta_lo and beta_inv as `activate` takes them."""
+    if precision == tl.float64:
+        return beta_hi.to(tl.float64, bitcast=True), beta_lo, beta_inv.to(tl.float64, bitcast=True)
+    else:
+        return beta_hi, beta_lo, beta_inv
+
+
 @triton.jit
 def activate(x, beta_hi, beta_lo, beta_inv, ACT: tl.constexpr, ORDER: tl.constexpr, SCALED: tl.constexpr):
     """act^(ORDER)(x) of an fp32 or fp64 tile. ACT is an index into gcfast.reference.ACTIVATIONS.
 
-    SCALED: softplus with beta = beta_hi + beta_lo, beta_inv = 1 / beta, scalars of x's precision (see
-    `scale_arguments` and `scalar`); otherwise beta is 1 and they are not read.
+    SCALED: softplus with beta = beta_hi + beta_lo and beta_inv = 1 / beta, scalars of x's precision that come
+    from `scale`; otherwise beta is 1 and they are not read.
     """
     tl.static_assert(x.dtype == tl.float32 or x.dtype == tl.float64, "cast to fp32 first")
     if ACT == 0:

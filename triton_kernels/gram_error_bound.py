@@ -19,8 +19,6 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from gcfast.triton_kernels._launch import (
     ARCHITECTURES,
     TRITON_TYPES,
@@ -30,6 +28,7 @@ from gcfast.triton_kernels._launch import (
     multiprocessors,
     run,
 )
+from torch import Tensor
 
 # 8 elements a thread: 8 to 4 KB in flight a program (float64 to float32) and its tile of column sums in 16
 # registers, so that eight programs fit a multiprocessor at the 64 registers most of them take: 32 to 64 KB in

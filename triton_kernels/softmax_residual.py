@@ -343,7 +343,9 @@ def specializations() -> list[Specialization]:
             for soft in (False, True):
                 pointers = {"logits": element, "target": element if soft else "*i64", **outputs}
                 strides = {"logits_stride": "i32", "target_stride": "i32"}
-                signature = pointers | counts | strides | unit | dict.fromkeys(("keep", "spread", "rest"), "fp64")
+                signature = (
+                    pointers | counts | strides | unit | dict.fromkeys(("keep", "spread", "rest"), "fp64")
+                )
                 divisible = frozenset(pointers) | (wide | set(strides) if wide else set())
                 constants = {"SOFT": soft, **narrow}
                 listed.append(Specialization(kernel, signature, constants, launch, divisible=divisible))
