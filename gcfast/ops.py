@@ -45,7 +45,8 @@ def activation(
     """act(x + bias), or its first or second derivative there.
 
     Args:
-        x: any shape and strides; float32 and float64 run on the C++ backend, other dtypes on the reference.
+        x: any shape and strides; float32 and float64 run on every backend, bfloat16 and float16 on triton (in
+            float32, rounded once) and the reference.
         bias: shape ``x.shape[-1:]``, added along the last dimension.
         activation: softplus (log(1 + exp(beta x)) / beta, without a threshold), sigmoid, tanh, gelu (by erf),
             gelu_tanh, silu or relu (derivative 0 at 0).
@@ -57,8 +58,8 @@ def activation(
     Returns:
         x's shape and dtype, contiguous (or `out`).
 
-    Accuracy on the cpu backend: softplus, all orders, within 4 ulp over the whole range, denormal results
-    included; ``tests/test_activation.py`` states the figure of each of the others.
+    Accuracy, denormal results included: on the triton backend within 4 ulp over the whole range, all orders; on
+    the cpu backend so for softplus, and ``tests/test_activation.py`` states the figure of each of the others.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
