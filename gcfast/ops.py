@@ -2,8 +2,8 @@
 
 Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
 ``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
-the ``cpu`` backend (C++; float32 and float64), on ``triton`` or ``cuda`` (CUDA tensors, on their device and its
-current stream), or on ``reference`` (plain PyTorch; anything else). All kernels are deterministic.
+the ``cpu`` backend (C++; float32 and float64), on ``triton`` or ``cuda`` (CUDA tensors, on their device and
+its current stream), or on ``reference`` (plain PyTorch; anything else). All kernels are deterministic.
 ``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
 ``last_backend(op)`` tells which one ran.
 """
@@ -49,7 +49,8 @@ def activation(
     """act(x + bias), or its first or second derivative there.
 
     Args:
-        x: any shape and strides; float32 and float64 run on the C++ backend, other dtypes on the reference.
+        x: any shape and strides; float32 and float64 run on every backend, bfloat16 and float16 on triton (in
+            float32, rounded once) and the reference.
         bias: shape ``x.shape[-1:]``, added along the last dimension.
         activation: softplus (log(1 + exp(beta x)) / beta, without a threshold), sigmoid, tanh, gelu (by erf),
             gelu_tanh, silu or relu (derivative 0 at 0).
@@ -61,9 +62,9 @@ def activation(
     Returns:
         x's shape and dtype, contiguous (or `out`).
 
-    Accuracy on the cpu and cuda backends: within 4 ulp over the whole range, denormal results included (of the
-    sum of the magnitudes of its terms where a derivative of gelu, gelu_tanh or silu crosses zero; within 4.5 on
-    a CPU without FMA).
+    Accuracy on the cpu, cuda and triton backends: within 4 ulp over the whole range, denormal results included
+    (of the sum of the magnitudes of its terms where a derivative of gelu, gelu_tanh or silu crosses zero; within
+    4.5 on a CPU without FMA).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

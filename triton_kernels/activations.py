@@ -116,7 +116,7 @@ def quotient(n, hi, lo):
 
 @triton.jit
 def exp_parts(hi, lo=None):
-    """q and s of exp(hi + lo) = (1 + q) s down, q to full relative precision; hi in [-130, 0] (fp64: -800)."""
+    """q and s of exp(hi + lo) = (1 + q) s down, q to full relative precision; hi >= -130 (fp64: -800)."""
     if hi.dtype == tl.float64:
         shifted = hi * 1.4426950408889634074 + 6755399441055744.0  # 1.5 2^52: rounds to an integer, low bits
         n = shifted - 6755399441055744.0
