@@ -10,7 +10,6 @@ from torch import Tensor
 from gcfast import _dispatch, _native, _validate, reference
 from gcfast._rows import as_rows
 
-
 _CLAMP = -1e4  # exp of it is 0 in any dtype, and 0 * _CLAMP is no NaN
 
 
