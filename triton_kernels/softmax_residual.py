@@ -11,10 +11,11 @@ H100 (132 of them, 50 MB) up to about 24,000 columns of float32 or 47,000 of bfl
 from memory and 3/2 of the least bytes move.
 
 Arithmetic. About 50 instructions an element (exp is half of it), and a tile is padded to a power of two.
-By nominal figures copy bandwidth leaves an H100 about 70 for an element of float32, half of that for bfloat16:
-float32 waits for memory, float16 and bfloat16 for the arithmetic. None of this has been timed.
+By nominal figures copy bandwidth leaves an H100 about 70 for an element of float32, half as many for
+bfloat16: float32 waits for memory, float16 and bfloat16 for the arithmetic. None of this has been timed.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-redef"
 from __future__ import annotations
 
 import torch
@@ -249,11 +250,11 @@ def softmax_curvature_long_kernel(logits, v, out, c, logits_stride, v_stride, BL
         tl.store(out + col, p * ((_load(v + col, live, 0.0) - at_top) - mu), mask=live)
 
 
-# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one: 16 elements. Wider tiles belong
-# to one warp (no barriers): 16 elements of float32 or 8 of float64 a thread, twice that at 1,024 columns. A
+# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one: 16 elements. Wider tiles are
+# for one warp (no barriers): 16 elements of float32 or 8 of float64 a thread, twice that at 1,024 columns. A
 # row's own arithmetic (a logarithm, two divisions) falls on every lane of a wide tile: fewer elements a lane
-# would cost more of it, more would cost registers. The register file (64 Ki a multiprocessor) and the shuffles
-# are alike on all three architectures: one set of rows.
+# would cost more of it, more would cost registers. The register file (64 Ki a multiprocessor) is the same on
+# all three architectures: one set of rows.
 _NARROW = (16, 32)
 _COLS = (*_NARROW, 64, 128, 256, 512, 1024)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
