@@ -124,10 +124,10 @@ def softmax_curvature(logits: Tensor, v: Tensor) -> Tensor:
         v: (n, C), of logits' dtype and device, any strides.
 
     Returns:
-        (n, C), contiguous: with k the first maximum of the row, w_c = v_c - v_k and mu the sum of p_c w_c over
-        c != k, it is p_c (w_c - mu) for c != k and -p_k mu. Nothing cancels where p is nearly one-hot, so the
-        small numbers there keep their relative accuracy. A row of logits with a NaN or an infinite maximum
-        gives NaN; a logit of -inf is a class of probability zero.
+        (n, C), contiguous: with k the first maximum of the row, w_c = v_c - v_k and mu the sum of p_c w_c
+        over c != k, it is p_c (w_c - mu) for c != k and -p_k mu at k. Nothing cancels where p is nearly
+        one-hot, so the small numbers there keep their relative accuracy. A row of logits with a NaN or an
+        infinite maximum gives NaN; a logit of -inf is a class of probability zero.
 
     Symmetric and linear in `v`; differentiable any number of times in both arguments.
 

@@ -101,3 +101,16 @@ def softmax_terms(logits, q):
         loss = mp.fsum(qc * (log_total - (v - top)) for qc, v in zip(q, f))
         entropy = mp.fsum(pc * (v - top - log_total) for pc, v in zip(p, f))
         return loss, [pc - qc for pc, qc in zip(p, q)], entropy
+
+
+def softmax_curvature(logits, v):
+    """(diag(p) - p p^T) v of one row, and per element the sum of the magnitudes of its terms."""
+    with mp.workdps(DIGITS + 100):
+        f, v = [mp.mpf(float(x)) for x in logits], [mp.mpf(float(x)) for x in v]
+        k = f.index(max(f))
+        e = [mp.exp(x - f[k]) for x in f]
+        p = [x / mp.fsum(e) for x in e]
+        w = [x - v[k] for x in v]
+        mu = mp.fsum(pc * wc for pc, wc in zip(p, w))
+        size = mp.fsum(pc * abs(wc) for pc, wc in zip(p, w))
+        return [pc * (wc - mu) for pc, wc in zip(p, w)], [pc * (abs(wc) + size) for pc, wc in zip(p, w)]

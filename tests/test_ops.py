@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import gcfast.ops as ops
 from gcfast import _dispatch, reference
 from gcfast._ops_activation import activation_grad_op, activation_op, activation_out_op
-from gcfast._ops_softmax import softmax_residual_op
+from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
 from gcfast._ops_wide import wide_backward_op, wide_forward_op
 
 F64 = torch.float64
@@ -41,6 +41,8 @@ def test_opcheck_softmax_and_wide():
     f, y = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 4, 2, 2])
     torch.library.opcheck(softmax_residual_op, (f, y, 0.1))
     torch.library.opcheck(softmax_residual_op, (f, torch.softmax(torch.randn(4, 5), 1), 0.0))
+    torch.library.opcheck(softmax_residual_op, (f, y, 0.1, False))
+    torch.library.opcheck(softmax_curvature_op, (f, torch.randn(4, 5, requires_grad=True)))
     args = wide_args(dtype=torch.float32, grad=True)
     torch.library.opcheck(wide_forward_op, (*args, "softplus", 1.0))
     plain = [a.detach() for a in args[:4]]
@@ -81,6 +83,30 @@ def test_gradients_of_softmax_residual(kind):
     for i in range(3):
         assert gradcheck(lambda f, i=i: ops.softmax_residual(f, y, label_smoothing=0.1)[i], f)
     assert gradgradcheck(lambda f: ops.softmax_residual(f, y)[0], f)
+    for i in (1, 2):
+        assert gradgradcheck(lambda f, i=i: ops.softmax_residual(f, y)[i], f)
+
+
+def test_gradients_of_softmax_curvature():
+    f, v = (torch.randn(4, 5, dtype=F64, requires_grad=True) for _ in range(2))
+    assert gradcheck(ops.softmax_curvature, (f, v))
+    assert gradgradcheck(ops.softmax_curvature, (f, v))
+
+
+def test_softmax_compiles_whole_with_dynamic_shapes():
+    torch._dynamo.reset()
+
+    def f(z, y, v):
+        loss, residual, entropy = ops.softmax_residual(z, y, check_target=False)
+        return (ops.softmax_curvature(z, v) * residual).sum() + (loss * entropy).sum()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 9):
+        z, v = (torch.randn(n, 3, requires_grad=True) for _ in range(2))
+        y = torch.randint(0, 3, (n,))
+        got, want = compiled(z, y, v), f(z, y, v)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, (z, v)), torch.autograd.grad(want, (z, v)))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -253,6 +279,16 @@ BAD = [
         lambda: ops.softmax_residual(torch.zeros(1, 2), torch.full((1, 2), 0.5, requires_grad=True)),
         ValueError,
         "target must not require a gradient",
+    ),
+    (
+        lambda: ops.softmax_curvature(torch.zeros(2, 3), torch.zeros(2, 2)),
+        ValueError,
+        r"v must have shape \(2, 3\) \(as logits\); got \(2, 2\)",
+    ),
+    (
+        lambda: ops.softmax_curvature(torch.zeros(2, 3), torch.zeros(2, 3, dtype=F64)),
+        TypeError,
+        "v must have the dtype of logits, float32; got float64",
     ),
     (
         lambda: ops.wide_forward(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(5), torch.zeros(1, 5)),

@@ -4,6 +4,7 @@ float32 and float64, chosen by the argument's dtype. All of it survives the cont
 fused operation (hardware) as well as two roundings (the interpreter): what must be exact has no products.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-redef"
 from __future__ import annotations
 
 import triton

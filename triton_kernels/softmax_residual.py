@@ -11,10 +11,11 @@ H100 (132 of them, 50 MB) up to about 24,000 columns of float32 or 47,000 of bfl
 from memory and 3/2 of the least bytes move.
 
 Arithmetic. About 50 instructions an element (exp is half of it), and a tile is padded to a power of two.
-Copy bandwidth leaves an H100 about 70 for an element of float32: long rows wait for memory. Rows of about ten
-wait for the shuffles of their five reductions instead, and float16 and bfloat16 for the arithmetic.
+By nominal figures copy bandwidth leaves an H100 about 70 for an element of float32, half as many for
+bfloat16: float32 waits for memory, float16 and bfloat16 for the arithmetic. None of this has been timed.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-redef"
 from __future__ import annotations
 
 import torch
@@ -43,7 +44,7 @@ def _finite(a):
 
 @triton.jit
 def _exp_terms(f, top, at_top):
-    """exp(f - top) without its first maximum, and f - top. An ulp lost in f - top would be |f - top| in exp."""
+    """exp(f - top), 0 at its first maximum, and f - top: an ulp lost there would be |f - top| ulps in exp."""
     hi, lo = two_sum(f, -top)
     return tl.where(at_top, 0.0, exp_nonpositive(hi, lo)), hi
 
@@ -128,7 +129,7 @@ def softmax_curvature_rows_kernel(
 ):  # fmt: skip
     """ROWS whole rows of at most COLS columns."""
     AXIS: tl.constexpr = 0 if NARROW else 1
-    row, col, offset, row_live, live = _tile(n, c, unit, NARROW, ROWS, COLS)
+    row, col, offset, _row_live, live = _tile(n, c, unit, NARROW, ROWS, COLS)
     f = _load(logits + row * logits_stride + offset, live, -float("inf"))
     w = _load(v + row * v_stride + offset, live, 0.0)
     top, k = tl.max(f, AXIS, return_indices=True, keep_dims=True)
@@ -249,10 +250,11 @@ def softmax_curvature_long_kernel(logits, v, out, c, logits_stride, v_stride, BL
         tl.store(out + col, p * ((_load(v + col, live, 0.0) - at_top) - mu), mask=live)
 
 
-# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one; wider tiles belong to one warp (no barriers), 16
-# elements of float32 or 8 of float64 a thread, up to 1,024 columns: a row's own arithmetic (a logarithm, two
-# divisions) falls on every lane, so few elements a lane cost more of it, and many cost registers. The register
-# file (64 Ki a multiprocessor) and the shuffles are alike on all three architectures: one set of rows.
+# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one: 16 elements. Wider tiles are
+# for one warp (no barriers): 16 elements of float32 or 8 of float64 a thread, twice that at 1,024 columns. A
+# row's own arithmetic (a logarithm, two divisions) falls on every lane of a wide tile: fewer elements a lane
+# would cost more of it, more would cost registers. The register file (64 Ki a multiprocessor) is the same on
+# all three architectures: one set of rows.
 _NARROW = (16, 32)
 _COLS = (*_NARROW, 64, 128, 256, 512, 1024)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -267,7 +269,7 @@ def _rows_launch(cols: int, dtype: torch.dtype) -> Launch:
 
 
 def _long_launch(dtype: torch.dtype) -> Launch:
-    """16 warps: few programs, so that the rows in work fit in L2; 16 bytes a thread and load (float64: 32)."""
+    """16 warps: few programs, so that the rows in work fit in L2; 16 bytes a thread (float64: 32) a chunk."""
     return Launch({"BLOCK": 4096 if dtype.itemsize == 2 else 2048}, num_warps=16)
 
 
