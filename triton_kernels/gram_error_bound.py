@@ -4,12 +4,13 @@ A program owns a strip of rows and a block of columns: it adds |a| left into a t
 the rows once at the end, and writes each row's share of |A| right as it goes. The shares of strips and blocks
 are summed by a second, small reduction, in a fixed order.
 
-Count, for n x m elements of s bytes: n m s read, 8 n m / BLOCK_M and 8 n m / (BLOCK_N steps) of shares
-written and read again (1 to 3 % together in long strips). |H| (|H|^T 1) reads H twice: 50,000 x 1,024 in float64 is
-0.27 ms at 3 TB/s. Column panels of 25 MB would find the second reading in L2, but they last 8 microseconds
-each, less than their three launches; instead the second pass runs from the end, where as much as L2 holds is
-still there. The arithmetic is two float64 multiply-adds an element and a conversion, less time than the bytes
-take where float64 runs at half of float32's rate; on devices with 1/64 of it, it is what limits.
+Count, for n x m elements of s bytes: n m s read, 8 n m / BLOCK_M and 8 n m / (rows of a strip) of shares
+written and read again (2 to 5 % together in long strips). |H| (|H|^T 1) reads H twice: 50,000 x 1,024 in
+float64 is 0.27 ms at 3 TB/s. Column panels of 25 MB would find the second reading in L2, but they last 8
+microseconds each, less than their three launches; instead the second pass runs from the end, where as much
+as L2 holds is still there. The arithmetic is two float64 multiply-adds an element and a conversion, less than
+the bytes take where float64 runs at half of float32's rate; on devices with 1/64 of it, it is what limits.
+What only a GPU shows: coalescing, the order that reductions take there, and 16-bit loads in their own type.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from gcfast.triton_kernels._launch import (
 # 8 elements a thread: 8 to 2 KB in flight a program (float64 to half) and its tile of column sums in 16
 # registers of 40 to 96, so that five to eight programs and more fit a multiprocessor: 16 to 40 KB in flight,
 # where 3 TB/s over 132 of them at 600 ns need 14. The widths keep the shares of the row sums at 0.8 % of the
-# bytes. Registers as compiled: none of these spills, some wider tiles do. Nothing was measured yet that would
+# bytes, written, and read once. Registers as compiled: none of these spills, some wider tiles do. Nothing was measured yet that would
 # let the architectures differ.
 _BLOCKS = {
     torch.float64: Launch({"BLOCK_N": 8, "BLOCK_M": 128}, num_warps=4),
@@ -44,7 +45,7 @@ _BLOCKS = {
 }
 _LAUNCHES = {(arch, dtype): launch for arch in ARCHITECTURES for dtype, launch in _BLOCKS.items()}
 _PROGRAMS = 16  # a multiprocessor, at least, before strips grow longer: two rounds or three of what fits
-_STRIP = 256  # rows, at most: the shares of the column sums are 0.4 to 1.6 % of the bytes then
+_STRIP = 256  # rows, at most: the shares of the column sums are 0.4 to 1.6 % of the bytes then, likewise
 
 
 @triton.jit(do_not_specialize=["n", "steps", "column_stride"])
