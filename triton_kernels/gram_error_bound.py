@@ -33,10 +33,10 @@ from gcfast.triton_kernels._launch import (
 )
 
 # 8 elements a thread: 8 to 2 KB in flight a program (float64 to half) and its tile of column sums in 16
-# registers of 40 to 96, so that five to eight programs and more fit a multiprocessor: 16 to 40 KB in flight,
-# where 3 TB/s over 132 of them at 600 ns need 14. The widths keep the shares of the row sums at 0.8 % of the
-# bytes, written, and read once. Registers as compiled: none of these spills, some wider tiles do. Nothing was measured yet that would
-# let the architectures differ.
+# registers of 40 to 96, so that five to ten programs fit a multiprocessor: 10 to 80 KB in flight, where
+# 3 TB/s over 132 of them at 600 ns need 14. The widths keep the shares of the row sums at 0.8 % of the bytes,
+# written, and read once. Registers are those compiled: none of these tiles spills, some wider ones do.
+# Nothing was measured yet that would let the architectures differ.
 _BLOCKS = {
     torch.float64: Launch({"BLOCK_N": 8, "BLOCK_M": 128}, num_warps=4),
     torch.float32: Launch({"BLOCK_N": 4, "BLOCK_M": 256}, num_warps=4),
