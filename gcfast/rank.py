@@ -242,6 +242,7 @@ def _whiten(h1: StackedOnes, x: Tensor, dtype: torch.dtype) -> _Whitened:
         _add_gram_(g2, q, inner)
     terms = n + columns
     # || |X||H1| || from its row and column sums; |Q||Q|^T is symmetric, its largest row sum is enough
+    # Underflow in them does not count: where Q is nearly orthonormal, both are far above it.
     h_rows, xh_one = h1.abs_products(left=ops.abs_products(x)[1])
     xh_inf = float(ops.abs_products(x, right=h_rows)[0].amax())
     xh = _up(math.sqrt(xh_one * xh_inf), 2 * terms)

@@ -4,12 +4,13 @@ A program owns a strip of rows and a block of columns: it adds |a| left into a t
 the rows once at the end, and writes each row's share of |A| right as it goes. The shares of strips and blocks
 are summed by a second, small reduction, in a fixed order.
 
-Count, for n x m elements of s bytes: n m s read, 8 n m / BLOCK_M and 8 n m / (BLOCK_N steps) of shares
-written and read again (1 to 3 % in long strips). |H| (|H|^T 1) reads H twice: 50,000 x 1,024 in float64 is
-0.27 ms at 3 TB/s. Column panels of 25 MB would find the second reading in L2, but they last 8 microseconds
-each, less than their three launches; instead the second pass runs from the end, where as much as L2 holds is
-still there. The arithmetic is two float64 multiply-adds an element and a conversion, less time than the bytes
-take where float64 runs at half of float32's rate; on devices with 1/64 of it, it is what limits.
+Count, for n x m elements of s bytes: n m s read, 8 n m / BLOCK_M and 8 n m / (rows of a strip) of shares
+written and read again (2 to 5 % together in long strips). |H| (|H|^T 1) reads H twice: 50,000 x 1,024 in
+float64 is 0.27 ms at 3 TB/s. Column panels of 25 MB would find the second reading in L2, but they last 8
+microseconds each, less than their three launches; instead the second pass runs from the end, where as much
+as L2 holds is still there. The arithmetic is two float64 multiply-adds an element and a conversion, less than
+the bytes take where float64 runs at half of float32's rate; on devices with 1/64 of it, it is what limits.
+What only a GPU shows: coalescing, the order that reductions take there, and 16-bit loads in their own type.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from gcfast.triton_kernels._launch import (
 )
 from torch import Tensor
 
-# 8 elements a thread: 8 to 4 KB in flight a program (float64 to float32) and its tile of column sums in 16
-# registers, so that eight programs fit a multiprocessor at the 64 registers most of them take: 32 to 64 KB in
-# flight, where 3 TB/s over 132 of them at 600 ns need 14. Rows of 256 columns keep the shares of the row sums
-# below 1 % of the bytes; half precision takes 512 for the same. Nothing was measured yet that would let the
-# architectures differ.
-_WIDE = Launch({"BLOCK_N": 4, "BLOCK_M": 256}, num_warps=4)
-_HALF = Launch({"BLOCK_N": 4, "BLOCK_M": 512}, num_warps=8)
-_LAUNCHES = {
-    (arch, dtype): _HALF if dtype.itemsize == 2 else _WIDE
-    for arch in ARCHITECTURES
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# 8 elements a thread: 8 to 2 KB in flight a program (float64 to half) and its tile of column sums in 16
+# registers of 40 to 96, so that five to ten programs fit a multiprocessor: 10 to 80 KB in flight, where
+# 3 TB/s over 132 of them at 600 ns need 14. The widths keep the shares of the row sums at 0.8 % of the bytes,
+# written, and read once. Registers are those compiled: none of these tiles spills, some wider ones do.
+# Nothing was measured yet that would let the architectures differ.
+_BLOCKS = {
+    torch.float64: Launch({"BLOCK_N": 8, "BLOCK_M": 128}, num_warps=4),
+    torch.float32: Launch({"BLOCK_N": 4, "BLOCK_M": 256}, num_warps=4),
+    torch.bfloat16: Launch({"BLOCK_N": 2, "BLOCK_M": 512}, num_warps=4),
+    torch.float16: Launch({"BLOCK_N": 2, "BLOCK_M": 512}, num_warps=4),
 }
-_PROGRAMS = 16  # a multiprocessor, at least, before strips grow longer: two rounds of what fits
-_STEPS = 64  # row blocks a strip, at most: beyond it the shares of the column sums are a per mille
+_LAUNCHES = {(arch, dtype): launch for arch in ARCHITECTURES for dtype, launch in _BLOCKS.items()}
+_PROGRAMS = 16  # a multiprocessor, at least, before strips grow longer: two rounds or three of what fits
+_STRIP = 256  # rows, at most: the shares of the column sums are 0.4 to 1.6 % of the bytes then, likewise
 
 
 @triton.jit(do_not_specialize=["n", "steps", "column_stride"])
@@ -102,7 +103,7 @@ def _pass(
     height, width = launch.blocks["BLOCK_N"], launch.blocks["BLOCK_M"]
     blocks = triton.cdiv(m, width)
     wanted = triton.cdiv(_PROGRAMS * multiprocessors(a.device), blocks)  # strips
-    steps = max(1, min(_STEPS, n // (height * wanted)))
+    steps = max(1, min(_STRIP // height, n // (height * wanted)))
     strips = triton.cdiv(n, height * steps)
     row_parts = torch.empty((blocks, n), dtype=torch.float64, device=a.device) if rows else None
     column_parts = torch.empty((strips, m), dtype=torch.float64, device=a.device) if columns else None
