@@ -70,8 +70,8 @@ def completed(listed: list[Any], architectures: list[int]) -> Iterator[tuple[Any
     """What to compile, and what to call it beyond the configuration.
 
     Each listed specialisation for each of its architectures. Then what Triton can find out about arguments
-    besides (``variants``), for one architecture: the other end of alignment for every configuration; and for
-    every kernel and setting of its switches all integers 1, and all of 64 bits, where the types that a kernel
+    besides (``variants``), for one architecture, for every kernel and setting of its switches: the other end of
+    alignment, for every tile and type; all integers 1, and all of 64 bits, where the types that a kernel
     computes with change, and it may fail to compile.
     """
     from gcfast.triton_kernels._launch import variants
@@ -87,7 +87,11 @@ def completed(listed: list[Any], architectures: list[int]) -> Iterator[tuple[Any
         if arch is None:
             continue
         for name, variant in variants(s).items():
-            key = _key(variant) if name in ("aligned", "unaligned") else (_switches(s), name)
+            key: tuple[Any, ...] = (_switches(s), name)
+            if name in ("aligned", "unaligned"):
+                if (_key(variant), arch) in done:
+                    continue
+                key = (*key, str(s.launch), *sorted(s.signature.items()))
             if name != ("aligned" if s.divisible else "unaligned") and key not in done:
                 done.add(key)
                 yield variant, arch, name

@@ -186,20 +186,25 @@ def _specialization(
     return Specialization(activation_kernel, signature, constants, launch, (arch,), aligned)
 
 
-def specializations() -> Iterator[Specialization]:
-    """Each activation, order and precision once on a long row; then every path of the kernel on softplus.
+# The arithmetic, what is loaded, and the tile: code of one does not depend on the others.
+INDEPENDENT = (("ACT", "ORDER", "SCALED"), ("HAS_BIAS", "HAS_GRAD"), ("ROWS", "COLS"))
 
-    Not the full product of all of these (a thousand): a path loads and stores, the arithmetic is the same.
+
+def specializations() -> Iterator[Specialization]:
+    """Each activation and order in each dtype, each combination of operands, each tile: all once.
+
+    Not the full product (ten thousand): see ``INDEPENDENT``.
     """
     for arch in ARCHITECTURES:
         make = functools.partial(_specialization, arch=arch)
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             for order in range(3):
                 for act in range(7):
                     yield make(dtype, act, order)
                 yield make(dtype, 0, order, scaled=True)
-            yield make(dtype, 0, 1, bias=True, grad=True, shape=(1000, 4096))
-            yield make(dtype, 0, 0, bias=True, shape=(100_000, 100))
-        for dtype in (torch.bfloat16, torch.float16):
-            yield make(dtype, 0, 0)
-            yield make(dtype, 0, 1, bias=True, grad=True, shape=(1000, 4096))
+            for bias in (False, True):
+                for grad in (False, True):
+                    yield make(dtype, 0, 1, bias=bias, grad=grad, shape=(1000, 4096))
+            for rows in (16, _SMALL):  # on either side of _SMALL
+                for cols in _WIDTHS:
+                    yield make(dtype, 0, 0, bias=True, shape=(rows, cols))
