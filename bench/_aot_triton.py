@@ -70,8 +70,8 @@ def completed(listed: list[Any], architectures: list[int]) -> Iterator[tuple[Any
     """What to compile, and what to call it beyond the configuration.
 
     Each listed specialisation for each of its architectures. Then what Triton can find out about arguments
-    besides (``variants``), for one architecture, for every kernel and setting of its switches: the other end of
-    alignment, for every tile and type; all integers 1, and all of 64 bits, where the types that a kernel
+    besides (``variants``), for one architecture, for every kernel and setting of its switches: the other end
+    of alignment, for every tile and type; all integers 1, and all of 64 bits, where the types that a kernel
     computes with change, and it may fail to compile.
     """
     from gcfast.triton_kernels._launch import variants

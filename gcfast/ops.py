@@ -62,9 +62,9 @@ def activation(
     Returns:
         x's shape and dtype, contiguous (or `out`).
 
-    Accuracy on the cpu, cuda and triton backends: within 4 ulp over the whole range, denormal results included
-    (of the sum of the magnitudes of its terms where a derivative of gelu, gelu_tanh or silu crosses zero; within
-    4.5 on a CPU without FMA).
+    Accuracy on the cpu, cuda and triton backends: within 4 ulp over the whole range, denormal results
+    included (of the sum of the magnitudes of its terms where a derivative of gelu, gelu_tanh or silu crosses
+    zero; within 4.5 on a CPU without FMA).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

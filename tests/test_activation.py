@@ -1,9 +1,10 @@
 """The activations of every backend: distance from exact values over the whole range, hostile values, strides.
 
-Triton's interpreter runs the arithmetic of the Triton kernels, but not all that a GPU does. Seen on a GPU only,
-by these tests with the target `triton` in place of `triton-interpreted`: fused multiply-adds (a correction
-term stands in for them here), the seed of the reciprocal (inline assembly), denormals in the hardware, rounding
-to nearest of bfloat16 stores (the interpreter truncates), vector loads, launches of many programs.
+Triton's interpreter runs the arithmetic of the Triton kernels, but not all that a GPU does. Seen on a GPU
+only, by these tests with the target `triton` in place of `triton-interpreted`: fused multiply-adds (a
+correction term stands in for them here), the seed of the reciprocal (inline assembly), denormals in the
+hardware, rounding to nearest of bfloat16 stores (the interpreter truncates), vector loads, launches of many
+programs.
 """
 
 from __future__ import annotations

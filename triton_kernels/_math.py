@@ -1,7 +1,12 @@
-"""Device functions of the softmax kernels: ports of csrc/core/activations.h, the same polynomials and errors.
+"""Elementary device functions with known errors, fp32 and fp64 by the argument's dtype, for every kernel.
 
-float32 and float64, chosen by the argument's dtype. All of it survives the contraction of a * b + c into one
-fused operation (hardware) as well as two roundings (the interpreter): what must be exact has no products.
+The mathematics of csrc/core/activations.h: no step uses the hardware's exp2, logarithm or division, which
+flush denormals or lose digits. Nothing here may be reordered, but contraction of a b + c into one rounding
+only helps. The interpreter does not fuse `tl.fma`, hence the two forms of what must be exact; there the
+reciprocal is the correctly rounded one, so that the seed of the hardware (inline assembly) is tested on a GPU
+only.
+
+Polynomials: Chebyshev interpolation in 60 digits, rewritten in powers, highest first.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -9,6 +14,32 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ._launch import interpreted
+
+# (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2
+_EXP_32 = tl.constexpr(
+    (1.9891080463998842e-4, 1.39337307157920825e-3, 8.33331084464786256e-3, 0.0416664641974056923,
+     0.16666666681704215, 0.500000001353872989)
+)  # fmt: skip
+_EXP_64 = tl.constexpr(
+    (2.5100472505694996e-8, 2.76202015910315488e-7, 2.75572682769056962e-6, 2.48015210578682052e-5,
+     1.9841269863171556e-4, 1.38888889173670806e-3, 8.3333333333300382e-3, 0.0416666666666238205,
+     0.166666666666666675, 0.500000000000000103)
+)  # fmt: skip
+# (y - log(1 + y)) / y^2 on [0, 1]
+_LOG_32 = tl.constexpr(
+    (-0.00280164199280334992, 0.0171842669824487093, -0.0493099734345496944, 0.0913941377401492021,
+     -0.130333642382428156, 0.163651528692055351, -0.199567079522518358, 0.249967599082639252,
+     -0.33333237346213987, 0.499999995222237707)
+)  # fmt: skip
+_LOG_64 = tl.constexpr(
+    (0.0000229388568184714378, -0.000265295970542531044, 0.00145692484733291744, -0.00508109047854899415,
+     0.0127321505282476731, -0.0246829501916849337, 0.0391250511523394424, -0.0532235224603212144,
+     0.0650401036603685578, -0.0744481701994222684, 0.0825618541627825036, -0.0907183529253426044,
+     0.0999632434755013683, -0.111105711428558057, 0.124999412815076874, -0.142857097454455445,
+     0.166666664309783401, -0.1999999999247163, 0.249999999998720501, -0.333333333333324656, 0.5)
+)  # fmt: skip
 
 
 @triton.jit
@@ -35,103 +66,111 @@ def divide(a, b):
 
 
 @triton.jit
-def _exp_poly(r):
-    """(exp(r) - 1 - r) / r^2 on [-ln 2 / 2, ln 2 / 2], in two interleaved chains."""
-    r2 = r * r
-    if r.dtype == tl.float64:
-        even = r2 * 2.76202015910315488e-7 + 0.0000248015210578682052
-        even = even * r2 + 0.00138888889173670806
-        even = even * r2 + 0.0416666666666238205
-        even = even * r2 + 0.500000000000000103
-        odd = r2 * 2.5100472505694996e-8 + 2.75572682769056962e-6
-        odd = odd * r2 + 0.00019841269863171556
-        odd = odd * r2 + 0.0083333333333300382
-        odd = odd * r2 + 0.166666666666666675
-    else:
-        even = r2 * 0.00139337307157920825 + 0.0416664641974056923
-        even = even * r2 + 0.500000001353872989
-        odd = r2 * 0.00019891080463998842 + 0.00833331084464786256
-        odd = odd * r2 + 0.16666666681704215
-    return even + r * odd
+def polynomial(x, C: tl.constexpr):
+    """Horner's rule: the fewest instructions; other warps and elements fill the pipeline meanwhile."""
+    p = x * C[0] + C[1]
+    for i in tl.static_range(2, len(C.value)):
+        p = p * x + C[i]
+    return p
 
 
 @triton.jit
-def exp_parts(hi, lo):
-    """exp(hi + lo), hi <= 0, as p * s * down: p, q = p - 1 to full relative precision, s a power of two."""
-    if hi.dtype == tl.float64:
-        t = at_least(hi, -800.0)
-        tail = tl.where(hi > -800.0, lo, 0.0)
-        shifted = t * 1.4426950408889634074 + 6755399441055744.0
-        n = shifted - 6755399441055744.0
-        r = ((t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10) + tail
-        power = ((shifted.to(tl.int64, bitcast=True) << 52) + (1535 << 52)).to(tl.float64, bitcast=True)
-        s = tl.where(hi < -800.0, 0.0, power)
+def upper_half(a):
+    """The upper 12 (26) bits of the significand: products of two such are exact."""
+    if a.dtype == tl.float64:
+        return (a.to(tl.int64, bitcast=True) & -0x8000000).to(tl.float64, bitcast=True)
     else:
-        t = at_least(hi, -120.0)
-        tail = tl.where(hi > -120.0, lo, 0.0)
-        shifted = t * 1.44269504 + 12582912.0
+        return (a.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product_error(a, b, p):
+    """a b - p, exactly, for p = a b rounded; rounded once for any p near a b."""
+    if interpreted:
+        t = a * b
+        ah = upper_half(a)
+        bh = upper_half(b)
+        al = a - ah
+        bl = b - bh
+        return (t - p) + (((ah * bh - t) + ah * bl + al * bh) + al * bl)
+    else:
+        return tl.fma(a, b, -p)
+
+
+@triton.jit
+def quotient(n, hi, lo):
+    """n / (hi + lo) to half an ulp and a little, for hi in [1, 2^100]."""
+    if interpreted:
+        r = 1.0 / hi
+    elif hi.dtype == tl.float64:  # 20 bits, then 40
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [hi], tl.float64, True, 1)
+        r = tl.fma(tl.fma(-hi, r, 1.0), r, r)
+    else:  # 23 bits
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [hi], tl.float32, True, 1)
+    q = n * r
+    return q - (product_error(q, hi, n) + q * lo) * r
+
+
+@triton.jit
+def exp_parts(hi, lo=None):
+    """q and s of exp(hi + lo) = (1 + q) s down, q to full relative precision; hi >= -130 (fp64: -800)."""
+    if hi.dtype == tl.float64:
+        shifted = hi * 1.4426950408889634074 + 6755399441055744.0  # 1.5 2^52: rounds to an integer, low bits
+        n = shifted - 6755399441055744.0
+        r = (hi - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
+        if lo is not None:
+            r += lo
+        q = r + (polynomial(r, _EXP_64) * r) * r
+        s = (shifted.to(tl.int64, bitcast=True) << 52) + 0x5FF0000000000000  # 2^(512 + n)
+        return q, s.to(tl.float64, bitcast=True)
+    else:
+        shifted = hi * 1.44269504 + 12582912.0
         n = shifted - 12582912.0
-        r = ((t - n * 0.693359375) - n * -2.12194440e-4) + tail
-        power = ((shifted.to(tl.int32, bitcast=True) << 23) + (191 << 23)).to(tl.float32, bitcast=True)
-        s = tl.where(hi < -120.0, 0.0, power)
-    q = r + (r * r) * _exp_poly(r)
-    return q + 1.0, q, s
+        r = (hi - n * 0.693359375) - n * -2.12194440e-4
+        if lo is not None:
+            r += lo
+        q = r + (polynomial(r, _EXP_32) * r) * r
+        s = (shifted.to(tl.int32, bitcast=True) << 23) + 0x5F800000  # 2^(64 + n)
+        return q, s.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_value(q, s, POWER: tl.constexpr = 1.0):
+    """POWER exp(t), a power of two times it."""
+    down: tl.constexpr = POWER * (2.0**-512 if q.dtype == tl.float64 else 2.0**-64)
+    return (q * s + s) * down
+
+
+@triton.jit
+def exp_times(f, q, s, POWER: tl.constexpr = 1.0):
+    """POWER f exp(t)."""
+    down: tl.constexpr = POWER * (2.0**-512 if q.dtype == tl.float64 else 2.0**-64)
+    return (f * q + f) * s * down
+
+
+@triton.jit
+def one_minus_exp(q, s):
+    """1 - exp(t) without cancellation: the power of two is 1 where t is small, and then this is -q."""
+    down: tl.constexpr = 2.0**-512 if q.dtype == tl.float64 else 2.0**-64
+    power = s * down
+    return (1.0 - power) - power * q
 
 
 @triton.jit
 def exp_nonpositive(hi, lo):
-    """exp(hi + lo), hi <= 0: denormal results are rounded once."""
-    p, _q, s = exp_parts(hi, lo)
-    if hi.dtype == tl.float64:
-        return p * s * 7.458340731200207e-155  # 2^-512
-    else:
-        return p * s * 5.42101086242752217e-20  # 2^-64
-
-
-@triton.jit
-def _log_poly(y):
-    """(y - log(1 + y)) / y^2 on [0, 1]."""
-    y2 = y * y
-    if y.dtype == tl.float64:
-        y4 = y2 * y2
-        a = y4 * 0.0000229388568184714378 + 0.0127321505282476731
-        a = a * y4 + 0.0650401036603685578
-        a = a * y4 + 0.0999632434755013683
-        a = a * y4 + 0.166666664309783401
-        a = a * y4 + 0.5
-        b = y4 * -0.00508109047854899415 + -0.0532235224603212144
-        b = b * y4 + -0.0907183529253426044
-        b = b * y4 + -0.142857097454455445
-        b = b * y4 + -0.333333333333324656
-        c = y4 * 0.00145692484733291744 + 0.0391250511523394424
-        c = c * y4 + 0.0825618541627825036
-        c = c * y4 + 0.124999412815076874
-        c = c * y4 + 0.249999999998720501
-        d = y4 * -0.000265295970542531044 + -0.0246829501916849337
-        d = d * y4 + -0.0744481701994222684
-        d = d * y4 + -0.111105711428558057
-        d = d * y4 + -0.1999999999247163
-        return (a + y * b) + y2 * (c + y * d)
-    else:
-        even = y2 * 0.0171842669824487093 + 0.0913941377401492021
-        even = even * y2 + 0.163651528692055351
-        even = even * y2 + 0.249967599082639252
-        even = even * y2 + 0.499999995222237707
-        odd = y2 * -0.00280164199280334992 + -0.0493099734345496944
-        odd = odd * y2 + -0.130333642382428156
-        odd = odd * y2 + -0.199567079522518358
-        odd = odd * y2 + -0.33333237346213987
-        return even + y * odd
+    """exp(hi + lo) for any hi <= 0, -inf included: a denormal result is rounded once."""
+    floor: tl.constexpr = -800.0 if hi.dtype == tl.float64 else -120.0
+    q, s = exp_parts(at_least(hi, floor), tl.where(hi > floor, lo, 0.0))
+    return tl.where(hi < floor, 0.0, exp_value(q, s))
 
 
 @triton.jit
 def log1p_unit(y):
     """log(1 + y), 0 <= y <= 1."""
-    # The constant keeps powers of a tiny y out of the denormal range, and is far below an ulp of 1.
     if y.dtype == tl.float64:
-        return y * (1.0 - y * _log_poly(y + 1e-18))
+        return y * (1.0 - y * polynomial(y, _LOG_64))
     else:
-        return y * (1.0 - y * _log_poly(y + 1e-9))
+        return y * (1.0 - y * polynomial(y, _LOG_32))
 
 
 @triton.jit

@@ -1,20 +1,14 @@
 """Activations and their first two derivatives on a tile in registers, for every kernel that needs them.
 
-The mathematics of csrc/core/activations.h, in fp32 and fp64 (narrower types are cast to fp32 by the caller):
-no step uses the hardware's exp2, logarithm or division, which flush denormals or lose digits. What carries
-the accuracy (tests/test_activation.py: within 4 ulp everywhere, denormal results included):
+The mathematics of csrc/core/activations.h, in fp32 and fp64 (narrower types are cast to fp32 by the caller),
+on the elementary functions of ``_math``. What carries the accuracy (tests/test_activation.py: within 4 ulp
+everywhere, denormal results included):
 
 * exp(t) = (1 + q) s 2^-64 (2^-512 in fp64) with a power of two s. A factor f enters as (f q + f) s 2^-64: one
   rounding for 1 + q and f together, and one where a denormal result is formed.
 * Products inside an exponent are carried as hi + lo: one ulp of t is |t| ulps of exp(t).
 * Denominators are polynomials in y = exp(-|t|), carried as hi + lo too, and there is one quotient a value: an
   approximate reciprocal and a correction by its exact remainder leave half an ulp.
-
-Nothing here may be reordered, but contraction of a b + c into one rounding only helps. The interpreter does
-not fuse `tl.fma`, hence the two forms of what must be exact; there the reciprocal is the correctly rounded
-one, so that the seed of the hardware (inline assembly) is tested on a GPU only.
-
-Polynomials: Chebyshev interpolation in 60 digits, rewritten in powers, highest first.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -26,31 +20,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import interpreted
+from ._math import (
+    exp_parts,
+    exp_times,
+    exp_value,
+    log1p_unit,
+    one_minus_exp,
+    polynomial,
+    product_error,
+    quotient,
+)
 
-# (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2
-_EXP_32 = tl.constexpr(
-    (1.9891080463998842e-4, 1.39337307157920825e-3, 8.33331084464786256e-3, 0.0416664641974056923,
-     0.16666666681704215, 0.500000001353872989)
-)  # fmt: skip
-_EXP_64 = tl.constexpr(
-    (2.5100472505694996e-8, 2.76202015910315488e-7, 2.75572682769056962e-6, 2.48015210578682052e-5,
-     1.9841269863171556e-4, 1.38888889173670806e-3, 8.3333333333300382e-3, 0.0416666666666238205,
-     0.166666666666666675, 0.500000000000000103)
-)  # fmt: skip
-# (y - log(1 + y)) / y^2 on [0, 1]
-_LOG_32 = tl.constexpr(
-    (-0.00280164199280334992, 0.0171842669824487093, -0.0493099734345496944, 0.0913941377401492021,
-     -0.130333642382428156, 0.163651528692055351, -0.199567079522518358, 0.249967599082639252,
-     -0.33333237346213987, 0.499999995222237707)
-)  # fmt: skip
-_LOG_64 = tl.constexpr(
-    (0.0000229388568184714378, -0.000265295970542531044, 0.00145692484733291744, -0.00508109047854899415,
-     0.0127321505282476731, -0.0246829501916849337, 0.0391250511523394424, -0.0532235224603212144,
-     0.0650401036603685578, -0.0744481701994222684, 0.0825618541627825036, -0.0907183529253426044,
-     0.0999632434755013683, -0.111105711428558057, 0.124999412815076874, -0.142857097454455445,
-     0.166666664309783401, -0.1999999999247163, 0.249999999998720501, -0.333333333333324656, 0.5)
-)  # fmt: skip
 # (a + 4) erfcx(a / sqrt(2)) / 2 in u = (a - 4)/(a + 4), the density's tail: no rounding of a / sqrt(2)
 _TAIL_32 = tl.constexpr(
     (-5.188017604e-5, -2.326310772e-4, 1.705670802e-4, 1.645552089e-3, -3.488950607e-3, -7.545274108e-3,
@@ -66,97 +46,6 @@ _TAIL_64 = tl.constexpr(
 )  # fmt: skip
 
 INV_SQRT_2PI = tl.constexpr(0.3989422804014326779399461)
-
-
-@triton.jit
-def polynomial(x, C: tl.constexpr):
-    """Horner's rule: the fewest instructions; other warps and elements fill the pipeline meanwhile."""
-    p = x * C[0] + C[1]
-    for i in tl.static_range(2, len(C.value)):
-        p = p * x + C[i]
-    return p
-
-
-@triton.jit
-def upper_half(a):
-    """The upper 12 (26) bits of the significand: products of two such are exact."""
-    if a.dtype == tl.float64:
-        return (a.to(tl.int64, bitcast=True) & -0x8000000).to(tl.float64, bitcast=True)
-    else:
-        return (a.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def product_error(a, b, p):
-    """a b - p, exactly, for p = a b rounded; rounded once for any p near a b."""
-    if interpreted:
-        t = a * b
-        ah = upper_half(a)
-        bh = upper_half(b)
-        al = a - ah
-        bl = b - bh
-        return (t - p) + (((ah * bh - t) + ah * bl + al * bh) + al * bl)
-    else:
-        return tl.fma(a, b, -p)
-
-
-@triton.jit
-def quotient(n, hi, lo):
-    """n / (hi + lo) to half an ulp and a little, for hi in [1, 2^100]."""
-    if interpreted:
-        r = 1.0 / hi
-    elif hi.dtype == tl.float64:  # 20 bits, then 40
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [hi], tl.float64, True, 1)
-        r = tl.fma(tl.fma(-hi, r, 1.0), r, r)
-    else:  # 23 bits
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [hi], tl.float32, True, 1)
-    q = n * r
-    return q - (product_error(q, hi, n) + q * lo) * r
-
-
-@triton.jit
-def exp_parts(hi, lo=None):
-    """q and s of exp(hi + lo) = (1 + q) s down, q to full relative precision; hi >= -130 (fp64: -800)."""
-    if hi.dtype == tl.float64:
-        shifted = hi * 1.4426950408889634074 + 6755399441055744.0  # 1.5 2^52: rounds to an integer, low bits
-        n = shifted - 6755399441055744.0
-        r = (hi - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
-        if lo is not None:
-            r += lo
-        q = r + (polynomial(r, _EXP_64) * r) * r
-        s = (shifted.to(tl.int64, bitcast=True) << 52) + 0x5FF0000000000000  # 2^(512 + n)
-        return q, s.to(tl.float64, bitcast=True)
-    else:
-        shifted = hi * 1.44269504 + 12582912.0
-        n = shifted - 12582912.0
-        r = (hi - n * 0.693359375) - n * -2.12194440e-4
-        if lo is not None:
-            r += lo
-        q = r + (polynomial(r, _EXP_32) * r) * r
-        s = (shifted.to(tl.int32, bitcast=True) << 23) + 0x5F800000  # 2^(64 + n)
-        return q, s.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exp_value(q, s, POWER: tl.constexpr = 1.0):
-    """POWER exp(t), a power of two times it."""
-    down: tl.constexpr = POWER * (2.0**-512 if q.dtype == tl.float64 else 2.0**-64)
-    return (q * s + s) * down
-
-
-@triton.jit
-def exp_times(f, q, s, POWER: tl.constexpr = 1.0):
-    """POWER f exp(t)."""
-    down: tl.constexpr = POWER * (2.0**-512 if q.dtype == tl.float64 else 2.0**-64)
-    return (f * q + f) * s * down
-
-
-@triton.jit
-def one_minus_exp(q, s):
-    """1 - exp(t) without cancellation: the power of two is 1 where t is small, and then this is -q."""
-    down: tl.constexpr = 2.0**-512 if q.dtype == tl.float64 else 2.0**-64
-    power = s * down
-    return (1.0 - power) - power * q
 
 
 @triton.jit
@@ -202,15 +91,6 @@ def one_plus_cubed(y):
     inner = y * (y + 3.0) + 3.0
     hi = y * inner + 1.0
     return hi, product_error(y, inner, hi - 1.0)
-
-
-@triton.jit
-def log1p_unit(y):
-    """log(1 + y), 0 <= y <= 1."""
-    if y.dtype == tl.float64:
-        return y * (1.0 - y * polynomial(y, _LOG_64))
-    else:
-        return y * (1.0 - y * polynomial(y, _LOG_32))
 
 
 @triton.jit
