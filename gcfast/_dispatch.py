@@ -168,9 +168,9 @@ def _input_reason(backend: str, tensor: torch.Tensor) -> str:
 def preferred(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
     """The backends for `op` on inputs like `tensor`, best first: the policy by device, dtype and size.
 
-    On the GPU the CUDA kernels come first for float64 (the same source as the CPU's, fewer instructions an
-    element than Triton's) and for small inputs (a launch through the binding costs a fraction of one through
-    Triton); Triton's serve everything else.
+    On the GPU the CUDA kernels come first for float64 (the same source as the CPU's; Triton's need about as
+    many instructions an element) and for small inputs (a launch through the binding costs a fraction of one
+    through Triton); Triton's serve everything else.
     """
     if tensor.device.type == "cpu":
         return ("cpu", "reference")  # the interpreter runs on request only: it is for tests
