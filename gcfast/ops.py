@@ -58,8 +58,8 @@ def activation(
     Returns:
         x's shape and dtype, contiguous (or `out`).
 
-    Accuracy, denormal results included: on the triton backend within 4 ulp over the whole range, all orders; on
-    the cpu backend so for softplus, and ``tests/test_activation.py`` states the figure of each of the others.
+    Accuracy, denormal results included: on the triton backend within 4 ulp over the whole range, all orders;
+    on the cpu backend so for softplus, ``tests/test_activation.py`` states the figure of each of the others.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
