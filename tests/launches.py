@@ -44,29 +44,20 @@ def check(kernel: Any, launch: Any, arch: int, args: tuple[Any, ...], constants:
     key = (kernel.fn, arch, str(launch), *types.items())
     if key in _passed:
         return
-    entries = [
-        s for s in _listed(kernel.fn.__module__) if s.kernel.fn is kernel.fn and arch in s.architectures
-    ]
-
-    def wrong(s: Any, names: set[str]) -> list[str]:
-        """What of `names` the entry says otherwise; the launch configuration goes with the block sizes."""
-        off = [n for n in names if not _fits(s, defaults, n, parameters[n], asked[n])]
-        return off + ["the launch configuration"] * (s.launch != launch and names >= set(launch.blocks))
-
-    # Groups of constants whose code does not depend on each other: each must be listed, with the same types.
-    groups = getattr(sys.modules[kernel.fn.__module__], "INDEPENDENT", None) or [list(parameters)]
-    common = set(parameters).difference(*groups)
-    nearest = [
-        min((wrong(s, common | set(group)) for s in entries), key=len, default=["the architecture"])
-        for group in groups
-    ]
-    if not any(nearest):
+    entries = [s for s in _listed(kernel.fn.__module__) if s.kernel.fn is kernel.fn]
+    near = [s for s in entries if s.launch == launch and arch in s.architectures]
+    if any(all(_fits(s, defaults, name, parameters[name], asked[name]) for name in parameters) for s in near):
         _passed.add(key)
         return
+    wrong = min(
+        ([n for n in parameters if not _fits(s, defaults, n, parameters[n], asked[n])] for s in near),
+        key=len,
+        default=["the launch configuration or the architecture"],
+    )
     where = f"{kernel.fn.__module__}.specializations()"
     raise AssertionError(
         f"{kernel.__name__} was launched as no entry of {where} says: of its {len(entries)} entries the "
-        f"nearest differs in {', '.join(max(nearest, key=len))}; asked for: sm_{arch}, {launch}, {types}"
+        f"nearest differs in {', '.join(wrong)}; asked for: sm_{arch}, {launch}, {types}"
     )
 
 

@@ -1,10 +1,9 @@
-"""The activations of every backend: distance from exact values over the whole range, hostile values, strides.
+"""The activations of every backend: distance from exact values over the whole range, hostile inputs, strides.
 
 Triton's interpreter runs the arithmetic of the Triton kernels, but not all that a GPU does. Seen on a GPU
-only, by these tests with the target `triton` in place of `triton-interpreted`: fused multiply-adds (a
-correction term stands in for them here), the seed of the reciprocal (inline assembly), denormals in the
-hardware, rounding to nearest of bfloat16 stores (the interpreter truncates), vector loads, launches of many
-programs.
+only, by these tests with the target `triton` in place of `triton-interpreted`: fused multiply-adds (here a
+correction term stands in for them), the seed of the reciprocal (inline assembly), denormals in the hardware,
+rounding to nearest of bfloat16 stores (the interpreter truncates), vector loads, launches of many programs.
 """
 
 from __future__ import annotations
@@ -168,13 +167,13 @@ def test_empty_and_without_dimensions(shape, target):
     torch.testing.assert_close(ops.activation(x), reference.activation(x))
 
 
-# Tiles that are whole and tiles that are cut, in rows and in columns, at every width and size of a tile.
-TILED = [(1, 1024), (1, 1025), (5, 512), (5, 507), (20, 128), (9, 100), (33, 31), (16, 32)]
+# Tiles that are whole and tiles that are cut, in rows and in columns; one row and a rest; no whole row.
+TILED = [(16, 64), (1, 1024), (1, 1025), (32, 128), (33, 130), (5, 507), (9, 100), (40, 31), (1, 63)]
 
 
 @pytest.mark.parametrize("target", INTERPRETED_OR_GPU, indirect=True)
 @pytest.mark.parametrize("shape", [*TILED, (1 << 10, 1 << 10)])
-@pytest.mark.parametrize("bias, grad", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("bias, grad", [(False, False), (True, False), (True, True), (False, True)])
 def test_tiles(shape, bias, grad, target, poison):
     if target.interpreted and shape[0] * shape[1] >= 1 << 20:
         pytest.skip("a thousand programs: for a GPU")

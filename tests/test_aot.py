@@ -254,6 +254,6 @@ def test_listed_launches_pass_and_others_do_not(kernels):
     refused("differs in SCALED", scaled=1)
     refused("launch configuration", launch=kernels.Launch({"BLOCK": 1024}, 8))
     refused("launch configuration", launch=kernels.Launch({"BLOCK": 512}, 4))
-    refused("the architecture", args=(x.half(), x), arch=100, scaled=None, kernel=kernels.product_kernel)
+    refused("launch configuration", args=(x.half(), x), arch=100, scaled=None, kernel=kernels.product_kernel)
     refused("of its 0 entries", args=(x,), launch=no_blocks, scaled=None, kernel=kernels.unlisted_kernel)
     refused("was launched with x, BLOCK", args=(x,), scaled=None, kernel=kernels.unlisted_kernel)
