@@ -188,6 +188,16 @@ def with_compiled(
     return {**candidates, "torch.compile": compiled}
 
 
+def on_backend(backend: str, call: Callable[[], object]) -> Callable[[], Any]:
+    """`call` with a backend of gcfast forced."""
+
+    def forced() -> Any:
+        with _dispatch.backend(backend):
+            return call()
+
+    return forced
+
+
 def copy_bandwidth(nbytes: int | None = None, *, device: torch.device | str | None = None) -> float:
     """Bytes read and written a second by torch's own copy of a large tensor."""
     where = torch.device(device) if device is not None else bench_device()

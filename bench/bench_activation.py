@@ -1,72 +1,80 @@
-"""Softplus and its kin: plain PyTorch beside the C++ kernel. Correctness first, then time."""
+"""Softplus and its kin: plain PyTorch beside every backend. Correctness first, then time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, copy_bandwidth, show
+from _compare import compare, copy_bandwidth, on_backend, show, with_compiled
 
 from gcfast import ops, reference
 
-N = 1 << 20
-DTYPES = [torch.float32, torch.float64]
+N = {"cpu": 1 << 20, "cuda": 1 << 26}
+KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]
+TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3}
+INTO = {  # torch's own, into a given tensor
+    "softplus": torch._C._nn.softplus,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": torch._C._nn.gelu,
+    "silu": torch._C._nn.silu,
+}
 
 
-def check(x: torch.Tensor, name: str) -> None:
-    want = reference.activation(x.double(), activation=name)
-    tolerance = 2e-6 if x.dtype == torch.float32 else 1e-14
-    torch.testing.assert_close(
-        ops.activation(x, activation=name).double(), want, rtol=tolerance, atol=tolerance
-    )
-    assert ops.last_backend("activation") == "cpu"
-
-
-def candidates(x: torch.Tensor, name: str):
+def candidates(x: torch.Tensor, name: str) -> dict[str, Callable[[], object]]:
     out = torch.empty_like(x)
 
-    def by_reference():
-        with ops.backend("reference"):
-            return ops.activation(x, activation=name, out=out)
+    def call(backend: str) -> Callable[[], object]:
+        return on_backend(backend, lambda: ops.activation(x, activation=name, out=out))
 
-    plain = {
-        "softplus": lambda: torch._C._nn.softplus(x, out=out),
-        "tanh": lambda: torch.tanh(x, out=out),
-        "sigmoid": lambda: torch.sigmoid(x, out=out),
-        "gelu": lambda: torch._C._nn.gelu(x, out=out),
-        "silu": lambda: torch._C._nn.silu(x, out=out),
-    }[name]
-    return {
-        f"torch {name}": plain,
-        "reference": by_reference,
-        "cpu": lambda: ops.activation(x, activation=name, out=out),
-    }
+    timed: dict[str, Callable[[], object]] = {f"torch {name}": lambda: INTO[name](x, out=out)}
+    if x.device.type == "cuda":
+        timed = with_compiled(timed, getattr(F, name, getattr(torch, name, None)), lambda f: lambda: f(x))
+    timed["reference"] = call("reference")
+    want = reference.activation(x[: 1 << 20].double(), activation=name)
+    for backend in KERNELS[x.device.type]:
+        if x.dtype == torch.bfloat16 and backend == "cuda":
+            continue  # float32 and float64 only
+        got = call(backend)()
+        assert ops.last_backend("activation") == backend
+        tolerance = TOLERANCES[x.dtype]
+        torch.testing.assert_close(got[: 1 << 20].double(), want, rtol=tolerance, atol=tolerance)
+        timed[backend] = call(backend)
+    return timed
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("which", ["torch softplus", "reference", "cpu"])
-def bench_softplus(benchmark, dtype, which):
-    x = torch.randn(N, dtype=dtype) * 4
-    check(x, "softplus")
+def inputs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("no bfloat16 kernel on the CPU")
+    return (torch.randn(N[device.type], device=device) * 4).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=ids[:2])
+@pytest.mark.parametrize("which", ["torch softplus", "reference", "kernel"])
+def bench_softplus(benchmark, device, dtype, which):
+    timed = candidates(inputs(device, dtype), "softplus")
+    call = list(timed.values())[-1] if which == "kernel" else timed[which]
     benchmark.group = f"softplus {dtype}"
-    benchmark(candidates(x, "softplus")[which])
+    benchmark(lambda: (call(), torch.cuda.synchronize()) if device.type == "cuda" else call())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("name", ["softplus", "sigmoid", "tanh", "gelu", "silu"])
-def bench_table(benchmark, dtype, name):
-    x = torch.randn(N, dtype=dtype) * 4
-    check(x, name)
-    timings = benchmark.pedantic(lambda: compare(candidates(x, name), repeats=15), rounds=1)
-    limit = 2 * N * x.element_size() / copy_bandwidth()
-    show(f"{name}, {N} elements, {dtype}", timings, limit, "bytes at copy bandwidth")
+@pytest.mark.parametrize("name", INTO)
+def bench_table(benchmark, device, dtype, name):
+    x = inputs(device, dtype)
+    timed = candidates(x, name)
+    timings = benchmark.pedantic(lambda: compare(timed, repeats=15), rounds=1)
+    limit = 2 * x.numel() * x.element_size() / copy_bandwidth()
+    show(f"{name}, {x.numel()} elements, {dtype}", timings, limit, "bytes at copy bandwidth")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def bench_allocating(benchmark, dtype):
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=ids[:2])
+def bench_allocating(benchmark, device, dtype):
     """As users call it: the result is a fresh tensor, whose pages the system must provide."""
-    x = torch.randn(N, dtype=dtype) * 4
-    check(x, "softplus")
+    x = inputs(device, dtype)
     pair = {"F.softplus": lambda: F.softplus(x), "ops.activation": lambda: ops.activation(x)}
     show(f"softplus into a fresh tensor, {dtype}", benchmark.pedantic(lambda: compare(pair), rounds=1))

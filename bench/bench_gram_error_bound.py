@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, copy_bandwidth, show
+from _compare import compare, copy_bandwidth, show, with_compiled
 
 from gcfast import ops, reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float64]
+ids = [str(d).removeprefix("torch.") for d in DTYPES]
 # a panel of the proof's Q at n = 4,096, and all the features; on a GPU those of n = 50,000
-SHAPES = [(4096, 1024), (4096, 4505)] if DEVICE.type == "cpu" else [(50_000, 1024), (50_000, 8192)]
+SHAPES = {
+    "cpu": {"panel": (4096, 1024), "features": (4096, 4505)},
+    "cuda": {"panel": (50_000, 1024), "features": (50_000, 8192)},
+}
 
 
 def plain_bound(h: torch.Tensor) -> torch.Tensor:
@@ -24,31 +27,29 @@ def plain_products(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return a.sum(1), a.sum(0)
 
 
-def _table(benchmark, op, plain, of_reference, n, m, dtype, readings):
-    h = torch.randn(n, m, dtype=dtype, device=DEVICE)
+def _table(benchmark, device, op, plain, of_reference, which, dtype, readings):
+    n, m = SHAPES[device.type][which]
+    h = torch.randn(n, m, dtype=dtype, device=device)
     torch.testing.assert_close(op(h), plain(h.double()), rtol=1e-12, atol=0)
     backend = ops.last_backend("gram_error_bound")
-    assert backend == ("cpu" if DEVICE.type == "cpu" else "triton")
-    compiled = torch.compile(plain)
-    candidates = {
-        "plain torch": lambda: plain(h),
-        "torch.compile": lambda: compiled(h),
-        "reference": lambda: of_reference(h),
-        backend: lambda: op(h),
-    }
+    assert backend == ("cpu" if device.type == "cpu" else "triton")
+    candidates = with_compiled({"plain torch": lambda: plain(h)}, plain, lambda f: lambda: f(h))
+    candidates |= {"reference": lambda: of_reference(h), backend: lambda: op(h)}
     timings = benchmark.pedantic(lambda: compare(candidates, repeats=15), rounds=1)
     limit = readings * h.numel() * h.element_size() / copy_bandwidth()
     show(f"{op.__name__}, {n} x {m}, {dtype}", timings, limit, f"bytes read {readings}x at copy bandwidth")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "m"), SHAPES)
-def bench_gram_error_bound(benchmark, n, m, dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("which", SHAPES["cpu"])
+def bench_table_gram_error_bound(benchmark, device, which, dtype):
     # row by row in memory the columns' sums must be known before the rows': two readings
-    _table(benchmark, ops.gram_error_bound, plain_bound, reference.gram_error_bound, n, m, dtype, 2)
+    op, plain = ops.gram_error_bound, plain_bound
+    _table(benchmark, device, op, plain, reference.gram_error_bound, which, dtype, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "m"), SHAPES)
-def bench_abs_products(benchmark, n, m, dtype):
-    _table(benchmark, ops.abs_products, plain_products, reference.abs_products, n, m, dtype, 1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("which", SHAPES["cpu"])
+def bench_table_abs_products(benchmark, device, which, dtype):
+    op, plain = ops.abs_products, plain_products
+    _table(benchmark, device, op, plain, reference.abs_products, which, dtype, 1)

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, copy_bandwidth, show
+from _compare import compare, copy_bandwidth, on_backend, show, with_compiled
 
 from gcfast import ops, reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.float64] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]
-SHAPES = [(60_000, 10), (6_000, 100), (600, 10_000)]
-if DEVICE.type == "cuda":
-    SHAPES = [(1_000_000, 10), (100_000, 100), (100_000, 1_000), (8_192, 32_000), (4_096, 100_000)]
-KERNELS = [b for b in ("cpu", "triton") if (b == "cpu") == (DEVICE.type == "cpu")]
+SHAPES = {
+    "cpu": {"ten": (60_000, 10), "hundred": (6_000, 100), "many": (600, 10_000)},
+    "cuda": {"ten": (1_000_000, 10), "hundred": (100_000, 1_000), "many": (4_096, 100_000)},
+}
+KERNELS = {"cpu": "cpu", "cuda": "triton"}
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
 
@@ -36,17 +36,12 @@ def plain_curvature(f: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return pv - p * pv.sum(dim=1, keepdim=True)
 
 
-def on(backend: str, f: Callable[..., object], *args: object, **options: object) -> Callable[[], object]:
-    def call() -> object:
-        with ops.backend(backend):
-            return f(*args, **options)
-
-    return call
-
-
-def inputs(n: int, c: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    f = (torch.randn(n, c, device=DEVICE) * 3).to(dtype)
-    return f, torch.randint(0, c, (n,), device=DEVICE), torch.randn(n, c, device=DEVICE).to(dtype)
+def inputs(device: torch.device, which: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("no bfloat16 kernel on the CPU")
+    n, c = SHAPES[device.type][which]
+    f = (torch.randn(n, c, device=device) * 3).to(dtype)
+    return f, torch.randint(0, c, (n,), device=device), torch.randn(n, c, device=device).to(dtype)
 
 
 def check(got: object, want: object, dtype: torch.dtype) -> None:
@@ -55,55 +50,46 @@ def check(got: object, want: object, dtype: torch.dtype) -> None:
         torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance)
 
 
-def residuals(n: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def residuals(device: torch.device, which: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Labels are read back in no candidate but "checked", so that all do the same work."""
-    f, y, _ = inputs(n, c, dtype)
-    compiled = torch.compile(plain, dynamic=False)
-    candidates = {"plain torch": lambda: plain(f, y), "torch.compile": lambda: compiled(f, y)}
-    candidates["reference"] = lambda: reference.softmax_residual(f, y)
-    for backend in KERNELS:
-        candidates[backend] = on(backend, ops.softmax_residual, f, y, check_target=False)
-        candidates[f"{backend}, checked"] = on(backend, ops.softmax_residual, f, y)
-        check(candidates[backend](), plain(f.double(), y), dtype)
-        assert ops.last_backend("softmax_residual") == backend
-    return candidates
+    f, y, _ = inputs(device, which, dtype)
+    backend = KERNELS[device.type]
+    timed = with_compiled({"plain torch": lambda: plain(f, y)}, plain, lambda g: lambda: g(f, y))
+    timed["reference"] = lambda: reference.softmax_residual(f, y)
+    timed[backend] = on_backend(backend, lambda: ops.softmax_residual(f, y, check_target=False))
+    timed[f"{backend}, checked"] = on_backend(backend, lambda: ops.softmax_residual(f, y))
+    check(timed[backend](), plain(f.double(), y), dtype)
+    assert ops.last_backend("softmax_residual") == backend
+    return timed
 
 
-def curvatures(n: int, c: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    f, _, v = inputs(n, c, dtype)
-    compiled = torch.compile(plain_curvature, dynamic=False)
-    candidates = {"plain torch": lambda: plain_curvature(f, v), "torch.compile": lambda: compiled(f, v)}
-    candidates["reference"] = lambda: reference.softmax_curvature(f, v)
-    for backend in KERNELS:
-        candidates[backend] = on(backend, ops.softmax_curvature, f, v)
-        check(candidates[backend](), plain_curvature(f.double(), v.double()), dtype)
-        assert ops.last_backend("softmax_curvature") == backend
-    return candidates
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("which", ["plain torch", "reference", *KERNELS])
-def bench_ten_classes(benchmark, dtype, which):
-    benchmark.group = f"softmax_residual 60000x10 {dtype}"
-    call = residuals(60_000, 10, dtype)[which]
-
-    def timed():
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(timed)
+def curvatures(device: torch.device, which: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    f, _, v = inputs(device, which, dtype)
+    backend = KERNELS[device.type]
+    first = {"plain torch": lambda: plain_curvature(f, v)}
+    timed = with_compiled(first, plain_curvature, lambda g: lambda: g(f, v))
+    timed["reference"] = lambda: reference.softmax_curvature(f, v)
+    timed[backend] = on_backend(backend, lambda: ops.softmax_curvature(f, v))
+    check(timed[backend](), plain_curvature(f.double(), v.double()), dtype)
+    assert ops.last_backend("softmax_curvature") == backend
+    return timed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("n, c", SHAPES)
+@pytest.mark.parametrize("which", ["plain torch", "reference", "kernel"])
+def bench_ten_classes(benchmark, device, dtype, which):
+    call = residuals(device, "ten", dtype)[KERNELS[device.type] if which == "kernel" else which]
+    benchmark.group = f"softmax_residual, ten classes, {dtype}"
+    benchmark(lambda: (call(), torch.cuda.synchronize()) if device.type == "cuda" else call())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("which", SHAPES["cpu"])
 @pytest.mark.parametrize("op", ["softmax_residual", "softmax_curvature"])
-def bench_table(benchmark, op, n, c, dtype):
-    candidates = (residuals if op == "softmax_residual" else curvatures)(n, c, dtype)
-    timings = benchmark.pedantic(lambda: compare(candidates, repeats=15), rounds=1)
-    limit = None
-    if DEVICE.type == "cpu":  # the least bytes at the speed of torch's own copy
-        size = torch.finfo(dtype).bits // 8
-        least = 2 * n * c * size + 2 * n * size + 8 * n if op == "softmax_residual" else 3 * n * c * size
-        limit = least / copy_bandwidth()
-    show(f"{op}, {n} x {c}, {dtype}", timings, limit, "bytes at copy bandwidth")
+def bench_table(benchmark, device, op, which, dtype):
+    timed = (residuals if op == "softmax_residual" else curvatures)(device, which, dtype)
+    timings = benchmark.pedantic(lambda: compare(timed, repeats=15), rounds=1)
+    n, c = SHAPES[device.type][which]
+    size = torch.finfo(dtype).bits // 8
+    least = 2 * n * c * size + 2 * n * size + 8 * n if op == "softmax_residual" else 3 * n * c * size
+    show(f"{op}, {n} x {c}, {dtype}", timings, least / copy_bandwidth(), "bytes at copy bandwidth")
