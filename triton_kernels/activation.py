@@ -43,7 +43,7 @@ def activation_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """`rows` rows of `cols` elements and one of `rest` < cols; one tile a program, column blocks fastest.
+    """`rows` rows of `cols` elements, then one of `rest`, 0 unless cols == COLS; column blocks fastest.
 
     An element is read before it is written, by the same thread: out may be x or grad.
     """
@@ -51,11 +51,19 @@ def activation_kernel(
     block = tl.program_id(0)
     first_row = (block // col_blocks).to(tl.int64) * ROWS
     first_col = (block % col_blocks).to(tl.int64) * COLS
-    row = first_row + tl.arange(0, ROWS)[:, None]
-    col = first_col + tl.arange(0, COLS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    # What is left from here on, at most a tile of it.
+    rows = tl.minimum(rows - first_row, ROWS).to(tl.int32)
+    cols = tl.minimum(cols - first_col, COLS).to(tl.int32)
     mask = (row < rows) & (col < cols) | (row == rows) & (col < rest)
     # A mask forbids vector loads unless its ends are known to be multiples of 16: whole tiles go without.
-    whole = (first_row + ROWS <= rows) & (first_col + COLS <= cols)
+    whole = (rows == ROWS) & (cols == COLS)
+    x_ptr += first_row * x_stride + first_col
+    bias_ptr += first_col
+    grad_ptr += first_row * grad_stride + first_col
+    out_ptr += first_row * out_stride + first_col
+    row = row.to(tl.int64)
     precision: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     x = _load(x_ptr + (row * x_stride + col), mask, whole).to(precision)
     if has_bias:
@@ -83,15 +91,16 @@ def _load(at, mask, whole):
 
 # A program of 4 warps takes rows of 64 columns: wide enough for whole cache lines of every dtype, narrow
 # enough that a matrix of few columns wastes little; a contiguous tensor without bias is cut into such rows.
-# Rows a program by architecture and bytes an element: a thread holds 16 to 64 bytes of an operand and, at the
-# registers of the kernels (REGS), enough threads are resident for the 16 KB a multiprocessor
-# that 3 TB/s times 0.7 us ask for on an H100; at 8 TB/s (sm_100) narrow types need twice as many. Below 2^17
-# elements there are fewer programs than multiprocessors, but there a launch takes longer than its work.
+# Rows a program by architecture and bytes an element: a thread holds 16 or 32 bytes of an operand and, at up
+# to 56 registers (fp64: 72), 900 threads and more are resident, enough for the 16 KB a multiprocessor that
+# 3 TB/s times 0.7 us ask for on an H100; at 8 TB/s (sm_100) narrow types need twice as many. More than 4 fp64
+# elements a thread spill. Below 2^17 elements there are fewer programs than multiprocessors, but there a
+# launch takes longer than its work.
 #
 # What is free meanwhile: an H100 (132 multiprocessors at 1.7 GHz, 128 lanes, 64 of them fp64) issues 76
 # instructions an fp32 element (8 bytes), 38 a bf16 one, and in fp64 153 of which 76 fp64. Counted in the
-# machine code for sm_90, loads and addresses of a whole tile included, fp64 instructions in brackets, for
-# orders 0, 1 and 2 (none was timed):
+# machine code for sm_90, of the function with its load and store, for orders 0, 1 and 2, fp64 instructions in
+# brackets; the tile adds 10 (fp64: 20 to 30) instructions an element. None was timed.
 #
 #               fp32        fp64
 #   softplus    31 29 29     65 (42)   43 (29)   42 (29)
@@ -103,13 +112,14 @@ def _load(at, mask, whole):
 #   silu        32 35 37     55 (33)   55 (37)   51 (37)
 #   relu         5  7  5      8 (1)    11 (2)     8 (1)
 #
-# So all of it hides behind memory there but gelu and gelu_tanh in bf16 and fp16, which take up to 1.8 times
-# as long as their bytes; on sm_100 (36 instructions an fp32 element at 8 TB/s) arithmetic is the limit.
+# So all of fp32 and fp64 hides behind memory there. In bf16 and fp16 only relu does: softplus takes 1.1 times
+# as long as its bytes, gelu 1.6 times, the second derivative of gelu_tanh 2 times. On sm_100 (36 instructions an
+# fp32 element at 8 TB/s) arithmetic is the limit of all but relu.
 _COLUMNS = 64
 _ROWS = {
-    80: {2: 16, 4: 16, 8: 16},
-    90: {2: 16, 4: 16, 8: 16},
-    100: {2: 32, 4: 16, 8: 16},
+    80: {2: 16, 4: 16, 8: 8},
+    90: {2: 16, 4: 16, 8: 8},
+    100: {2: 32, 4: 16, 8: 8},
 }
 
 
