@@ -6,9 +6,10 @@ float16 and bfloat16 are computed in float32 and rounded once, at the store.
 
 Bytes. Up to 1,024 columns a row lives in registers: logits are read once, the residual is written once, which
 is the least there is. Longer rows are read in chunks, twice (the curvature product: logits three times, v
-twice). The later reads hit L2 while the rows being worked on fit there: 4 programs a multiprocessor, so on an
-H100 (132 of them, 50 MB) up to about 24,000 columns of float32 or 47,000 of bfloat16; beyond that they come
-from memory and 3/2 of the least bytes move.
+twice). The later reads hit L2 while the rows in work fit there. By registers that is 2 programs a
+multiprocessor for the residual and 4 for the curvature product; with an H100's 132 of them and 50 MB up to
+about 47,000 and 12,000 columns of float32, twice that for bfloat16. Beyond, the later reads come from memory:
+3/2 of the least bytes for the residual with labels, 2 times the least for the curvature product.
 
 Arithmetic. About 50 instructions an element (exp is half of it), and a tile is padded to a power of two.
 By nominal figures copy bandwidth leaves an H100 about 70 for an element of float32, half as many for
@@ -268,14 +269,14 @@ def _rows_launch(cols: int, dtype: torch.dtype) -> Launch:
     return Launch({"ROWS": rows, "COLS": cols}, num_warps=2 if double and cols == 1024 else 1)
 
 
-def _long_launch(dtype: torch.dtype) -> Launch:
-    """16 warps: few programs, so that the rows in work fit in L2; 16 bytes a thread (float64: 32) a chunk."""
-    return Launch({"BLOCK": 4096 if dtype.itemsize == 2 else 2048}, num_warps=16)
+def _long_launch() -> Launch:
+    """16 warps: few programs, so that the rows in work fit in L2. 4 elements a thread and chunk: 8 spill."""
+    return Launch({"BLOCK": 2048}, num_warps=16)
 
 
 # By architecture, dtype and width of the tile (0: long rows).
 _LAUNCHES = {
-    (arch, dtype, cols): _rows_launch(cols, dtype) if cols else _long_launch(dtype)
+    (arch, dtype, cols): _rows_launch(cols, dtype) if cols else _long_launch()
     for arch in ARCHITECTURES
     for dtype in _DTYPES
     for cols in (*_COLS, 0)
@@ -328,8 +329,9 @@ def softmax_curvature(logits: torch.Tensor, v: torch.Tensor, out: torch.Tensor) 
 def specializations() -> list[Specialization]:
     """Every kernel, dtype, kind of target and width: 96. Integers come as for dense rows.
 
-    Widths of 128 and more are listed for a number of columns divisible by 16, where loads are 16 bytes wide.
-    Triton also compiles the variant for other numbers, with a load for each element, when it meets one.
+    Widths of 128 and more are listed for a number of columns divisible by 16, where loads are 16 bytes wide
+    (8 for long rows of halves). Triton also compiles the variant for other numbers, with a load for each
+    element, when it meets one.
     """
     listed = []
     for dtype in _DTYPES:
