@@ -154,6 +154,17 @@ def source(s: Any) -> Any:
     )
 
 
+def _why(error: BaseException) -> str:
+    """The text of an error and of its causes, the first cause's last: that one says what is wrong."""
+    texts = []
+    now: BaseException | None = error
+    while now is not None:
+        lines = [line.strip() for line in str(now).splitlines() if line.strip("^ ")]
+        texts.append(f"{now}\n{type(now).__name__}: {lines[-1] if lines else ''}")
+        now = now.__cause__
+    return "\n".join(texts)
+
+
 def compile_one(s: Any, arch: int, variant: str) -> list[Row]:
     """Compile, with Triton's own call of ptxas, and read its log and the machine code."""
     import triton
@@ -183,7 +194,6 @@ def compile_one(s: Any, arch: int, variant: str) -> list[Row]:
                 cubin.flush()
                 read_sass(row, output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin.name))
     except Exception as error:  # anything: a kernel that does not compile is what this looks for
-        last = (str(error).strip().splitlines() or [""])[-1]
-        row.error = f"{log.getvalue()[:2000]}\n{error}\n{type(error).__name__}: {last}"
+        row.error = f"{log.getvalue()[:2000]}\n{_why(error)}"
     row.seconds = time.perf_counter() - began
     return [row]
