@@ -113,8 +113,8 @@ def _load(at, mask, whole):
 #   relu         5  7  5      8 (1)    11 (2)     8 (1)
 #
 # So all of fp32 and fp64 hides behind memory there. In bf16 and fp16 only relu does: softplus takes 1.1 times
-# as long as its bytes, gelu 1.6 times, the second derivative of gelu_tanh 2 times. On sm_100 (36 instructions an
-# fp32 element at 8 TB/s) arithmetic is the limit of all but relu.
+# as long as its bytes, gelu 1.6 times, the second derivative of gelu_tanh 2 times. On sm_100 (36 instructions
+# an fp32 element at 8 TB/s) arithmetic is the limit of all but relu.
 _COLUMNS = 64
 _ROWS = {
     80: {2: 16, 4: 16, 8: 8},
