@@ -11,7 +11,7 @@ from gcfast.certificate import Assumption, Certificate, Offender, certify
 from gcfast.head import solve_head
 from gcfast.inspection import HeadError, find_head
 from gcfast.losses import ConvexLoss
-from gcfast.ops import backend, backends, softmax_residual
+from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
 from gcfast.wide import WideLayer, wide_forward, widen
 
@@ -30,6 +30,7 @@ __all__ = [
     "backends",
     "certify",
     "find_head",
+    "softmax_curvature",
     "softmax_residual",
     "solve_head",
     "wide_forward",

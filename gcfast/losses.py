@@ -160,8 +160,7 @@ class CrossEntropy(ConvexLoss):
         return residual.scatter_add(1, y[:, None], torch.ones_like(residual[:, :1]))
 
     def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        p = self.probabilities(self.residual(z, y), y)
-        return p * v - p * (p * v).sum(1, keepdim=True)
+        return ops.softmax_curvature(z, v)
 
     def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
         p = self.probabilities(self.residual(z, y), y)

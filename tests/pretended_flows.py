@@ -100,6 +100,9 @@ def every_reference(device: torch.device) -> None:
     )
     reference.wide_forward(x, w, b, v, activation="gelu")
     reference.gram_product(x @ x.mT, x)
+    reference.softmax_curvature(x, x)
+    reference.gram_error_bound(x)
+    reference.abs_products(x, left=x[:, 0].double().abs(), right=x[0].double().abs())
 
 
 def planted_mistake(device: torch.device) -> None:
