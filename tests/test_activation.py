@@ -198,6 +198,19 @@ def test_tiles(shape, bias, grad, target, poison):
 
 
 @pytest.mark.parametrize("target", INTERPRETED_OR_GPU, indirect=True)
+@pytest.mark.parametrize("cols", [63, 64, 65])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 17])
+def test_nothing_is_written_outside(rows, cols, target):
+    for dtype in DTYPES:
+        for columns in (cols, 130):  # a contiguous out, with memory of someone else after it; a strided one
+            store = torch.full((rows + 20, columns), math.nan, dtype=dtype, device=target.device)
+            x = torch.randn(rows, cols, dtype=dtype, device=target.device)
+            ops.activation(x, out=store[:rows, :cols])
+            torch.testing.assert_close(store[:rows, :cols], reference.activation(x))
+            assert store.isnan().sum() == store.numel() - x.numel()
+
+
+@pytest.mark.parametrize("target", INTERPRETED_OR_GPU, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_round_once(dtype, target):
     x = (torch.randn(3, 130) * 4).to(target.device, dtype)
