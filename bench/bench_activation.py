@@ -72,6 +72,31 @@ def bench_table(benchmark, device, dtype, name):
     show(f"{name}, {x.numel()} elements, {dtype}", timings, limit, "bytes at copy bandwidth")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("name", ["softplus", "gelu"])
+def bench_table_gradients(benchmark, device, dtype, name):
+    """grad * act'(x + bias) for rows of a wide layer, which torch does in two or three passes."""
+    rows = inputs(device, dtype).view(-1, 1024)
+    bias, upstream = torch.randn(1024, device=device).to(dtype), torch.randn_like(rows)
+    leaves = rows.clone().requires_grad_(), bias.clone().requires_grad_()
+
+    def step(f: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(f(*leaves), leaves, upstream)
+
+    def plain(z: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return getattr(F, name)(z + b)
+
+    ours = step(lambda z, b: ops.activation(z, b, activation=name))
+    timed = with_compiled({f"torch {name}": step(plain)}, plain, step)
+    for backend in KERNELS[device.type]:
+        if dtype != torch.bfloat16 or backend != "cuda":
+            timed[backend] = on_backend(backend, ours)
+    timings = benchmark.pedantic(lambda: compare(timed, repeats=15), rounds=1)
+    # forward reads x and writes y; backward reads x and the gradient, writes dx, and reads it for the bias
+    limit = 6 * rows.numel() * rows.element_size() / copy_bandwidth()
+    show(f"{name} and gradients, {rows.numel()} elements, {dtype}", timings, limit, "bytes at copy bandwidth")
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=ids[:2])
 def bench_allocating(benchmark, device, dtype):
     """As users call it: the result is a fresh tensor, whose pages the system must provide."""

@@ -64,6 +64,7 @@ ROWS = (
         kernels=False,
     ),
     *(Row(f"`{name}`, {{size}}", name) for name in ("softplus", "sigmoid", "tanh", "gelu", "silu")),
+    *(Row(f"`{name}` and its gradients, {{size}}", f"{name} and gradients") for name in ("softplus", "gelu")),
     Row("`softmax_residual`, {size}", "softmax_residual"),
     Row("`softmax_curvature`, {size}", "softmax_curvature"),
     Row("`gram_error_bound`, {size}", "gram_error_bound"),

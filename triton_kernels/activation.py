@@ -92,10 +92,10 @@ def _load(at, mask, whole):
 # A program of 4 warps takes rows of 64 columns: wide enough for whole cache lines of every dtype, narrow
 # enough that a matrix of few columns wastes little; a contiguous tensor without bias is cut into such rows.
 # Rows a program by architecture and bytes an element: a thread holds 16 or 32 bytes of an operand and, at up
-# to 56 registers (fp64: 72), 900 threads and more are resident, enough for the 16 KB a multiprocessor that
-# 3 TB/s times 0.7 us ask for on an H100; at 8 TB/s (sm_100) narrow types need twice as many. More than 4 fp64
-# elements a thread spill. Below 2^17 elements there are fewer programs than multiprocessors, but there a
-# launch takes longer than its work.
+# to 71 registers, 900 threads and more are resident, enough for the 16 KB a multiprocessor that 3 TB/s times
+# 0.7 us ask for on an H100; at 8 TB/s (sm_100) narrow types need twice as many. More than 4 fp64 elements a
+# thread spill. Below 2^17 elements there are fewer programs than multiprocessors, but there a launch takes
+# longer than its work.
 #
 # What is free meanwhile: an H100 (132 multiprocessors at 1.7 GHz, 128 lanes, 64 of them fp64) issues 76
 # instructions an fp32 element (8 bytes), 38 a bf16 one, and in fp64 153 of which 76 fp64. Counted in the
@@ -113,7 +113,7 @@ def _load(at, mask, whole):
 #   relu         5  7  5      8 (1)    11 (2)     8 (1)
 #
 # So all of fp32 and fp64 hides behind memory there. In bf16 and fp16 only relu does: softplus takes 1.1 times
-# as long as its bytes, gelu 1.6 times, the second derivative of gelu_tanh 2 times. On sm_100 (36 instructions
+# as long as its bytes, gelu 1.6 times, the second derivative of gelu_tanh twice. On sm_100 (36 instructions
 # an fp32 element at 8 TB/s) arithmetic is the limit of all but relu.
 _COLUMNS = 64
 _ROWS = {
