@@ -93,7 +93,7 @@ def _load(at, mask, whole):
 # enough that a matrix of few columns wastes little; a contiguous tensor without bias is cut into such rows.
 # Rows a program by architecture and bytes an element: a thread holds 16 or 32 bytes of an operand and, at up
 # to 71 registers, 900 threads and more are resident, enough for the 16 KB a multiprocessor that 3 TB/s times
-# 0.7 us ask for on an H100; at 8 TB/s (sm_100) narrow types need twice as many. More than 4 fp64 elements a
+# 0.7 us ask for on an H100; at 8 TB/s (sm_100) all but fp64 take twice as many. More than 4 fp64 elements a
 # thread spill. Below 2^17 elements there are fewer programs than multiprocessors, but there a launch takes
 # longer than its work.
 #
@@ -119,7 +119,7 @@ _COLUMNS = 64
 _ROWS = {
     80: {2: 16, 4: 16, 8: 8},
     90: {2: 16, 4: 16, 8: 8},
-    100: {2: 32, 4: 16, 8: 8},
+    100: {2: 32, 4: 32, 8: 8},
 }
 
 

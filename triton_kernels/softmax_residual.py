@@ -167,7 +167,7 @@ def _scan(logits, c, BLOCK: tl.constexpr):
         hi, lo = two_sum(low, -high)
         scale = tl.where(low == -float("inf"), 0.0, exp_nonpositive(hi, lo))
         s = tl.where(more, part + (s + 1.0) * scale, s + (part + 1.0) * scale)
-        k = tl.where(more, start + at, k)
+        k = tl.where(more, (start + at).to(tl.int32), k)
         top = tl.where(more, chunk_top, top)
     return top, k, s.to(zero.dtype)
 
@@ -269,14 +269,17 @@ def _rows_launch(cols: int, dtype: torch.dtype) -> Launch:
     return Launch({"ROWS": rows, "COLS": cols}, num_warps=2 if double and cols == 1024 else 1)
 
 
-def _long_launch() -> Launch:
-    """16 warps: few programs, so that the rows in work fit in L2. 4 elements a thread and chunk: 8 spill."""
-    return Launch({"BLOCK": 2048}, num_warps=16)
+def _long_launch(dtype: torch.dtype) -> Launch:
+    """16 warps: few programs, so that the rows in work fit in L2. 4 elements a thread and chunk: 8 spill.
+
+    float64 takes 2, which are as many bytes as 4 of float32: on sm_80 4 of them spill.
+    """
+    return Launch({"BLOCK": 1024 if dtype == torch.float64 else 2048}, num_warps=16)
 
 
 # By architecture, dtype and width of the tile (0: long rows).
 _LAUNCHES = {
-    (arch, dtype, cols): _rows_launch(cols, dtype) if cols else _long_launch()
+    (arch, dtype, cols): _rows_launch(cols, dtype) if cols else _long_launch(dtype)
     for arch in ARCHITECTURES
     for dtype in _DTYPES
     for cols in (*_COLS, 0)
@@ -285,6 +288,8 @@ _LAUNCHES = {
 
 def _pick(device: torch.device, dtype: torch.dtype, c: int) -> tuple[Launch, int, bool]:
     """The configuration for rows of c, the rows of a program (0: a long row), and whether it is narrow."""
+    if c >= 2**31:  # columns are counted in 32 bits; rows and addresses in 64
+        raise ValueError(f"logits must have less than 2^31 columns on the triton backend; got {c}")
     cols = next((width for width in _COLS if c <= width), 0)
     launch = _LAUNCHES[architecture(device), dtype, cols]
     return launch, launch.blocks.get("ROWS", 0), cols in _NARROW
