@@ -9,7 +9,7 @@ in bits (128 is the widest before Blackwell's 256; "async" is cp.async, "TMA" th
 not in the instruction); seconds.
 
 The exit status is 1, with a line on stderr for each reason, if a compilation fails, local memory is used (and
-``MAY_SPILL`` in bench/_machine_code.py does not say why), a matrix instruction that a specialisation expects
+``MAY_SPILL`` in bench/_machine_code.py does not allow it), a matrix instruction that a specialisation expects
 is missing, shared memory or registers times threads exceed the architecture's, or a kernel is not listed. A
 narrow load is shown only: whether it matters is for the reader to judge.
 

@@ -129,6 +129,29 @@ def about(lines: list[str], *words: str) -> list[str]:
     return [line for line in lines if all(word in line for word in words)]
 
 
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+def test_what_a_row_may_need(monkeypatch):
+    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "bench" / "_machine_code.py")
+    code = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "machine_code", code)
+    spec.loader.exec_module(code)
+
+    def row(arch=90, **figures):
+        return code.Row("k", "c", arch, **{"registers": 64, "threads": 1024} | figures)
+
+    assert row().offences() == []
+    assert about(row(registers=65).offences(), "k[c] sm_90: 65 registers in 1024 threads cannot be launched")
+    assert row(registers=128, threads=512).offences() == []
+    assert row(threads=1056, registers=8).offences()
+    assert row(shared=227 << 10).offences() == []
+    assert about(row(80, shared=227 << 10).offences(), "232448 bytes of shared memory, sm_80 has 166912")
+    assert about(row(stack=8).offences(), "a stack frame of 8")
+    monkeypatch.setitem(code.MAY_SPILL, "k[c] sm_90", (8, "for the test"))
+    assert row(stack=8).offences() == [] and row(stack=16).offences() and row(80, stack=8).offences()
+    assert row(expected="HMMA", matrix=["HMMA"]).offences() == []
+    assert about(row(expected="tcgen05", matrix=["HMMA"]).offences(), "expected tcgen05, found HMMA")
+
+
 @needs_compiler
 def test_offences_are_reported_one_line_each(compiled):
     status, _, offences, stderr = compiled
