@@ -26,15 +26,17 @@ Triton's own ptxas log and machine code are read, so the figures are those of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -99,7 +101,7 @@ def _work(index: int) -> list[Row]:
     return _jobs[index].compile()
 
 
-def compile_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Row]]]:
+def compile_all(jobs: list[Job], workers: int) -> Generator[tuple[int, list[Row]], None, None]:
     """Rows by job, as they come. A crash of the compiler takes its pool along: what is left then runs one by
     one, in a process each, so that the crash is put down to its kernel."""
     _jobs[:] = jobs
@@ -108,10 +110,13 @@ def compile_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Row]]
     try:
         with ProcessPoolExecutor(workers, context) as pool:
             futures = {pool.submit(_work, i): i for i in left}
-            for future in as_completed(futures):
-                rows = future.result()
-                left.discard(futures[future])
-                yield futures[future], rows
+            try:
+                for future in as_completed(futures):
+                    rows = future.result()
+                    left.discard(futures[future])
+                    yield futures[future], rows
+            finally:  # an interrupt ends with the compilations under way, not with all that are queued
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool:
         say("a compiler process died: what is left is compiled one by one")
     for i in sorted(left):
@@ -190,6 +195,7 @@ def collect(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported, which nothing has done yet
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder below goes
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gcfast-aot.") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing stale is measured, nothing is left
@@ -198,10 +204,13 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(job.name for job in jobs))
         else:
             results: dict[int, list[Row]] = {}
-            for index, rows in compile_all(jobs, args.jobs):
-                results[index] = rows
-                if len(results) % 50 == 0 or len(results) == len(jobs):
-                    say(f"{len(results)} of {len(jobs)} compilations, {time.perf_counter() - began:.0f} s")
+            with contextlib.closing(compile_all(jobs, args.jobs)) as compiled:
+                for index, rows in compiled:
+                    results[index] = rows
+                    if len(results) % 50 == 0 or len(results) == len(jobs):
+                        say(
+                            f"{len(results)} of {len(jobs)} compilations, {time.perf_counter() - began:.0f} s"
+                        )
             rows = [row for index in sorted(results) for row in results[index]]
             offences += [line for row in rows for line in row.offences()]
             print(table(rows), flush=True)
