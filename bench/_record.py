@@ -59,7 +59,8 @@ def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+                name = re.sub(r"\((R|TM)\)|Processor.*|CPU.*", "", line.split(":", 1)[1])
+                return " ".join(name.split())
     return platform.processor() or platform.machine()
 
 
@@ -95,8 +96,8 @@ def header() -> dict[str, Any]:
 
 
 def slug(run: dict[str, Any], device: str) -> str:
-    """The name of a device's file in bench/results: nvidia-h100-80gb-hbm3, cpu-x86-64-v4."""
-    name = run["device"] if device == "cuda" else f"cpu-{run['instruction_set']}"
+    """The name of a device's file in bench/results: nvidia-h100-80gb-hbm3, amd-epyc-x86-64-v4."""
+    name = run["device"] if device == "cuda" else f"{run['cpu']}-{run['instruction_set']}"
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 

@@ -90,7 +90,7 @@ def merge(files: list[Path], folder: Path = RESULTS) -> list[Path]:
             header = {**run["header"], "ceilings": run["ceilings"].get(device, {})}
             slug = _record.slug(header, device)
             target = folder / f"{slug}.json"
-            name = header["device"] if device == "cuda" else f"CPU, {header['instruction_set']}"
+            name = header["device"] if device == "cuda" else f"{header['cpu']}, {header['instruction_set']}"
             empty = {"name": name, "device": device, "runs": [], "results": []}
             held = _record.read(target) if target.exists() else empty
             label = f"{header['date']} {header['commit']}"
@@ -169,11 +169,13 @@ def _machine(device: dict[str, Any]) -> str:
     if device["device"] == "cuda":
         return f"{device['name']}: driver {run['driver']}, torch {run['torch']}, triton {run['triton']}."
     threads = f"{run['threads']} thread{'s' if run['threads'] != 1 else ''}"
-    return f"{device['name']}: {threads} of {run['cpu']}, torch {run['torch']}."
+    return f"{device['name']}: {threads}, torch {run['torch']}."
 
 
 def table(devices: list[dict[str, Any]]) -> str:
-    """What stands between README's markers."""
+    """What stands between README's markers: every GPU, and of the CPUs the one measured last."""
+    processors = sorted((d for d in devices if d["device"] == "cpu"), key=lambda d: d["runs"][-1]["date"])
+    older, devices = processors[:-1], [d for d in devices if d not in processors[:-1]]
     lines = ["| work | against | on | faster by | of the limit | commit |", "|---|---|---|---|---|---|"]
     missing = []
     for row in ROWS:
@@ -182,6 +184,8 @@ def table(devices: list[dict[str, Any]]) -> str:
         if row.kernels and not any(found[d["name"]] for d in devices if d["device"] == "cuda"):
             missing.append(row.work.replace(", {size}", ""))
     notes = [_machine(d) for d in devices]
+    if older:
+        notes.append(f"`bench/results` also has {'; '.join(d['name'] for d in older)}.")
     if missing:
         notes.append(f"Not yet measured on a GPU: {', '.join(missing)}.")
     return "\n".join([*lines, "", *notes])

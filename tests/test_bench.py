@@ -226,9 +226,9 @@ def test_merge_keeps_the_newest_of_each(tmp_path):
     )
     table.merge([new], folder)
     table.merge([old], folder)  # later, but older
-    assert sorted(p.name for p in folder.iterdir()) == ["cpu-x86-64-v4.json", "nvidia-h100-80gb-hbm3.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a-cpu-x86-64-v4.json", "nvidia-h100-80gb-hbm3.json"]
     cpu, gpu = table.load(folder)
-    assert (cpu["name"], gpu["name"]) == ("CPU, x86-64-v4", "NVIDIA H100 80GB HBM3")
+    assert (cpu["name"], gpu["name"]) == ("A CPU, x86-64-v4", "NVIDIA H100 80GB HBM3")
     found = {(r["op"], r["run"].split()[1]) for r in gpu["results"]}
     assert found == {("softplus", "bbbbbbb"), ("silu", "aaaaaaa")}
     assert [run["commit"] for run in gpu["runs"]] == ["aaaaaaa", "bbbbbbb"]
@@ -250,8 +250,17 @@ def test_table_says_where_what_and_of_which_commit(tmp_path):
         "| `softplus`, 99,999 elements | torch | NVIDIA H100 80GB HBM3 | 2.3× (2.3–2.3) float32, triton"
         "<br>1.00× (1.00–1.00) float64, triton | 50 %<br>50 % | aaaaaaa |"
     ) in text
-    assert "| `silu`, 99,999 elements | torch | CPU | 0.50× (0.50–0.50) float32 | 50 % | aaaaaaa |" in text
-    missing = text.split("Not yet measured on a GPU: ")[1]
+    assert "| `silu`, 99,999 elements | torch | A CPU | 0.50× (0.50–0.50) float32 | 50 % | aaaaaaa |" in text
+    # of two CPUs the one measured last
+    other = a_run(tmp_path / "other.json", 2, "bbbbbbb", [("silu", "float32", "cpu", 2.0)])
+    record = _record.read(other)
+    record["header"]["cpu"] = "Another"
+    _record.write(other, record)
+    table.merge([other], tmp_path / "results")
+    both = table.table(table.load(tmp_path / "results"))
+    assert "| torch | Another | 2.0× (2.0–2.0) float32" in both and "| A CPU |" not in both
+    assert "`bench/results` also has A CPU, x86-64-v4." in both
+    missing = text.split("Not yet measured on a GPU: ")[1].split(", ")
     assert "`silu`" in missing and "`softplus`" not in missing
 
 

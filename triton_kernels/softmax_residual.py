@@ -64,7 +64,7 @@ def _tile(n, c, unit, NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constex
 
     Wide: rows along axis 0, lanes along the columns. Narrow: the tile is transposed and its columns are
     multiplied by `unit`, a 1 that the compiler cannot see through, so that it puts the lanes along the rows:
-    a thread holds 16 elements of one row, sums without shuffles, and does the row's own arithmetic once, not
+    a thread holds up to 16 elements of one row, sums almost without shuffles, and does the row's own arithmetic once, not
     in every lane.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -251,7 +251,8 @@ def softmax_curvature_long_kernel(logits, v, out, c, logits_stride, v_stride, BL
         tl.store(out + col, p * ((_load(v + col, live, 0.0) - at_top) - mu), mask=live)
 
 
-# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one: 16 elements. Wider tiles are
+# Widths of a tile. Up to 16 columns a thread holds a row, up to 32 half of one: 16 elements, or 8 of float64,
+# half as much of a row (Triton 3.6 spills 16). Wider tiles are
 # for one warp (no barriers): 16 elements of float32 or 8 of float64 a thread, twice that at 1,024 columns. A
 # row's own arithmetic (a logarithm, two divisions) falls on every lane of a wide tile: fewer elements a lane
 # would cost more of it, more would cost registers. The register file (64 Ki a multiprocessor) is the same on
@@ -264,7 +265,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def _rows_launch(cols: int, dtype: torch.dtype) -> Launch:
     double = dtype == torch.float64
     if cols in _NARROW:
-        return Launch({"ROWS": 2048 // cols, "COLS": cols}, num_warps=4)
+        return Launch({"ROWS": (1024 if double else 2048) // cols, "COLS": cols}, num_warps=4)
     rows = max(1, (256 if double else 512) // cols)
     return Launch({"ROWS": rows, "COLS": cols}, num_warps=2 if double and cols == 1024 else 1)
 
