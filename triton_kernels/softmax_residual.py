@@ -64,8 +64,8 @@ def _tile(n, c, unit, NARROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constex
 
     Wide: rows along axis 0, lanes along the columns. Narrow: the tile is transposed and its columns are
     multiplied by `unit`, a 1 that the compiler cannot see through, so that it puts the lanes along the rows:
-    a thread holds up to 16 elements of one row, sums almost without shuffles, and does the row's own arithmetic
-    once, not in every lane.
+    a thread holds up to 16 elements of one row, sums almost without shuffles, and does the row's own
+    arithmetic once, not in every lane.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     if NARROW:
