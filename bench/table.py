@@ -119,7 +119,7 @@ def _interval(ratio: list[float | None]) -> str:
 def _cell(result: dict[str, Any], ours: dict[str, Any], against: str, backend: bool) -> str:
     text = f"{_interval(ours['ratios'][against])} {result['dtype']}"
     if backend:
-        text += f", {ours['name']}"
+        text += f" by {ours['name']}"
     peer = next(c for c in result["candidates"] if c["name"] == against)
     if "test_error" in ours.get("extra", {}) and "test_error" in peer.get("extra", {}):
         errors = [c["extra"]["test_error"] for c in (ours, peer)]
@@ -140,27 +140,27 @@ def _lines(row: Row, device: dict[str, Any]) -> list[str]:
     ]
     found.sort(key=lambda r: (_order(r), r["size"], row.dtypes.index(r["dtype"])))
     commits = {run["label"]: run["commit"] for run in device["runs"]}
-    cells: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    sizes: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for result in found:
         candidates = [c for c in result["candidates"] if c["name"] in row.ours]
-        if not candidates:
-            continue
-        ours = min(candidates, key=lambda c: c["median"])
-        for wanted in row.against:
-            against = wanted or result["candidates"][0]["name"]
-            if against in ours["ratios"]:
-                share = "" if ours["of_limit"] is None else f"{ours['of_limit']:.0%}".replace("%", " %")
-                cell = _cell(result, ours, against, device["device"] == "cuda" and row.kernels)
-                cells.setdefault((result["size"], against), []).append((cell, share, commits[result["run"]]))
+        if candidates:
+            sizes.setdefault(result["size"], []).append((result, min(candidates, key=lambda c: c["median"])))
     lines = []
-    for (size, against), group in cells.items():
+    for size, group in sizes.items():
         work = row.work.format(size=re.sub(r"\d{5,}", lambda n: f"{int(n[0]):,}", size)).rstrip(", ")
-        name = re.sub(r"^torch (?=[a-z])", "torch's ", against)
-        figures = "<br>".join(cell for cell, _, _ in group)
-        shares = "<br>".join(share for _, share, _ in group)
-        commit = ", ".join(dict.fromkeys(commit for _, _, commit in group))
+        cells = []
+        for wanted in row.against:
+            by = device["device"] == "cuda" and row.kernels
+            peers = [(r, ours, wanted or r["candidates"][0]["name"]) for r, ours in group]
+            figures = [_cell(r, ours, peer, by) for r, ours, peer in peers if peer in ours["ratios"]]
+            if figures:
+                cells.append(f"{re.sub(r'^torch (?=[a-z])', 'torch’s ', peers[0][2])}: {', '.join(figures)}")
+        shares = [
+            f"{ours['of_limit']:.0%}".replace("%", " %") for _, ours in group if ours["of_limit"] is not None
+        ]
+        commit = ", ".join(dict.fromkeys(commits[r["run"]] for r, _ in group))
         where = device["name"].split(",")[0]
-        lines.append(f"| {work} | {name} | {where} | {figures} | {shares} | {commit} |")
+        lines.append(f"| {work} | {where} | {'<br>'.join(cells)} | {', '.join(shares)} | {commit} |")
     return lines
 
 
@@ -176,7 +176,7 @@ def table(devices: list[dict[str, Any]]) -> str:
     """What stands between README's markers: every GPU, and of the CPUs the one measured last."""
     processors = sorted((d for d in devices if d["device"] == "cpu"), key=lambda d: d["runs"][-1]["date"])
     older, devices = processors[:-1], [d for d in devices if d not in processors[:-1]]
-    lines = ["| work | against | on | faster by | of the limit | commit |", "|---|---|---|---|---|---|"]
+    lines = ["| work | on | faster than | of the limit | commit |", "|---|---|---|---|---|"]
     missing = []
     for row in ROWS:
         found = {device["name"]: _lines(row, device) for device in devices}
