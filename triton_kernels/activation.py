@@ -93,9 +93,9 @@ def _load(at, mask, whole):
 # enough that a matrix of few columns wastes little; a contiguous tensor without bias is cut into such rows.
 # Rows a program by architecture and bytes an element: a thread holds 16 or 32 bytes of an operand and, at up
 # to 71 registers, 900 threads and more are resident, enough for the 16 KB a multiprocessor that 3 TB/s times
-# 0.7 us ask for on an H100; at 8 TB/s (sm_100) all but fp64 take twice as many. More than 4 fp64 elements a
-# thread spill. Below 2^17 elements there are fewer programs than multiprocessors, but there a launch takes
-# longer than its work.
+# 0.7 us ask for on an H100. At 8 TB/s (sm_100) all but fp64 take twice as many (up to 96 registers; gelu' of
+# 8 fp32 elements spilled there). More than 4 fp64 elements a thread spill. Below 2^17 elements there are
+# fewer programs than multiprocessors, but there a launch takes longer than its work.
 #
 # What is free meanwhile: an H100 (132 multiprocessors at 1.7 GHz, 128 lanes, 64 of them fp64) issues 76
 # instructions an fp32 element (8 bytes), 38 a bf16 one, and in fp64 153 of which 76 fp64. Counted in the
