@@ -50,50 +50,26 @@ def run_activation(
     return result
 
 
-def _run_cpu(
+def _arguments(
     x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
-) -> None:
+) -> tuple[Any, ...]:
+    """What the C++ and the CUDA kernels take alike: pointers (0: absent), sizes and strides in elements."""
+    pointers = (0 if t is None else t.data_ptr() for t in (x, bias, grad, out))
+    strides = (0 if t is None else t.stride(0) for t in (x, grad, out))
+    return (*pointers, *x.shape, *strides, kind, order, beta)
+
+
+def _run_cpu(x: Tensor, *rest: Any) -> None:
     assert _native.cpu is not None
     kernel = _native.cpu.activation_f64 if x.dtype == torch.float64 else _native.cpu.activation_f32
-    kernel(
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        x.stride(0),
-        0 if grad is None else grad.stride(0),
-        out.stride(0),
-        kind,
-        order,
-        beta,
-        torch.get_num_threads(),
-    )
+    kernel(*_arguments(x, *rest), torch.get_num_threads())
 
 
-def _run_cuda(
-    x: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, kind: int, order: int, beta: float
-) -> None:
+def _run_cuda(x: Tensor, *rest: Any) -> None:
     """On the device of the tensors, whichever is current, and on that device's current stream."""
     assert _native.cuda is not None
     kernel = _native.cuda.activation_f64 if x.dtype == torch.float64 else _native.cuda.activation_f32
-    kernel(
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        x.stride(0),
-        0 if grad is None else grad.stride(0),
-        out.stride(0),
-        kind,
-        order,
-        beta,
-        x.device.index,
-        torch.cuda.current_stream(x.device).cuda_stream,
-    )
+    kernel(*_arguments(x, *rest), x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
 
 
 def _run_triton(
