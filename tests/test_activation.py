@@ -22,8 +22,7 @@ from gcfast._ops_activation import run_activation
 DTYPES = [torch.float32, torch.float64]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 # Largest distance from the exact value in ulps of it (of the sum of its terms, where a derivative crosses 0).
-# tests/core/activations.cpp measures the C++ at a million points a function. Triton at half a million each:
-# 3.7 interpreted, 3.5 with the compiled code's PTX emulated on a CPU.
+# tests/core/activations.cpp measures the C++ at a million points a function.
 LIMITS = {name: (0, 0, 0) if name == "relu" else (4, 4, 4) for name in reference.ACTIVATIONS}
 KERNELS = [p for p in TARGETS if p.values[0][0] != "reference"]
 INTERPRETED_OR_GPU = [p for p in TARGETS if p.values[0][0] == "triton"]
