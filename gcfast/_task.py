@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gcfast._rank_proof import StackedOnes, gram
 from gcfast.losses import ConvexLoss
-from gcfast.rank import StackedOnes, gram
 
 
 @dataclass

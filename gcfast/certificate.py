@@ -2,7 +2,7 @@
 
 Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1]
 (n x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in
-floating point with every rounding error accounted for (:mod:`gcfast.rank`); needs no analyticity and no
+floating point with every rounding error accounted for (:mod:`gcfast._rank_proof`); needs no analyticity and no
 probability. *Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored
 rows that enter it are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden
 weights gives rank n.
@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gcfast._rank_proof import near_dependency, proof_bytes, prove_full_rank
 from gcfast.features import TrainingSet, check_features, collect, equal_rows
 from gcfast.inspection import Head, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
 from gcfast.memory import require
-from gcfast.rank import near_dependency, proof_bytes, prove_full_rank
 
 Status = Literal["holds", "fails", "unknown", "not needed"]
 

@@ -11,7 +11,7 @@ from conftest import TARGETS
 
 from gcfast import _dispatch, ops
 from gcfast._ops_gram import abs_products_op, gram_error_bound_op
-from gcfast.rank import prove_full_rank
+from gcfast._rank_proof import prove_full_rank
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(0, 0), (0, 3), (3, 0), (1, 1), (1, 2), (2, 1), (1, 507), (507, 1), (31, 33), (33, 31)]

@@ -7,7 +7,7 @@ import torch
 from _compare import compare, matmul_peak, show
 from _mnist import head_problem
 
-from gcfast.rank import prove_full_rank
+from gcfast._rank_proof import prove_full_rank
 
 
 def _ones(h: torch.Tensor) -> torch.Tensor:
