@@ -1,8 +1,8 @@
 """The certificate: does the expressivity condition hold for this model and these data, and why.
 
-Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1]
-(n x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in
-floating point with every rounding error accounted for (:mod:`gcfast._rank_proof`); needs no analyticity and no
+Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1] (n
+x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in floating
+point with every rounding error accounted for (:mod:`gcfast._rank_proof`); needs no analyticity and no
 probability. *Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored
 rows that enter it are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden
 weights gives rank n.
