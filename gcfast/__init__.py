@@ -13,6 +13,7 @@ from gcfast.inspection import HeadError, find_head
 from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
+from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.wide import WideLayer, wide_forward, widen
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "HeadSolution",
     "Offender",
     "Progress",
+    "RankEstimate",
     "TwoPhase",
     "WideLayer",
     "__version__",
@@ -30,6 +32,7 @@ __all__ = [
     "backends",
     "certify",
     "find_head",
+    "matrix_rank",
     "softmax_curvature",
     "softmax_residual",
     "solve_head",

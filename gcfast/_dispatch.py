@@ -28,6 +28,7 @@ OPS = (
     "gram_error_bound",
     "wide_forward",
     "gram_product",
+    "batched_rank",
 )
 _KERNELS = {  # wide_forward runs torch's products with the activation of the same backend between them
     "cpu": OPS,

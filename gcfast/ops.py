@@ -17,6 +17,7 @@ from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast._ops_activation import activation_op, activation_out_op
 from gcfast._ops_gram import abs_products_op, gram_error_bound_op, gram_product_op
+from gcfast._ops_rank import batched_rank_op
 from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
 from gcfast._ops_wide import wide_forward_op
 
@@ -27,6 +28,7 @@ __all__ = [
     "activation",
     "backend",
     "backends",
+    "batched_rank",
     "gram_error_bound",
     "gram_product",
     "last_backend",
@@ -265,3 +267,28 @@ def abs_products(a: Tensor, left: Tensor | None = None, right: Tensor | None = N
             _validate.is_float64(name, weights, a.device)
             _validate.has_shape(name, weights, a.shape[size : size + 1], f"{side} from a")
     return abs_products_op(a, left, right)
+
+
+def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The number of singular values above max(atol, rtol sigma_max), a matrix, with proved bounds.
+
+    Args:
+        a: (B, n, m) float32 or float64, any strides.
+        atol, rtol: (B,) float64, >= 0.
+
+    Returns:
+        rank, lower, upper (B,) int64 and sigma_min_lower, sigma_max_upper (B,) float64, as
+        :class:`gcfast.RankEstimate` explains them. Not differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a matrix that is not finite with its index.
+    """
+    _validate.is_float("a", a)
+    if a.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a must be float32 or float64; got {a.dtype}")
+    if a.dim() != 3:
+        raise ValueError(f"a must have shape (B, n, m); got {tuple(a.shape)}")
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        _validate.is_float64(name, value, a.device)
+        _validate.has_shape(name, value, a.shape[:1], "B from a")
+    return batched_rank_op(a.detach(), atol, rtol)

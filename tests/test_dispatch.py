@@ -40,6 +40,11 @@ CALLS: dict[str, tuple[bool, Callable, Callable]] = {
         lambda k, x: ops.gram_product(k + k.mT, x),
         lambda d, n: (_on(d, n, n), _on(d, n, 3)),
     ),
+    "batched_rank": (
+        False,
+        lambda a, atol: ops.batched_rank(a, atol, 1e-6 + 0 * atol)[0],
+        lambda d, n: (_on(d, n, 5, 3), _on(d, n, dtype=torch.float64).abs()),
+    ),
 }
 
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "batched_rank.h"
 #include "gram_error_bound.h"
 #include "gram_product.h"
 #include "softmax_residual.h"
@@ -62,6 +63,16 @@ void gram_error_bound(uintptr_t h, uintptr_t out, int64_t n, int64_t m, int64_t 
       {ptr<const T>(h), n, m, row_stride, column_stride}, ptr<double>(out), threads});
 }
 
+template <class T>
+void batched_rank(uintptr_t a, int64_t batch, int64_t n, int64_t m, int64_t batch_stride, int64_t row_stride,
+                  int64_t column_stride, uintptr_t atol, uintptr_t rtol, uintptr_t rank, uintptr_t lower,
+                  uintptr_t upper, uintptr_t sigma_min_lower, uintptr_t sigma_max_upper, int threads) {
+  gcfast::cpu::batched_rank(gcfast::cpu::BatchedRankArgs<T>{
+      ptr<const T>(a), batch, n, m, batch_stride, row_stride, column_stride, ptr<const double>(atol),
+      ptr<const double>(rtol), ptr<int64_t>(rank), ptr<int64_t>(lower), ptr<int64_t>(upper), ptr<double>(sigma_min_lower),
+      ptr<double>(sigma_max_upper), threads});
+}
+
 const char* instruction_set() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
@@ -82,6 +93,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("abs_products_f64", &abs_products<double>, nogil);
   m.def("activation_f32", &activation<float>, nogil);
   m.def("activation_f64", &activation<double>, nogil);
+  m.def("batched_rank_f32", &batched_rank<float>, nogil);
+  m.def("batched_rank_f64", &batched_rank<double>, nogil);
   m.def("gram_error_bound_f32", &gram_error_bound<float>, nogil);
   m.def("gram_error_bound_f64", &gram_error_bound<double>, nogil);
   m.def("gram_product_f32", &gram_product<float>, nogil);
@@ -91,5 +104,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("softmax_curvature_f32", &softmax_curvature<float>, nogil);
   m.def("softmax_curvature_f64", &softmax_curvature<double>, nogil);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 3;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 4;  // gcfast/_native.py refuses a module built from other sources
 }

@@ -1,0 +1,386 @@
+// Rank of many matrices: eight of them side by side, one in each lane of a vector, so that every step of core/inertia.h
+// is a vector operation whatever their size. First in double; what double leaves open, and matrices whose squares would
+// over- or underflow, again in double-double. A group's Gram is the only product, from panels of columns transposed into
+// lanes; a panel and its tiles stay in the first cache, the Gram (n^2 vectors) in the second.
+#pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined
+
+#include "batched_rank.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../core/inertia.h"
+#include "clones.h"
+
+namespace gcfast {
+
+typedef double Doubles __attribute__((vector_size(64)));
+
+template <> struct Lanes<Doubles> {
+  static constexpr int count = 8;
+  static GCFAST_HD double get(const Doubles& v, int l) { return v[l]; }
+  static GCFAST_HD void set(Doubles& v, int l, double x) { v[l] = x; }
+  static GCFAST_HD Doubles fused(const Doubles& a, const Doubles& b, const Doubles& c) {
+    Doubles out;
+    for (int l = 0; l < count; ++l) out[l] = __builtin_fma(a[l], b[l], c[l]);
+    return out;
+  }
+  static GCFAST_HD Doubles magnitude(const Doubles& a) { return a < 0 ? -a : a; }
+  static GCFAST_HD Doubles larger(const Doubles& a, const Doubles& b) { return a < b ? b : a; }
+  static GCFAST_HD Doubles smaller(const Doubles& a, const Doubles& b) { return a < b ? a : b; }
+  static GCFAST_HD Doubles root(const Doubles& a) {
+    Doubles out;
+    for (int l = 0; l < count; ++l) out[l] = __builtin_sqrt(a[l]);
+    return out;
+  }
+  static GCFAST_HD Doubles one_if_positive(const Doubles& a) { return a > 0 ? Doubles{} + 1.0 : Doubles{}; }
+  static GCFAST_HD Doubles infinite_unless_above(const Doubles& a, const Doubles& least) {
+    return a > least ? Doubles{} : Doubles{} + HUGE_VAL;
+  }
+};
+
+namespace cpu {
+namespace {
+
+constexpr int kLanes = Lanes<Doubles>::count;
+constexpr int kTile = 4, kDoubledTile = 2;
+using Doubled = DoubleDouble<Doubles>;
+using Single = Elimination<Doubles, kTile>;
+using Double = Elimination<Doubled, kDoubledTile>;
+
+// The matrices of a group; their shorter side is n.
+template <class T> struct Group {
+  const T* base[kLanes];
+  int64_t row_stride, column_stride;
+  Doubles scale;
+};
+
+template <class T>
+__attribute__((always_inline)) inline void load8(const T* p, Doubles& v) {
+  for (int k = 0; k < kLanes; ++k) v[k] = static_cast<double>(p[k]);
+}
+
+__attribute__((always_inline)) inline void transpose8(Doubles* v) {
+  typedef int64_t Mask __attribute__((vector_size(64)));
+  Doubles t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shuffle(v[i], v[i + 1], Mask{0, 8, 2, 10, 4, 12, 6, 14});
+    t[i + 1] = __builtin_shuffle(v[i], v[i + 1], Mask{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      v[i + j] = __builtin_shuffle(t[i + j], t[i + j + 2], Mask{0, 1, 8, 9, 4, 5, 12, 13});
+      v[i + j + 2] = __builtin_shuffle(t[i + j], t[i + j + 2], Mask{2, 3, 10, 11, 6, 7, 14, 15});
+    }
+  for (int j = 0; j < 4; ++j) {
+    t[j] = __builtin_shuffle(v[j], v[j + 4], Mask{0, 1, 2, 3, 8, 9, 10, 11});
+    t[j + 4] = __builtin_shuffle(v[j], v[j + 4], Mask{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+
+// out[i * outer_step + k * inner_step] for i < outer, k < inner: the elements at base + i * outer_stride + k, in lanes.
+template <class T>
+__attribute__((always_inline)) inline void pack_rows(const Group<T>& g, int64_t offset, int outer, int64_t outer_stride,
+                                                     int inner, Doubles* out, int outer_step, int inner_step) {
+  for (int i = 0; i < outer; ++i) {
+    const int64_t at = offset + i * outer_stride;
+    int k = 0;
+    for (; k + 8 <= inner; k += 8) {
+      Doubles v[8];
+      for (int l = 0; l < kLanes; ++l) load8(g.base[l] + at + k, v[l]);
+      transpose8(v);
+      for (int q = 0; q < 8; ++q) out[i * outer_step + (k + q) * inner_step] = v[q] * g.scale;
+    }
+    for (; k < inner; ++k) {
+      Doubles v;
+      for (int l = 0; l < kLanes; ++l) v[l] = static_cast<double>(g.base[l][at + k]);
+      out[i * outer_step + k * inner_step] = v * g.scale;
+    }
+  }
+}
+
+// Columns [k0, k0 + columns) as panel[k * padded + i].
+template <class T>
+__attribute__((always_inline)) inline void pack(const Group<T>& g, int n, int padded, int64_t k0, int columns,
+                                                Doubles* panel) {
+  const int64_t at = k0 * g.column_stride;
+  if (g.row_stride == 1) {
+    pack_rows(g, at, columns, g.column_stride, n, panel, padded, 1);
+  } else if (g.column_stride == 1) {
+    pack_rows(g, at, n, g.row_stride, columns, panel, 1, padded);
+  } else {
+    for (int k = 0; k < columns; ++k)
+      for (int i = 0; i < n; ++i) {
+        Doubles v;
+        for (int l = 0; l < kLanes; ++l)
+          v[l] = static_cast<double>(g.base[l][at + k * g.column_stride + i * g.row_stride]);
+        panel[k * padded + i] = v * g.scale;
+      }
+  }
+  for (int k = 0; k < columns; ++k)
+    for (int i = n; i < padded; ++i) panel[k * padded + i] = Doubles{};
+}
+
+GCFAST_CLONES void pack_panel(const Group<float>& g, int n, int padded, int64_t k0, int columns, Doubles* panel) {
+  pack(g, n, padded, k0, columns, panel);
+}
+GCFAST_CLONES void pack_panel(const Group<double>& g, int n, int padded, int64_t k0, int columns, Doubles* panel) {
+  pack(g, n, padded, k0, columns, panel);
+}
+
+// G += the panel's part, or = for the first one. Columns in panels that the first cache holds.
+GCFAST_CLONES void add_panel(const Single& e, const Doubles* panel, int columns, bool first) {
+  constexpr int R = kTile;
+  for (int j0 = 0; j0 < e.padded; j0 += R)
+    for (int i0 = j0; i0 < e.padded; i0 += R) {
+      Doubles x[R][R];
+      GCFAST_UNROLL
+      for (int r = 0; r < R; ++r) {
+        GCFAST_UNROLL
+        for (int c = 0; c < R; ++c) x[r][c] = first || i0 + r < j0 + c ? Doubles{} : e.gram(i0 + r, j0 + c);
+      }
+      for (int k = 0; k < columns; ++k) {
+        const Doubles* row = panel + k * e.padded;
+        GCFAST_UNROLL
+        for (int r = 0; r < R; ++r) {
+          GCFAST_UNROLL
+          for (int c = 0; c < R; ++c) x[r][c] += row[i0 + r] * row[j0 + c];
+        }
+      }
+      GCFAST_UNROLL
+      for (int r = 0; r < R; ++r) {
+        GCFAST_UNROLL
+        for (int c = 0; c < R; ++c)
+          if (i0 + r >= j0 + c) e.gram(i0 + r, j0 + c) = x[r][c];
+      }
+    }
+}
+// The same in double-double: rows are scaled to norms of at most 1 first, by 2^-k, and `unit` is 2^k.
+GCFAST_CLONES void add_panel(const Double& e, Doubles* panel, int columns, bool first, const Doubles* unit) {
+  constexpr int R = kDoubledTile;
+  for (int i = 0; i < e.padded; ++i) {
+    const Doubles scale = 1.0 / unit[i];
+    for (int k = 0; k < columns; ++k) panel[k * e.padded + i] *= scale;
+  }
+  for (int j0 = 0; j0 < e.padded; j0 += R)
+    for (int i0 = j0; i0 < e.padded; i0 += R) {
+      ProductSum<Doubles> x[R][R];
+      for (int k = 0; k < columns; ++k) {
+        const Doubles* row = panel + k * e.padded;
+        GCFAST_UNROLL
+        for (int r = 0; r < R; ++r) {
+          GCFAST_UNROLL
+          for (int c = 0; c < R; ++c) x[r][c].add(row[i0 + r], row[j0 + c]);
+        }
+      }
+      GCFAST_UNROLL
+      for (int r = 0; r < R; ++r) {
+        GCFAST_UNROLL
+        for (int c = 0; c < R; ++c) {
+          if (i0 + r < j0 + c) continue;
+          const Doubles scale = unit[i0 + r] * unit[j0 + c];
+          const Doubled v = x[r][c].value(), scaled{v.hi * scale, v.lo * scale};
+          Doubled& g = e.gram(i0 + r, j0 + c);
+          g = first ? scaled : sum(g, scaled);
+        }
+      }
+    }
+}
+
+// norms += the squares of the panel's rows
+GCFAST_CLONES void add_squares(const Doubles* panel, int columns, int padded, Doubles* norms) {
+  for (int k = 0; k < columns; ++k)
+    for (int i = 0; i < padded; ++i) norms[i] += panel[k * padded + i] * panel[k * padded + i];
+}
+// From squares of norms to the powers of two above the norms; returns the sum of their squares.
+GCFAST_CLONES void to_units(Doubles* norms, int padded, Doubles& spread) {
+  typedef int64_t Bits __attribute__((vector_size(64)));
+  spread = Doubles{};
+  for (int i = 0; i < padded; ++i) {
+    const Doubles raised = norms[i] * (1 + 0x1p-30);
+    const Bits exponent = ((Bits)raised >> 52) - 1023;  // squares are positive
+    norms[i] = (Doubles)((((exponent + 2) >> 1) + 1023) << 52);
+    spread += norms[i] * norms[i];
+  }
+}
+
+GCFAST_CLONES void examine(const Single& e, int64_t m, const RankOptions* options, RankVerdict* verdict) {
+  const Doubles trace = e.trace(Alone());
+  Doubles error;
+  for (int l = 0; l < kLanes; ++l) error[l] = gram_error_double(m, trace[l]);
+  e.examine(Alone(), m, error, options, verdict);
+}
+GCFAST_CLONES void examine(const Double& e, int64_t m, const Doubles& error, const RankOptions* options,
+                           RankVerdict* verdict) {
+  e.examine(Alone(), m, error, options, verdict);
+}
+
+// Columns a panel: of double it stays in the first cache with the rows of a tile, of double-double it is long enough for
+// the sums to be worth their ends.
+int panel_columns(int padded, bool doubled) {
+  return doubled ? ProductSum<Doubles>::kTerms : std::clamp((16 << 10) / (64 * padded), 8, 64);
+}
+
+// Vectors of memory that a group needs.
+int64_t vectors_of(int n, bool doubled) {
+  const int64_t padded = doubled ? Double::padded_size(n) : Single::padded_size(n);
+  const int64_t panel = padded * (panel_columns(static_cast<int>(padded), doubled) + 1);
+  return panel + (doubled ? 2 * Double::numbers(n) : Single::numbers(n));
+}
+
+template <class T>
+void in_double(const Group<T>& g, int n, int64_t m, Doubles* memory, const RankOptions* options, RankVerdict* verdict) {
+  const Single e(n, memory);
+  Doubles* panel = memory + Single::numbers(n);
+  const int width = panel_columns(e.padded, false);
+  for (int64_t k0 = 0; k0 < m; k0 += width) {
+    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
+    pack_panel(g, n, e.padded, k0, columns, panel);
+    add_panel(e, panel, columns, k0 == 0);
+  }
+  examine(e, m, options, verdict);
+}
+
+template <class T>
+void in_double_double(const Group<T>& g, int n, int64_t m, Doubles* memory, const RankOptions* options,
+                      RankVerdict* verdict) {
+  const Double e(n, reinterpret_cast<Doubled*>(memory));
+  Doubles *unit = memory + 2 * Double::numbers(n), *panel = unit + e.padded, spread;
+  const int width = panel_columns(e.padded, true);
+  std::fill_n(unit, e.padded, Doubles{});
+  for (int64_t k0 = 0; k0 < m; k0 += width) {
+    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
+    pack_panel(g, n, e.padded, k0, columns, panel);
+    add_squares(panel, columns, e.padded, unit);
+  }
+  to_units(unit, e.padded, spread);
+  for (int64_t k0 = 0; k0 < m; k0 += width) {
+    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
+    if (m > width) pack_panel(g, n, e.padded, k0, columns, panel);
+    add_panel(e, panel, columns, k0 == 0, unit);
+  }
+  Doubles error;
+  for (int l = 0; l < kLanes; ++l) error[l] = gram_error_doubled(m, (m + width - 1) / width, spread[l]);
+  examine(e, m, error, options, verdict);
+}
+
+template <class T> struct Task {
+  BatchedRankArgs<T> a;  // n <= m
+  std::vector<int> exponent;  // of the scale of each matrix; empty while all are 0
+  std::vector<RankVerdict> verdict;
+
+  const T* matrix(int64_t b) const { return a.a + b * a.batch_stride; }
+
+  // The exponent e for which 2^e times the largest magnitude lies in [1/2, 1); 0 for a zero matrix, and rank -2 or 0.
+  void find_scale(int64_t b) {
+    double largest = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < a.n; ++i)
+      for (int64_t k = 0; k < a.m; ++k) {
+        const double x = std::fabs(static_cast<double>(matrix(b)[i * a.row_stride + k * a.column_stride]));
+        finite = finite && x <= std::numeric_limits<double>::max();
+        largest = std::max(largest, x);
+      }
+    int e = 0;
+    if (!finite) {
+      verdict[b].rank = -2;
+    } else if (largest == 0) {
+      verdict[b] = {0, 0, 0, 0, 0};
+    } else {
+      std::frexp(largest, &e);
+    }
+    exponent[b] = std::clamp(-e, -1000, 1000);
+  }
+
+  void group(const int64_t* list, int64_t count, bool doubled, Doubles* memory) {
+    Group<T> g;
+    RankOptions options[kLanes];
+    RankVerdict v[kLanes];
+    g.row_stride = a.row_stride, g.column_stride = a.column_stride;
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t b = list[std::min<int64_t>(l, count - 1)];
+      const int e = exponent.empty() ? 0 : exponent[b];
+      g.base[l] = matrix(b);
+      g.scale[l] = std::ldexp(1.0, e);
+      options[l] = {std::ldexp(a.atol[b], e), a.rtol[b]};
+      v[l] = verdict[b];
+      // in the units of the scaled matrix, and rounded outwards where that is inexact
+      v[l].sigma_min_lower = 0;
+      v[l].sigma_max_upper = HUGE_VAL;
+    }
+    const int n = static_cast<int>(a.n);
+    doubled ? in_double_double(g, n, a.m, memory, options, v) : in_double(g, n, a.m, memory, options, v);
+    for (int l = 0; l < count; ++l) {
+      const int64_t b = list[l];
+      const int e = exponent.empty() ? 0 : exponent[b];
+      const double low = std::ldexp(v[l].sigma_min_lower, -e), high = std::ldexp(v[l].sigma_max_upper, -e);
+      v[l].sigma_min_lower = low < std::numeric_limits<double>::min() ? 0 : low;
+      v[l].sigma_max_upper = std::max(high, std::numeric_limits<double>::min());
+      verdict[b] = v[l];
+    }
+  }
+
+  void pass(const std::vector<int64_t>& list, bool doubled) {
+    const int64_t count = list.size(), groups = (count + kLanes - 1) / kLanes;
+    const int64_t vectors = vectors_of(static_cast<int>(a.n), doubled);
+    const int threads = static_cast<int>(std::min<int64_t>(a.threads, groups));
+    const double work = static_cast<double>(groups) * a.n * a.n * a.m;
+#pragma omp parallel num_threads(threads) if (threads > 1 && work > 1e4)
+    {
+      std::unique_ptr<double[]> store(new double[(vectors + 1) * kLanes]);
+      const auto start = (reinterpret_cast<uintptr_t>(store.get()) + 63) / 64 * 64;
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t k = 0; k < groups; ++k)
+        group(list.data() + k * kLanes, std::min<int64_t>(kLanes, count - k * kLanes), doubled,
+              reinterpret_cast<Doubles*>(start));
+    }
+  }
+
+  void run() {
+    verdict.resize(a.batch);
+    for (RankVerdict& v : verdict) v.upper = static_cast<double>(a.n);
+    std::vector<int64_t> list(a.batch);
+    for (int64_t b = 0; b < a.batch; ++b) list[b] = b;
+    pass(list, false);
+    list.clear();
+    for (int64_t b = 0; b < a.batch; ++b) {
+      if (verdict[b].rank >= 0) continue;
+      if (!(verdict[b].sigma_max_upper < HUGE_VAL)) {  // out of range
+        exponent.resize(a.batch, 0);
+        find_scale(b);
+        if (verdict[b].rank != -1) continue;
+      }
+      list.push_back(b);
+    }
+    if (!list.empty()) pass(list, true);
+    for (int64_t b = 0; b < a.batch; ++b) {
+      const RankVerdict& v = verdict[b];
+      a.rank[b] = static_cast<int64_t>(v.rank);
+      a.lower[b] = static_cast<int64_t>(v.lower);
+      a.upper[b] = static_cast<int64_t>(v.upper);
+      a.sigma_min_lower[b] = v.sigma_min_lower;
+      a.sigma_max_upper[b] = v.sigma_max_upper;
+    }
+  }
+};
+
+template <class T> void run(BatchedRankArgs<T> a) {
+  if (a.n > a.m) {
+    std::swap(a.n, a.m);
+    std::swap(a.row_stride, a.column_stride);
+  }
+  Task<T>{a, {}, {}}.run();
+}
+
+}  // namespace
+
+void batched_rank(const BatchedRankArgs<float>& a) { run(a); }
+void batched_rank(const BatchedRankArgs<double>& a) { run(a); }
+
+}  // namespace cpu
+}  // namespace gcfast
