@@ -274,7 +274,7 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
 
     Args:
         a: (B, n, m) float32 or float64, any strides.
-        atol, rtol: (B,) float64, >= 0.
+        atol, rtol: (B,) float64, >= 0 (not checked).
 
     Returns:
         rank, lower, upper (B,) int64 and sigma_min_lower, sigma_max_upper (B,) float64, as

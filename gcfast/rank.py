@@ -45,22 +45,29 @@ class RankEstimate:
         return f"{span}{proved} of {total} proved"
 
 
-def _tolerance(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
-    if value is None:
-        return None
+def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A float, or a float64 tensor on `device`."""
     if isinstance(value, Tensor):
-        if not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
+        if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number or a real tensor; got {value.dtype}")
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
-        out = value.detach().to(device, torch.float64)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not value >= 0:  # true for NaN, too
-            raise ValueError(f"{name} must be >= 0; got {value}")
-        out = torch.tensor(float(value), dtype=torch.float64, device=device)
-    else:
+        value = value.detach().to(device, torch.float64)
+        if torch.compiler.is_compiling() or bool((value >= 0).all()):  # false for NaN, too
+            return value
+        raise ValueError(f"{name} must be >= 0; got {float(value[~(value >= 0)][0])}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
-    return out  # a tensor's values are checked where they are used
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0; got {value}")
+    return float(value)
+
+
+def _relative(absolute: float | Tensor, default: float) -> float | Tensor:
+    """The default of rtol: none beside an atol > 0."""
+    if isinstance(absolute, Tensor):
+        return torch.where(absolute > 0, torch.zeros_like(absolute), default)
+    return 0.0 if absolute > 0 else default
 
 
 def matrix_rank(
@@ -102,23 +109,29 @@ def matrix_rank(
     a = A.detach()
     if a.dtype not in (torch.float32, torch.float64):
         a = a.float()
-    absolute, relative = _tolerance("atol", atol, a.device), _tolerance("rtol", rtol, a.device)
-    default = torch.tensor(max(a.shape[-2:]) * torch.finfo(a.dtype).eps, dtype=torch.float64, device=a.device)
-    if absolute is None:
-        absolute = torch.zeros_like(default)
-        relative = default if relative is None else relative
-    elif relative is None:
-        relative = torch.where(absolute > 0, 0.0, default)
     n, m = a.shape[-2:]
+    absolute = _tolerance("atol", 0.0 if atol is None else atol, a.device)
+    if rtol is None:
+        relative = _relative(absolute, max(n, m) * torch.finfo(a.dtype).eps)
+    else:
+        relative = _tolerance("rtol", rtol, a.device)
+    limits = (absolute, relative)
+    batch = a.shape[:-2]
+    shapes = [t.shape for t in limits if isinstance(t, Tensor)]
     try:
-        batch = torch.broadcast_shapes(a.shape[:-2], absolute.shape, relative.shape)
+        batch = torch.broadcast_shapes(batch, *shapes) if shapes else batch
     except RuntimeError:
-        shapes = f"{tuple(absolute.shape)} and {tuple(relative.shape)}"
         raise ValueError(
-            f"atol and rtol must broadcast with the batch shape of A, {tuple(a.shape[:-2])}; got {shapes}"
+            f"atol and rtol must broadcast with the batch shape of A, {tuple(batch)}; got "
+            f"{' and '.join(str(tuple(s)) for s in shapes)}"
         ) from None
     count = math.prod(batch)
     # reshape copies only what cannot be seen as one batch dimension
     flat = a.expand(*batch, n, m).reshape(count, n, m)
-    limits = (t.expand(batch).reshape(count) for t in (absolute, relative))
-    return RankEstimate(*(t.reshape(batch) for t in ops.batched_rank(flat, *limits)))
+    vectors = (
+        t.expand(batch).reshape(count)
+        if isinstance(t, Tensor)
+        else torch.full((count,), t, dtype=torch.float64, device=a.device)
+        for t in limits
+    )
+    return RankEstimate(*(t.reshape(batch) for t in ops.batched_rank(flat, *vectors)))

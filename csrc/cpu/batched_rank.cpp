@@ -341,7 +341,7 @@ template <class T> struct Task {
     }
   }
 
-  void run() {
+  int64_t run() {
     verdict.resize(a.batch);
     for (RankVerdict& v : verdict) v.upper = static_cast<double>(a.n);
     std::vector<int64_t> list(a.batch);
@@ -358,29 +358,32 @@ template <class T> struct Task {
       list.push_back(b);
     }
     if (!list.empty()) pass(list, true);
+    int64_t left = 0;
     for (int64_t b = 0; b < a.batch; ++b) {
       const RankVerdict& v = verdict[b];
+      left += v.rank < 0;
       a.rank[b] = static_cast<int64_t>(v.rank);
       a.lower[b] = static_cast<int64_t>(v.lower);
       a.upper[b] = static_cast<int64_t>(v.upper);
       a.sigma_min_lower[b] = v.sigma_min_lower;
       a.sigma_max_upper[b] = v.sigma_max_upper;
     }
+    return left;
   }
 };
 
-template <class T> void run(BatchedRankArgs<T> a) {
+template <class T> int64_t run(BatchedRankArgs<T> a) {
   if (a.n > a.m) {
     std::swap(a.n, a.m);
     std::swap(a.row_stride, a.column_stride);
   }
-  Task<T>{a, {}, {}}.run();
+  return Task<T>{a, {}, {}}.run();
 }
 
 }  // namespace
 
-void batched_rank(const BatchedRankArgs<float>& a) { run(a); }
-void batched_rank(const BatchedRankArgs<double>& a) { run(a); }
+int64_t batched_rank(const BatchedRankArgs<float>& a) { return run(a); }
+int64_t batched_rank(const BatchedRankArgs<double>& a) { return run(a); }
 
 }  // namespace cpu
 }  // namespace gcfast

@@ -15,7 +15,8 @@ template <class T> struct BatchedRankArgs {
   int threads;
 };
 
-void batched_rank(const BatchedRankArgs<float>& a);
-void batched_rank(const BatchedRankArgs<double>& a);
+// Returns how many ranks are negative.
+int64_t batched_rank(const BatchedRankArgs<float>& a);
+int64_t batched_rank(const BatchedRankArgs<double>& a);
 
 }  // namespace gcfast::cpu

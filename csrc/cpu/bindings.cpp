@@ -64,10 +64,10 @@ void gram_error_bound(uintptr_t h, uintptr_t out, int64_t n, int64_t m, int64_t 
 }
 
 template <class T>
-void batched_rank(uintptr_t a, int64_t batch, int64_t n, int64_t m, int64_t batch_stride, int64_t row_stride,
-                  int64_t column_stride, uintptr_t atol, uintptr_t rtol, uintptr_t rank, uintptr_t lower,
-                  uintptr_t upper, uintptr_t sigma_min_lower, uintptr_t sigma_max_upper, int threads) {
-  gcfast::cpu::batched_rank(gcfast::cpu::BatchedRankArgs<T>{
+int64_t batched_rank(uintptr_t a, int64_t batch, int64_t n, int64_t m, int64_t batch_stride, int64_t row_stride,
+                     int64_t column_stride, uintptr_t atol, uintptr_t rtol, uintptr_t rank, uintptr_t lower,
+                     uintptr_t upper, uintptr_t sigma_min_lower, uintptr_t sigma_max_upper, int threads) {
+  return gcfast::cpu::batched_rank(gcfast::cpu::BatchedRankArgs<T>{
       ptr<const T>(a), batch, n, m, batch_stride, row_stride, column_stride, ptr<const double>(atol),
       ptr<const double>(rtol), ptr<int64_t>(rank), ptr<int64_t>(lower), ptr<int64_t>(upper), ptr<double>(sigma_min_lower),
       ptr<double>(sigma_max_upper), threads});
