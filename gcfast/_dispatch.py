@@ -33,7 +33,7 @@ OPS = (
 _KERNELS = {  # wide_forward runs torch's products with the activation of the same backend between them
     "cpu": OPS,
     "triton": ("activation", "softmax_residual", "softmax_curvature", "gram_error_bound", "wide_forward"),
-    "cuda": ("activation", "wide_forward"),
+    "cuda": ("activation", "wide_forward", "batched_rank"),
     "reference": OPS,
 }
 _DTYPES = {
@@ -171,11 +171,11 @@ def preferred(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
 
     On the GPU the CUDA kernels come first for float64 (the same source as the CPU's; Triton's need about as
     many instructions an element) and for small inputs (a launch through the binding costs a fraction of one
-    through Triton); Triton's serve everything else.
+    through Triton), and for batched_rank, which only they have; Triton's serve everything else.
     """
     if tensor.device.type == "cpu":
         return ("cpu", "reference")  # the interpreter runs on request only: it is for tests
-    if tensor.dtype == torch.float64 or tensor.numel() < _SMALL:
+    if op == "batched_rank" or tensor.dtype == torch.float64 or tensor.numel() < _SMALL:
         return ("cuda", "triton", "reference")
     return ("triton", "cuda", "reference")
 

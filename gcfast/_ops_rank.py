@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from gcfast import _dispatch, _native, reference
 
-# The shorter side of the largest matrix that the kernels take; a larger one fills the machine by itself.
+# The shorter side of the largest matrix that the CPU kernel takes; a larger one fills the machine by itself.
 CPU_LIMIT = 256
 
 Bounds = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -31,6 +33,25 @@ def _cpu(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
     kernel = _native.cpu.batched_rank_f64 if a.dtype == torch.float64 else _native.cpu.batched_rank_f32
     pointers = [t.data_ptr() for t in (atol, rtol, *out)]
     return out, kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, torch.get_num_threads()) > 0
+
+
+def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
+    """The same on the device of `a`, whichever is current, and on that device's current stream."""
+    assert _native.cuda is not None
+    out = _outputs(a)
+    kernel = _native.cuda.batched_rank_f64 if a.dtype == torch.float64 else _native.cuda.batched_rank_f32
+    scratch = a.new_empty(a.shape[0] + 1, dtype=torch.int64)
+    pointers = [t.data_ptr() for t in (atol, rtol, *out, scratch)]
+    stream = torch.cuda.current_stream(a.device).cuda_stream
+    kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, a.device.index, stream)
+    return out, bool((out[0] < 0).any())
+
+
+@functools.cache
+def _cuda_limit(device: int) -> int:
+    """What `CPU_LIMIT` is for the CPU: the size that fits the shared memory of a block there."""
+    assert _native.cuda is not None
+    return int(_native.cuda.batched_rank_limit(device))
 
 
 def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
@@ -64,13 +85,14 @@ def _large(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
 @torch.library.custom_op("gcfast::batched_rank", mutates_args=())
 def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
     backend = _dispatch.choose("batched_rank", a)
-    large = min(a.shape[1:]) > CPU_LIMIT
     if a.numel() == 0:
         return reference.batched_rank(a, atol, rtol)
-    if backend == "reference" or large:
+    limit = 0 if backend == "reference" else CPU_LIMIT if backend == "cpu" else _cuda_limit(a.get_device())
+    if min(a.shape[1:]) > limit:
         _refuse_non_finite(~torch.isfinite(a).flatten(1).all(1))
         return (reference.batched_rank if backend == "reference" else _large)(a, atol, rtol)
-    out, left = _cpu(a, atol.contiguous(), rtol.contiguous())
+    kernel = _cpu if backend == "cpu" else _cuda
+    out, left = kernel(a, atol.contiguous(), rtol.contiguous())
     if left:  # a singular value lies where the tolerance is, or the pivots grew
         _refuse_non_finite(out[0] == -2)
         undecided = (out[0] < 0).nonzero()[:, 0]

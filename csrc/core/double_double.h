@@ -29,7 +29,8 @@ template <> struct Lanes<double> {
   static GCFAST_HD double infinite_unless_above(double a, double least) { return a > least ? 0.0 : HUGE_VAL; }
 };
 
-template <class V> struct DoubleDouble { V hi, lo; };
+// A pair of doubles is moved as one: in 16 bytes, which a GPU loads at once and without conflicts of banks.
+template <class V> struct alignas(sizeof(V) == 8 ? 16 : alignof(V)) DoubleDouble { V hi, lo; };
 
 template <class Num> struct LaneOf { using type = Num; };
 template <class V> struct LaneOf<DoubleDouble<V>> { using type = V; };
@@ -45,9 +46,14 @@ template <class V> GCFAST_HD DoubleDouble<V> two_sum(const V& a, const V& b) {
   const V s = a + b, t = s - a;
   return {s, (a - (s - t)) + (b - t)};
 }
+// a b, rounded although something is added to it: nvcc would make an FMA of the two, and two_sum(s, -p) be wrong.
+template <class V> GCFAST_HD V rounded_product(const V& a, const V& b) { return a * b; }
+#if defined(__CUDA_ARCH__)
+GCFAST_HD double rounded_product(const double& a, const double& b) { return __dmul_rn(a, b); }
+#endif
 // hi + lo = a b exactly, short of underflow.
 template <class V> GCFAST_HD DoubleDouble<V> two_product(const V& a, const V& b) {
-  const V p = a * b;
+  const V p = rounded_product(a, b);
   return {p, Lanes<V>::fused(a, b, -p)};
 }
 
@@ -89,7 +95,7 @@ template <class V> struct Arithmetic<DoubleDouble<V>> {
   static GCFAST_HD D reciprocal(const D& a) {
     const V r = 1.0 / a.hi;
     const V e = Lanes<V>::fused(-a.lo, r, Lanes<V>::fused(-a.hi, r, V{} + 1.0));
-    return fast_two_sum(r, r * e);
+    return fast_two_sum(r, rounded_product(r, e));
   }
 };
 

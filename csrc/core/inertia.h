@@ -28,7 +28,9 @@ template <class V> struct Pivots {
 };
 
 // Memory for one elimination: Num numbers in rows of `ld`. Above the diagonal and in `diagonal` lies G, below it L.
-template <class Num, int R> struct Elimination {
+// A thread's tile has `Own` rows (columns in invert()) of the R at a time: R where it is alone, 1 where a team is to have
+// a part for each of its threads.
+template <class Num, int R, int Own = R> struct Elimination {
   using V = Lane<Num>;
   using Op = Arithmetic<Num>;
   using L = Lanes<V>;
@@ -106,11 +108,11 @@ template <class Num, int R> struct Elimination {
       }
       team.sync();
       // rows at and below the block: G - s I - L D L^T so far
-      for (int first = j0 + team.rank(); first < padded; first += R * threads) {
-        Num x[R][R];
-        const Num* row[R];
+      for (int first = j0 + team.rank(); first < padded; first += Own * threads) {
+        Num x[Own][R];
+        const Num* row[Own];
         GCFAST_UNROLL
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < Own; ++r) {
           const int i = first + r * threads < padded ? first + r * threads : padded - 1;
           row[r] = &at(i, 0);
           GCFAST_UNROLL
@@ -119,13 +121,13 @@ template <class Num, int R> struct Elimination {
         }
         for (int k = 0; k < j0; ++k) {
           GCFAST_UNROLL
-          for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < Own; ++r) {
             GCFAST_UNROLL
             for (int c = 0; c < R; ++c) x[r][c] = Op::sub_product(x[r][c], row[r][k], w[k * R + c]);
           }
         }
         GCFAST_UNROLL
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < Own; ++r) {
           const int i = first + r * threads;
           GCFAST_UNROLL
           for (int c = 0; c < R; ++c)
@@ -211,26 +213,26 @@ template <class Num, int R> struct Elimination {
           own[r][c] = s;
         }
       }
-      for (int j0 = R * team.rank(); j0 < i0; j0 += R * threads) {
-        V x[R][R];
+      for (int j0 = Own * team.rank(); j0 < i0; j0 += Own * threads) {
+        V x[R][Own];
         GCFAST_UNROLL
-        for (int c = 0; c < R; ++c) {
+        for (int c = 0; c < Own; ++c) {
           GCFAST_UNROLL
           for (int r = 0; r < R; ++r) {
             x[r][c] = -Op::head(at(i0 + r, j0 + c));
             GCFAST_UNROLL
-            for (int b = c + 1; b < R; ++b) x[r][c] = x[r][c] - Op::head(at(i0 + r, j0 + b)) * Op::head(at(j0 + b, j0 + c));
+            for (int b = c + 1; b < Own; ++b) x[r][c] = x[r][c] - Op::head(at(i0 + r, j0 + b)) * Op::head(at(j0 + b, j0 + c));
           }
         }
-        for (int k = j0 + R; k < i0; ++k) {
+        for (int k = j0 + Own; k < i0; ++k) {
           GCFAST_UNROLL
           for (int r = 0; r < R; ++r) {
             GCFAST_UNROLL
-            for (int c = 0; c < R; ++c) x[r][c] = x[r][c] - Op::head(at(i0 + r, k)) * Op::head(at(k, j0 + c));
+            for (int c = 0; c < Own; ++c) x[r][c] = x[r][c] - Op::head(at(i0 + r, k)) * Op::head(at(k, j0 + c));
           }
         }
         GCFAST_UNROLL
-        for (int c = 0; c < R; ++c) {
+        for (int c = 0; c < Own; ++c) {
           GCFAST_UNROLL
           for (int r = 0; r < R; ++r) {
             GCFAST_UNROLL
@@ -290,7 +292,6 @@ template <class Num, int R> struct Elimination {
     enum Step { above, below, top };
     constexpr int kLanes = L::count;
     constexpr bool kDoubled = sizeof(Num) != sizeof(V);
-    const Step steps[4] = {kDoubled ? below : above, kDoubled ? above : below, top, above};
     const V traces = trace(team), inverse_trace = 1.0 / traces, least_pivot = traces * 0x1p-206;
     const V squares = frobenius_square(team, inverse_trace);
     RankBounds bounds[kLanes];
@@ -308,7 +309,7 @@ template <class Num, int R> struct Elimination {
     }
     bool well_known = false;  // sigma_max from below
     for (int s = 0; s < 4; ++s) {
-      const Step step = steps[s];
+      const Step step = s == 2 ? top : s == 3 || (s == 0) != kDoubled ? above : below;
       bool any = false, resolve = false;
       for (int l = 0; l < kLanes; ++l) resolve = resolve || (open[l] && bounds[l].may_resolve());
       if (resolve && !well_known && step != above) {

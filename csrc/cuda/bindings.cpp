@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "batched_rank.h"
 #include "device.h"
 
 namespace py = pybind11;
@@ -21,6 +22,17 @@ void activation(uintptr_t x, uintptr_t bias, uintptr_t grad, uintptr_t out, int6
   gcfast::cuda::activation(ActivationArgs<T>{ptr<const T>(x), ptr<const T>(bias), ptr<const T>(grad), ptr<T>(out),
                                              rows, cols, x_stride, grad_stride, out_stride, act, order, beta, device,
                                              ptr<void>(stream)});
+}
+
+template <class T>
+void batched_rank(uintptr_t a, int64_t batch, int64_t n, int64_t m, int64_t batch_stride, int64_t row_stride,
+                  int64_t column_stride, uintptr_t atol, uintptr_t rtol, uintptr_t rank, uintptr_t lower,
+                  uintptr_t upper, uintptr_t sigma_min_lower, uintptr_t sigma_max_upper, uintptr_t scratch, int device,
+                  uintptr_t stream) {
+  gcfast::cuda::batched_rank(gcfast::cuda::BatchedRankArgs<T>{
+      ptr<const T>(a), batch, n, m, batch_stride, row_stride, column_stride, ptr<const double>(atol),
+      ptr<const double>(rtol), ptr<int64_t>(rank), ptr<int64_t>(lower), ptr<int64_t>(upper),
+      ptr<double>(sigma_min_lower), ptr<double>(sigma_max_upper), ptr<int64_t>(scratch), device, ptr<void>(stream)});
 }
 
 py::dict status() {
@@ -54,5 +66,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device", &device, "properties of one device");
   m.def("activation_f32", &activation<float>, nogil);
   m.def("activation_f64", &activation<double>, nogil);
-  m.attr("api") = 4;  // gcfast/_native.py refuses a module built from other sources
+  m.def("batched_rank_f32", &batched_rank<float>, nogil);
+  m.def("batched_rank_f64", &batched_rank<double>, nogil);
+  m.def("batched_rank_limit", &gcfast::cuda::batched_rank_limit, "the longest shorter side that batched_rank takes");
+  m.attr("api") = 5;  // gcfast/_native.py refuses a module built from other sources
 }
