@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Builds and runs the C++ tests of csrc/core, each header's algorithms on the host from the source that the device
 # compiles:   bash tests/core/run.sh [MODE...] [-- ARGUMENTS OF THE PROGRAMS]
-# Modes (default: all four):
+# Modes (default: the first four):
 #   plain      for the baseline instruction set
 #   native     for this processor, with contraction into FMAs, as the fastest CPU kernels are built
 #   sanitized  under AddressSanitizer and UndefinedBehaviorSanitizer
 #   nvcc       compiled only, for host and device
+#   threads    what runs in teams of threads, under ThreadSanitizer
 # A mode whose compiler is missing is skipped with a line that says so; the exit status is 77 if all were, 1 if
 # anything failed. CXX and NVCC name the compilers (default g++, nvcc), CXXFLAGS adds options.
 set -euo pipefail
@@ -24,7 +25,7 @@ tmp=$(mktemp -d "${TMPDIR:-/tmp}/gcfast-core.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 echo 'int main() { return 0; }' >"$tmp/probe.cpp"
 
-flags=(-std=c++17 -Wall -Wextra ${CXXFLAGS:-})
+flags=(-std=c++17 -Wall -Wextra -pthread ${CXXFLAGS:-})
 failed=0 ran=0
 
 available() { # whether a mode can run here, else why not
@@ -34,8 +35,12 @@ available() { # whether a mode can run here, else why not
       command -v "$cxx" >/dev/null || { echo "no $cxx"; return 1; }
       "$cxx" -fsanitize=address,undefined "$tmp/probe.cpp" -o "$tmp/probe" 2>/dev/null ||
         { echo "$cxx has no sanitizer runtime"; return 1; } ;;
+    threads)
+      command -v "$cxx" >/dev/null || { echo "no $cxx"; return 1; }
+      { "$cxx" -fsanitize=thread "$tmp/probe.cpp" -o "$tmp/probe" && "$tmp/probe"; } 2>/dev/null ||
+        { echo "$cxx has no thread sanitizer that runs here"; return 1; } ;;
     plain | native) command -v "$cxx" >/dev/null || { echo "no $cxx"; return 1; } ;;
-    *) echo "unknown mode $1: plain, native, sanitized, nvcc" >&2; exit 2 ;;
+    *) echo "unknown mode $1: plain, native, sanitized, nvcc, threads" >&2; exit 2 ;;
   esac
 }
 
@@ -45,6 +50,7 @@ build() { # MODE SOURCE BINARY
     native) "$cxx" "${flags[@]}" -O3 -march=native "$2" -o "$3" ;;
     sanitized)
       "$cxx" "${flags[@]}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all "$2" -o "$3" ;;
+    threads) "$cxx" "${flags[@]}" -O1 -g -fsanitize=thread "$2" -o "$3" ;;
     nvcc) "$nvcc" -std=c++17 -O1 -Werror all-warnings -x cu -gencode=arch=compute_80,code=sm_80 -c "$2" -o "$3" ;;
   esac
 }
@@ -56,11 +62,13 @@ for mode in "${modes[@]}"; do
   fi
   for source in *.cpp; do
     name=${source%.cpp}
+    [ "$mode" != threads ] || grep -q '"team.h"' "$source" || continue
     ran=$((ran + 1))
     # A million floats are measured as the kernels are built; other modes take fewer.
     extra=()
     case $mode.$name in
       plain.activations) extra=(--stride 16411) ;;
+      threads.*) extra=(--threads) ;;
       sanitized.activations) extra=(--stride 65537) ;;
     esac
     if build "$mode" "$source" "$tmp/$name.$mode" &&
