@@ -223,7 +223,7 @@ GCFAST_CLONES void examine(const Double& e, int64_t m, const Doubles& error, con
 // Columns a panel: of double it stays in the first cache with the rows of a tile, of double-double it is long enough for
 // the sums to be worth their ends.
 int panel_columns(int padded, bool doubled) {
-  return doubled ? ProductSum<Doubles>::kTerms : std::clamp((16 << 10) / (64 * padded), 8, 64);
+  return doubled ? ProductSum<Doubles>::kTerms : std::clamp((64 << 10) / (64 * padded), 8, 64);
 }
 
 // Vectors of memory that a group needs.
