@@ -98,7 +98,9 @@ template <class Num, int R, int Own = R> struct Elimination {
     return quotient;
   }
 
-  template <class Team> GCFAST_HD Pivots<V> eliminate(const Team& team, const V& shift, const V& least_pivot) const {
+  // `keep`: one or zero a pivot; a column of L whose pivot is not kept is zero. All are kept by default.
+  template <class Team>
+  GCFAST_HD Pivots<V> eliminate(const Team& team, const V& shift, const V& least_pivot, const V* keep = nullptr) const {
     Pivots<V> out{V{}, V{}, V{}};
     const int threads = team.size();
     for (int j0 = 0; j0 < padded; j0 += R) {
@@ -147,6 +149,7 @@ template <class Num, int R, int Own = R> struct Elimination {
         GCFAST_UNROLL
         for (int b = 0; b < c; ++b) d = Op::sub_product(d, l[c][b], ld_[c][b]);
         inverse[c] = Op::reciprocal(d);
+        if (keep) inverse[c] = Op::of(keep[j0 + c] > 0 ? Op::head(inverse[c]) : V{});
         size[c] = L::magnitude(Op::head(d));
         V own_square{};
         GCFAST_UNROLL
@@ -194,8 +197,8 @@ template <class Num, int R, int Own = R> struct Elimination {
   struct Inverse {
     V square, scaled_square;  // ||L^-1||_F^2; the least known bound of ||D^(-1/2) L^-1||_2^2
   };
-  // L^-1, in V, in the place of L; all pivots positive.
-  template <class Team> GCFAST_HD Inverse invert(const Team& team) const {
+  // L^-1, in V, in the place of L.
+  template <class Team> GCFAST_HD void invert(const Team& team) const {
     const int threads = team.size();
     for (int i0 = 0; i0 < padded; i0 += R) {
       V own[R][R];  // the inverse of the square on the diagonal
@@ -255,6 +258,11 @@ template <class Num, int R, int Own = R> struct Elimination {
       }
       team.sync();
     }
+  }
+
+  // After invert(), all pivots positive.
+  template <class Team> GCFAST_HD Inverse inverse_norms(const Team& team) const {
+    const int threads = team.size();
     for (int i = team.rank(); i < n; i += threads) w[i] = Op::of(L::root(1.0 / Op::head(pivot[i])));
     team.sync();
     Inverse out{V{}, V{}};
@@ -282,19 +290,18 @@ template <class Num, int R, int Own = R> struct Elimination {
   }
 
   // The rank of every lane's matrix, G being there, ||G - B B^T|| <= gram_error. A lane's verdict is added to, never
-  // weakened; its rank stays -1 where this precision does not decide. The inertia is taken a little above the tolerance
+  // weakened, and `bounds` is what was known of its matrix; its rank stays -1 where this precision does not decide. The inertia is taken a little above the tolerance
   // and, unless that finds all n, a little below it; where the counts differ, sigma_max is bounded more sharply, by
   // an inertia just above it, and the count above is taken again. Double-double comes after double, which has mostly
   // proved a lower bound: there the count below may be all that is missing, and comes first.
   template <class Team>
   GCFAST_HD void examine(const Team& team, int64_t m, const V& gram_error, const RankOptions* options,
-                         RankVerdict* verdict) const {
+                         RankBounds* bounds, RankVerdict* verdict) const {
     enum Step { above, below, top };
     constexpr int kLanes = L::count;
     constexpr bool kDoubled = sizeof(Num) != sizeof(V);
     const V traces = trace(team), inverse_trace = 1.0 / traces, least_pivot = traces * 0x1p-206;
     const V squares = frobenius_square(team, inverse_trace);
-    RankBounds bounds[kLanes];
     double low[kLanes], high[kLanes], shifts[kLanes];  // what the rank is at least and at most, as far as can be told
     bool open[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -351,7 +358,8 @@ template <class Num, int R, int Own = R> struct Elimination {
         }
       }
       if (!any_full) continue;
-      const Inverse inverse = invert(team);
+      invert(team);
+      const Inverse inverse = inverse_norms(team);
       for (int l = 0; l < kLanes; ++l) {
         if (!full[l]) continue;
         const double least = bounds[l].sigma_min(shifts[l], L::get(pivots.size, l), L::get(pivots.square, l),

@@ -105,6 +105,8 @@ class RankBounds {
     }
     return least > 0 ? sqrt(least) * (1 - 1e-14) : 0.0;
   }
+  // A lower bound of the tolerance itself.
+  GCFAST_HD double least_tolerance() const { return sqrt(tolerance(top_lo_)) * (1 - 1e-14); }
   GCFAST_HD double sigma_max() const { return sqrt(top_hi_) * (1 + 1e-14); }
 
  private:

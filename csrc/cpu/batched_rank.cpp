@@ -13,6 +13,7 @@
 #include <new>
 #include <vector>
 
+#include "../core/deflation.h"
 #include "../core/inertia.h"
 #include "clones.h"
 
@@ -47,7 +48,7 @@ namespace cpu {
 namespace {
 
 constexpr int kLanes = Lanes<Doubles>::count;
-constexpr int kTile = 4, kDoubledTile = 2;
+constexpr int kTile = 4, kDoubledTile = 2, kLargest = 256;
 using Doubled = DoubleDouble<Doubles>;
 using Single = Elimination<Doubles, kTile>;
 using Double = Elimination<Doubled, kDoubledTile>;
@@ -133,32 +134,51 @@ GCFAST_CLONES void pack_panel(const Group<double>& g, int n, int padded, int64_t
   pack(g, n, padded, k0, columns, panel);
 }
 
-// G += the panel's part, or = for the first one. Columns in panels that the first cache holds.
-GCFAST_CLONES void add_panel(const Single& e, const Doubles* panel, int columns, bool first) {
+// norms += the squares of the panel's rows
+GCFAST_CLONES void add_squares(const Doubles* panel, int columns, int padded, Doubles* norms) {
+  for (int k = 0; k < columns; ++k)
+    for (int i = 0; i < padded; ++i) norms[i] += panel[k * padded + i] * panel[k * padded + i];
+}
+// From squares of norms to the powers of two above the norms; returns the sum of their squares.
+GCFAST_CLONES void to_units(Doubles* norms, int padded, Doubles& spread) {
+  typedef int64_t Bits __attribute__((vector_size(64)));
+  spread = Doubles{};
+  for (int i = 0; i < padded; ++i) {
+    const Doubles raised = norms[i] * (1 + 0x1p-30);
+    const Bits exponent = ((Bits)raised >> 52) - 1023;  // squares are positive
+    norms[i] = (Doubles)((((exponent + 2) >> 1) + 1023) << 52);
+    spread += norms[i] * norms[i];
+  }
+}
+
+// A tile of G += the panel's part, or = for the first one. Columns in panels that the first cache holds.
+__attribute__((always_inline)) inline void add_tile(const Single& e, const Doubles* panel, int columns, bool first, int i0,
+                                                    int j0) {
   constexpr int R = kTile;
-  for (int j0 = 0; j0 < e.padded; j0 += R)
-    for (int i0 = j0; i0 < e.padded; i0 += R) {
-      Doubles x[R][R];
+  Doubles x[R][R];
+  GCFAST_UNROLL
+  for (int r = 0; r < R; ++r) {
+    GCFAST_UNROLL
+    for (int c = 0; c < R; ++c) x[r][c] = first || i0 + r < j0 + c ? Doubles{} : e.gram(i0 + r, j0 + c);
+  }
+  for (int k = 0; k < columns; ++k) {
+    const Doubles* row = panel + k * e.padded;
+    GCFAST_UNROLL
+    for (int r = 0; r < R; ++r) {
       GCFAST_UNROLL
-      for (int r = 0; r < R; ++r) {
-        GCFAST_UNROLL
-        for (int c = 0; c < R; ++c) x[r][c] = first || i0 + r < j0 + c ? Doubles{} : e.gram(i0 + r, j0 + c);
-      }
-      for (int k = 0; k < columns; ++k) {
-        const Doubles* row = panel + k * e.padded;
-        GCFAST_UNROLL
-        for (int r = 0; r < R; ++r) {
-          GCFAST_UNROLL
-          for (int c = 0; c < R; ++c) x[r][c] += row[i0 + r] * row[j0 + c];
-        }
-      }
-      GCFAST_UNROLL
-      for (int r = 0; r < R; ++r) {
-        GCFAST_UNROLL
-        for (int c = 0; c < R; ++c)
-          if (i0 + r >= j0 + c) e.gram(i0 + r, j0 + c) = x[r][c];
-      }
+      for (int c = 0; c < R; ++c) x[r][c] += row[i0 + r] * row[j0 + c];
     }
+  }
+  GCFAST_UNROLL
+  for (int r = 0; r < R; ++r) {
+    GCFAST_UNROLL
+    for (int c = 0; c < R; ++c)
+      if (i0 + r >= j0 + c) e.gram(i0 + r, j0 + c) = x[r][c];
+  }
+}
+GCFAST_CLONES void add_panel(const Single& e, const Doubles* panel, int columns, bool first) {
+  for (int j0 = 0; j0 < e.padded; j0 += kTile)
+    for (int i0 = j0; i0 < e.padded; i0 += kTile) add_tile(e, panel, columns, first, i0, j0);
 }
 // The same in double-double: rows are scaled to norms of at most 1 first, by 2^-k, and `unit` is 2^k.
 GCFAST_CLONES void add_panel(const Double& e, Doubles* panel, int columns, bool first, const Doubles* unit) {
@@ -192,45 +212,237 @@ GCFAST_CLONES void add_panel(const Double& e, Doubles* panel, int columns, bool 
     }
 }
 
-// norms += the squares of the panel's rows
-GCFAST_CLONES void add_squares(const Doubles* panel, int columns, int padded, Doubles* norms) {
-  for (int k = 0; k < columns; ++k)
-    for (int i = 0; i < padded; ++i) norms[i] += panel[k * padded + i] * panel[k * padded + i];
-}
-// From squares of norms to the powers of two above the norms; returns the sum of their squares.
-GCFAST_CLONES void to_units(Doubles* norms, int padded, Doubles& spread) {
-  typedef int64_t Bits __attribute__((vector_size(64)));
-  spread = Doubles{};
-  for (int i = 0; i < padded; ++i) {
-    const Doubles raised = norms[i] * (1 + 0x1p-30);
-    const Bits exponent = ((Bits)raised >> 52) - 1023;  // squares are positive
-    norms[i] = (Doubles)((((exponent + 2) >> 1) + 1023) << 52);
-    spread += norms[i] * norms[i];
-  }
-}
-
-GCFAST_CLONES void examine(const Single& e, int64_t m, const RankOptions* options, RankVerdict* verdict) {
+GCFAST_CLONES void examine(const Single& e, int64_t m, const RankOptions* options, RankBounds* bounds,
+                           RankVerdict* verdict) {
   const Doubles trace = e.trace(Alone());
   Doubles error;
   for (int l = 0; l < kLanes; ++l) error[l] = gram_error_double(m, trace[l]);
-  e.examine(Alone(), m, error, options, verdict);
+  e.examine(Alone(), m, error, options, bounds, verdict);
+}
+GCFAST_CLONES void measure(const Single& e, Doubles& trace, Doubles& quotient) {
+  trace = e.trace(Alone());
+  quotient = e.rayleigh(Alone(), 1.0 / trace);
 }
 GCFAST_CLONES void examine(const Double& e, int64_t m, const Doubles& error, const RankOptions* options,
                            RankVerdict* verdict) {
-  e.examine(Alone(), m, error, options, verdict);
+  RankBounds bounds[kLanes];
+  e.examine(Alone(), m, error, options, bounds, verdict);
+}
+
+// core/deflation.h for the lanes that have a rank of at least `low` >= 0 (-1: not wanted) and a tolerance of `tolerance`.
+// The rows of T, its large parts (what is left is t - t'), how large they may be, and which rows it changes.
+struct Deflation {
+  Doubles *t, *leading, *unit, *changed;  // padded x padded twice, padded twice
+  Doubles *b_leading;                      // as a panel
+  bool *tiles, *whole;                     // which tiles of rows are changed in any lane, and which in all: T has no
+                                           // entries in their columns but its ones
+  Doubles off;                             // the square of the Frobenius norm of A - T B
+};
+
+int64_t deflation_vectors(int padded, int width) { return (2 * static_cast<int64_t>(padded) + 2 + width) * padded; }
+
+// T, from the pivots at `shift`; the Gram of the rows that change is cleared.
+GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, const Doubles& least, const int* low,
+                                     Deflation& d) {
+  typedef int64_t Bits __attribute__((vector_size(64)));
+  constexpr int R = kTile;
+  const Pivots<Doubles> pivots = e.eliminate(Alone(), shift, least);
+  Bits wanted;
+  for (int l = 0; l < kLanes; ++l) wanted[l] = low[l] >= 0 && pivots.positive[l] == low[l] ? -1 : 0;
+  Doubles* const stays = d.unit;
+  for (int k = 0; k < e.padded; ++k) {
+    const Bits kept = k < e.n ? ~wanted | (e.pivot[k] > 0) : Bits{} - 1;
+    stays[k] = kept ? Doubles{} + 1.0 : Doubles{};
+    d.changed[k] = 1.0 - stays[k];
+  }
+  e.eliminate(Alone(), Doubles{}, least, stays);  // without the shift rows are combined as well as double can
+  // lanes that are left out may hold anything
+  for (int i = 1; i < e.padded; ++i)
+    for (int k = 0; k < i; ++k) e.at(i, k) = wanted ? e.at(i, k) : Doubles{};
+  e.invert(Alone());
+  d.off = Doubles{};
+  for (int i = 0; i < e.padded; ++i) {
+    const Doubles changed = d.changed[i];
+    bool any = false, all = true;
+    for (int l = 0; l < kLanes; ++l) any = any || changed[l] != 0, all = all && changed[l] != 0;
+    d.tiles[i / R] = (i % R ? d.tiles[i / R] : false) || any;
+    d.whole[i / R] = (i % R ? d.whole[i / R] : true) && all;
+    Doubles largest = Doubles{} + 1.0;
+    for (int k = 0; k < e.padded; ++k) {
+      const Doubles t = k < i ? (changed != 0 ? e.at(i, k) : Doubles{}) : k == i ? Doubles{} + 1.0 : Doubles{};
+      d.t[i * e.padded + k] = t;
+      largest = Lanes<Doubles>::larger(largest, Lanes<Doubles>::magnitude(t));
+    }
+    const Bits exponent = ((Bits)largest >> 52) + 1;
+    d.unit[i] = (Doubles)(exponent << 52);
+    for (int k = 0; k < e.padded; ++k) d.leading[i * e.padded + k] = leading_bits(d.t[i * e.padded + k], d.unit[i]);
+  }
+  for (int i = 0; i < e.padded; ++i)
+    for (int j = 0; j <= i; ++j)
+      if (d.tiles[i / R] || d.tiles[j / R]) e.gram(i, j) = Doubles{};
+}
+
+// B's panel becomes A's, the Gram of the changed rows grows by it, and `off` by what A - T B may be.
+GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, Deflation& d) {
+  typedef int64_t Bits __attribute__((vector_size(64)));
+  constexpr int R = kTile, C = 2;
+  Doubles largest{};
+  for (int k = 0; k < columns * e.padded; ++k)
+    largest = Lanes<Doubles>::larger(largest, Lanes<Doubles>::magnitude(panel[k]));
+  const Doubles unit = (Doubles)((((Bits)largest >> 52) + 1) << 52);
+  for (int k = 0; k < columns * e.padded; ++k) d.b_leading[k] = leading_bits(panel[k], unit);
+  const Doubles error = unit * deflated_error(e.n);
+  for (int i0 = 0; i0 < e.padded; i0 += R) {
+    if (!d.tiles[i0 / R]) continue;
+    for (int c0 = 0; c0 < columns; c0 += C) {
+      const int count = std::min(C, columns - c0);
+      const Doubles* b[C];
+      const Doubles* b1[C];
+      for (int c = 0; c < C; ++c) {
+        const int column = c0 + std::min(c, count - 1);
+        b[c] = panel + column * e.padded;
+        b1[c] = d.b_leading + column * e.padded;
+      }
+      Doubles whole[R][C] = {}, rest[R][C] = {};
+      for (int k0 = 0; k0 <= i0; k0 += R) {
+        if (d.whole[k0 / R] && k0 != i0) continue;
+        for (int k = k0; k < k0 + R; ++k) {
+          Doubles t[R], t1[R];
+          GCFAST_UNROLL
+          for (int r = 0; r < R; ++r) {
+            t1[r] = d.leading[(i0 + r) * e.padded + k];
+            t[r] = d.t[(i0 + r) * e.padded + k] - t1[r];
+          }
+          GCFAST_UNROLL
+          for (int c = 0; c < C; ++c) {
+            const Doubles bk = b[c][k], bk1 = b1[c][k], bk2 = bk - bk1;
+            GCFAST_UNROLL
+            for (int r = 0; r < R; ++r) {
+              whole[r][c] += t1[r] * bk1;
+              rest[r][c] += t1[r] * bk2;
+              rest[r][c] += t[r] * bk;
+            }
+          }
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < count; ++c) {
+          const Doubles a = whole[r][c] + rest[r][c], bound = error * d.unit[i0 + r];
+          panel[(c0 + c) * e.padded + i0 + r] = a;
+          d.off += d.changed[i0 + r] * (bound * bound + a * a * 0x1.01p-106);
+        }
+    }
+  }
+  for (int j0 = 0; j0 < e.padded; j0 += R)
+    for (int i0 = j0; i0 < e.padded; i0 += R)
+      if (d.tiles[i0 / R] || d.tiles[j0 / R]) add_tile(e, panel, columns, false, i0, j0);
+}
+
+// Scales and shifts, and counts: the positive pivots, -1 for a lane whose bound does not hold.
+GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tolerance, const Doubles& least,
+                                  const Deflation& d, int* count) {
+  constexpr int R = kTile;
+  Doubles square;  // t
+  for (int l = 0; l < kLanes; ++l) {
+    // ||A - T B||, an underflow of each of its entries included; (x + y)^2 <= 2 x^2 + 2 y^2 for its two errors
+    const double off = std::sqrt(2 * d.off[l] + static_cast<double>(e.n) * m * 0x1p-900);
+    const double left = tolerance[l] - 1.001 * off;
+    square[l] = left > 0 ? left * left * (1 - 1e-14) : 0;
+  }
+  // M = A A^T - t T T^T; rows of T that are not changed are those of the identity
+  for (int j0 = 0; j0 < e.padded; j0 += R)
+    for (int i0 = j0; i0 < e.padded; i0 += R) {
+      Doubles tt[R][R] = {};
+      if (d.tiles[i0 / R] && d.tiles[j0 / R]) {
+        for (int k0 = 0; k0 <= j0; k0 += R) {
+          if (d.whole[k0 / R] && k0 != j0) continue;
+          for (int k = k0; k < k0 + R; ++k) {
+            GCFAST_UNROLL
+            for (int r = 0; r < R; ++r) {
+              GCFAST_UNROLL
+              for (int c = 0; c < R; ++c) tt[r][c] += d.t[(i0 + r) * e.padded + k] * d.t[(j0 + c) * e.padded + k];
+            }
+          }
+        }
+      } else {
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < R; ++c)
+            tt[r][c] = d.tiles[i0 / R] ? d.t[(i0 + r) * e.padded + j0 + c] : Doubles{} + (i0 + r == j0 + c ? 1.0 : 0.0);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < R; ++c) {
+          if (i0 + r < j0 + c || i0 + r >= e.n) continue;
+          Doubles& g = e.gram(i0 + r, j0 + c);
+          const Doubles part = square * tt[r][c];
+          if (i0 + r == j0 + c) d.unit[i0 + r] = g + part;  // from here on the unit of the row of M
+          g = g - part;
+        }
+    }
+  Doubles spread;
+  to_units(d.unit, e.n, spread);
+  for (int i = 0; i < e.n; ++i)
+    for (int j = 0; j <= i; ++j) e.gram(i, j) *= (1.0 / d.unit[i]) * (1.0 / d.unit[j]);
+  const double loss = deflated_loss(e.n, m);
+  const Pivots<Doubles> pivots = e.eliminate(Alone(), Doubles{} - loss, least);
+  for (int l = 0; l < kLanes; ++l)
+    count[l] = square[l] > 0 && pivots.size[l] <= deflated_size(e.n) ? static_cast<int>(pivots.positive[l]) : -1;
 }
 
 // Columns a panel: of double it stays in the first cache with the rows of a tile, of double-double it is long enough for
 // the sums to be worth their ends.
 int panel_columns(int padded, bool doubled) {
-  return doubled ? ProductSum<Doubles>::kTerms : std::clamp((16 << 10) / (64 * padded), 8, 64);
+  return doubled ? ProductSum<Doubles>::kTerms : std::clamp((64 << 10) / (64 * padded), 8, 64);
 }
 
 // Vectors of memory that a group needs.
 int64_t vectors_of(int n, bool doubled) {
   const int64_t padded = doubled ? Double::padded_size(n) : Single::padded_size(n);
-  const int64_t panel = padded * (panel_columns(static_cast<int>(padded), doubled) + 1);
-  return panel + (doubled ? 2 * Double::numbers(n) : Single::numbers(n));
+  const int width = panel_columns(static_cast<int>(padded), doubled);
+  return padded * (width + 1) + (doubled ? 2 * Double::numbers(n) : Single::numbers(n) + deflation_vectors(padded, width));
+}
+
+// Bounds ranks from above where the tolerance is beyond double's Gram.
+template <class T>
+void deflate(const Group<T>& g, const Single& e, int64_t m, Doubles* panel, int width, RankBounds* bounds,
+             RankVerdict* verdict) {
+  int low[kLanes], count[kLanes];
+  double tolerance[kLanes];
+  bool tiles[kLargest / kTile], whole[kLargest / kTile], any = false;
+  for (int l = 0; l < kLanes; ++l) any = any || verdict[l].rank < 0;
+  if (!any) return;
+  any = false;
+  Doubles traces, quotient;
+  measure(e, traces, quotient);
+  Doubles shift = traces;
+  const Doubles least = traces * 0x1p-206;
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = -1;
+    if (verdict[l].rank >= 0 || !(verdict[l].sigma_max_upper < HUGE_VAL) || !(verdict[l].lower > 0)) continue;
+    bounds[l].rayleigh(quotient[l]);
+    if (bounds[l].resolves()) continue;
+    tolerance[l] = bounds[l].least_tolerance();
+    shift[l] = bounds[l].shift_above();
+    low[l] = static_cast<int>(verdict[l].lower);
+    any = true;
+  }
+  if (!any) return;
+  Deflation d;
+  d.t = panel + static_cast<int64_t>(width) * e.padded;
+  d.leading = d.t + static_cast<int64_t>(e.padded) * e.padded;
+  d.unit = d.leading + static_cast<int64_t>(e.padded) * e.padded;
+  d.changed = d.unit + e.padded;
+  d.b_leading = d.changed + e.padded;
+  d.tiles = tiles;
+  d.whole = whole;
+  find_combinations(e, shift, least, low, d);
+  for (int64_t k0 = 0; k0 < m; k0 += width) {
+    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
+    pack_panel(g, e.n, e.padded, k0, columns, panel);
+    add_deflated(e, panel, columns, d);
+  }
+  count_deflated(e, m, tolerance, least, d, count);
+  for (int l = 0; l < kLanes; ++l)
+    if (low[l] >= 0 && count[l] == low[l]) verdict[l].rank = verdict[l].upper = low[l];
 }
 
 template <class T>
@@ -243,7 +455,9 @@ void in_double(const Group<T>& g, int n, int64_t m, Doubles* memory, const RankO
     pack_panel(g, n, e.padded, k0, columns, panel);
     add_panel(e, panel, columns, k0 == 0);
   }
-  examine(e, m, options, verdict);
+  RankBounds bounds[kLanes];
+  examine(e, m, options, bounds, verdict);
+  deflate(g, e, m, panel, width, bounds, verdict);
 }
 
 template <class T>
