@@ -222,7 +222,8 @@ GCFAST_HD void examine_matrix(const Team& team, const RankTask<T>& t, const T* m
   const double error = Doubled ? gram_error_doubled(t.m, (t.m + columns - 1) / columns, spread)
                                : gram_error_double(t.m, e.trace(team));
   const RankOptions options{exponent == 0 ? atol : ldexp(atol, exponent), rtol};
-  e.examine(team, t.m, error, &options, &verdict);
+  RankBounds bounds;
+  e.examine(team, t.m, error, &options, &bounds, &verdict);
 }
 
 template <class T> GCFAST_HD void store(const RankTask<T>& t, int64_t b, const RankVerdict& v) {
