@@ -35,6 +35,10 @@ def _cpu(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
     return out, kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, torch.get_num_threads()) > 0
 
 
+def _device_and_stream(a: Tensor) -> tuple[int, int]:
+    return a.get_device(), torch.cuda.current_stream(a.device).cuda_stream
+
+
 def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
     """The same on the device of `a`, whichever is current, and on that device's current stream."""
     assert _native.cuda is not None
@@ -42,8 +46,7 @@ def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
     kernel = _native.cuda.batched_rank_f64 if a.dtype == torch.float64 else _native.cuda.batched_rank_f32
     scratch = a.new_empty(a.shape[0] + 1, dtype=torch.int64)
     pointers = [t.data_ptr() for t in (atol, rtol, *out, scratch)]
-    stream = torch.cuda.current_stream(a.device).cuda_stream
-    kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, a.device.index, stream)
+    kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, *_device_and_stream(a))
     return out, bool((out[0] < 0).any())
 
 

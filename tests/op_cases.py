@@ -72,6 +72,22 @@ def _wide_forward(z: Tensor, w: Tensor, b: Tensor, head: Tensor, head_bias: Tens
     return reference.activation(z @ w.T, b) @ head.T + head_bias
 
 
+def _rank(n: int, c: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """n matrices of c x 40 or, beyond a warp's 32 rows, of 40 x c in columns: of full rank, with a row and a
+    column twice, zero, and in float64 beyond what squares have range for."""
+    a = torch.randint(-9, 10, (n, c, 41), device=device).to(dtype)[:, :, 1:]
+    a[1::4, -1] = a[1::4, 0]
+    a[1::4, :, -1] = a[1::4, :, 0]
+    a[2::4] = 0
+    a[3::4] *= 1e-30 if dtype == torch.float32 else 1e-250
+    tolerances = torch.tensor([[0.0], [40 * torch.finfo(dtype).eps]], dtype=torch.float64, device=device)
+    return a if c <= 32 else a.mT, *tolerances.expand(2, n)
+
+
+def _matrix_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> Tensor:
+    return torch.linalg.matrix_rank(a / a.abs().amax((1, 2), True).clamp(min=1e-300), atol=atol, rtol=rtol)
+
+
 BOTH = ("triton", "cuda")
 CASES = [
     *(
@@ -92,6 +108,13 @@ CASES = [
         lambda h: ops.gram_error_bound(h),
         lambda h: h.abs() @ h.abs().sum(dim=0),
         ("triton",),
+    ),
+    Case(  # the rank, and both its bounds
+        "batched_rank",
+        _rank,
+        lambda *a: ops.batched_rank(*a)[:3],
+        lambda *a: (_matrix_rank(*a),) * 3,
+        ("cuda",),
     ),
     Case("wide_forward", _wide, lambda *a: ops.wide_forward(*a), _wide_forward, BOTH),
 ]

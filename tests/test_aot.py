@@ -229,6 +229,16 @@ def test_cuda_kernels(tmp_path):
 
 
 @needs_compiler
+def test_every_cuda_source_is_compiled_everywhere():
+    done = aot("--list", "--only", ".cu ")
+    if "skipped: no nvcc" in done.stderr:
+        pytest.skip("no nvcc")
+    sources = sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert "batched_rank.cu" in sources
+    assert sorted(done.stdout.splitlines()) == sorted(f"{s} sm_{a}" for s in sources for a in (80, 90, 100))
+
+
+@needs_compiler
 def test_nvcc_missing_is_said_and_can_be_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDACXX", str(tmp_path / "none"))
     (tmp_path / "some.cu").write_text(CUDA)

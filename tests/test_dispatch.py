@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gcfast import _dispatch, ops
+from gcfast import _dispatch, _ops_rank, ops
 
 from conftest import Target  # isort: skip
 
@@ -119,6 +120,50 @@ def like(device: str, dtype: torch.dtype, numel: int) -> SimpleNamespace:
 def test_the_policy(tensor, first):
     order = _dispatch.preferred("activation", tensor)
     assert order[0] == first and order[-1] == "reference"
+
+
+def test_the_policy_for_ranks():
+    # Triton has no kernel for them.
+    assert _dispatch.preferred("batched_rank", like("cuda", torch.float32, 1 << 20))[0] == "cuda"
+    assert _dispatch.preferred("batched_rank", like("cpu", torch.float32, 1 << 20))[0] == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_cuda_kernel_of_ranks_is_given(dtype, monkeypatch):
+    """With the CPU kernel in its place: the arguments are its, then scratch memory, a device and a stream."""
+    if _dispatch._native.cpu is None:
+        pytest.skip("needs the CPU kernels")
+    seen = []
+
+    def kernel(*args):
+        *same, scratch, device, stream = args
+        assert scratch and device == 5 and stream == 77
+        ctypes.memset(scratch, 0xFF, 8 * (args[1] + 1))  # a number a matrix and one more
+        seen.append(getattr(_dispatch._native.cpu, f"batched_rank_f{torch.finfo(dtype).bits}")(*same, 1))
+
+    fake = SimpleNamespace(
+        batched_rank_limit=lambda device: 8, batched_rank_f32=kernel, batched_rank_f64=kernel
+    )
+    monkeypatch.setattr(_dispatch._native, "cuda", fake)
+    monkeypatch.setattr(_dispatch, "choose", lambda op, tensor: "cuda")
+    monkeypatch.setattr(_ops_rank, "_device_and_stream", lambda a: (5, 77))
+    _ops_rank._cuda_limit.cache_clear()
+    try:
+        a = torch.randn(6, 9, 5, dtype=dtype).mT
+        a[2, 0] = a[2, 1]
+        a[4] = 0
+        zero = torch.zeros(6, dtype=torch.float64)
+        rank, lower, upper, least, largest = ops.batched_rank(a, zero, zero + 1e-5)
+        assert rank.tolist() == lower.tolist() == upper.tolist() == [5, 5, 4, 5, 0, 5]
+        assert bool((least[rank == 5] > 0).all()) and bool((largest[rank > 0] >= least[rank > 0]).all())
+        a[3, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match="matrix 3 of 6"):
+            ops.batched_rank(a, zero, zero + 1e-5)
+        assert len(seen) == 2
+        large = torch.randn(1, 9, 9, dtype=dtype)  # beyond the limit: no kernel
+        assert ops.batched_rank(large, zero[:1], zero[:1] + 1e-9)[0].tolist() == [9] and len(seen) == 2
+    finally:
+        _ops_rank._cuda_limit.cache_clear()
 
 
 def test_the_first_usable_backend_runs(monkeypatch):

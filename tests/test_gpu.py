@@ -119,6 +119,44 @@ def test_rows_far_apart(backend):
         torch.testing.assert_close(ops.activation(x), reference.activation(x))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 33), (3, 33, 40)])  # a warp, and a block
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_matrices_rows_and_columns_far_apart(shape, far):
+    strides = [33 * 40, 40, 1]
+    strides[far] = 2**31 // (shape[far] - 1) + 3
+    need = 4 * (sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1)
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory")
+    a = torch.empty(need // 4, device=CUDA).as_strided(shape, strides)
+    a.copy_(torch.randn(shape))
+    a[1, -1] = a[1, 0]
+    zero = torch.zeros(3, dtype=torch.float64, device=CUDA)
+    with ops.backend("cuda"):
+        rank, lower, upper, *_ = ops.batched_rank(a, zero, zero + 1e-5)
+    n = shape[1]
+    assert rank.tolist() == lower.tolist() == upper.tolist() == [n, n - 1, n]
+
+
+def test_matrices_of_every_size_up_to_the_limit():
+    limit = _native.cuda.batched_rank_limit(torch.cuda.current_device())
+    assert limit >= 96
+    for n in (1, 8, 31, 32, 33, 64, 65, 104, limit - 1, limit):
+        for dtype in DTYPES:
+            a = torch.randint(-9, 10, (5, n, n + 3), device=CUDA).to(dtype)
+            a[1, -1] = a[1, 0]
+            a[2] = 0
+            a[3] *= 1e-30 if dtype == torch.float32 else 1e-250
+            zero = torch.zeros(5, dtype=torch.float64, device=CUDA)
+            rtol = zero + n * torch.finfo(dtype).eps
+            with ops.backend("cuda"):
+                got = ops.batched_rank(a, zero, rtol)
+            with ops.backend("cpu"):
+                want = ops.batched_rank(a.cpu(), zero.cpu(), rtol.cpu())
+            assert torch.equal(got[0].cpu(), want[0]), (n, dtype)
+            torch.testing.assert_close(got[3].cpu(), want[3], rtol=0.5, atol=0)
+            torch.testing.assert_close(got[4].cpu(), want[4], rtol=1e-3, atol=0)
+
+
 def test_wrong_architecture_is_named(monkeypatch):
     status = {**_native.cuda_status(), "archs": "52;60a"}
     monkeypatch.setattr(_native, "cuda_status", lambda: status)

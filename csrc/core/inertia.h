@@ -28,8 +28,8 @@ template <class V> struct Pivots {
 };
 
 // Memory for one elimination: Num numbers in rows of `ld`. Above the diagonal and in `diagonal` lies G, below it L.
-// A thread's tile has `Own` rows (columns in invert()) of the R at a time: R where it is alone, 1 where a team is to have
-// a part for each of its threads.
+// A thread's tile has `Own` rows (columns in invert()) of the R at a time: R where it is alone, 1 where a team is to
+// have a part for each of its threads.
 template <class Num, int R, int Own = R> struct Elimination {
   using V = Lane<Num>;
   using Op = Arithmetic<Num>;
@@ -224,7 +224,8 @@ template <class Num, int R, int Own = R> struct Elimination {
           for (int r = 0; r < R; ++r) {
             x[r][c] = -Op::head(at(i0 + r, j0 + c));
             GCFAST_UNROLL
-            for (int b = c + 1; b < Own; ++b) x[r][c] = x[r][c] - Op::head(at(i0 + r, j0 + b)) * Op::head(at(j0 + b, j0 + c));
+            for (int b = c + 1; b < Own; ++b)
+              x[r][c] = x[r][c] - Op::head(at(i0 + r, j0 + b)) * Op::head(at(j0 + b, j0 + c));
           }
         }
         for (int k = j0 + Own; k < i0; ++k) {

@@ -1,5 +1,5 @@
-// The rank of one matrix by one Team (core/inertia.h) in its own memory: what csrc/cuda/batched_rank.cu runs, with every
-// size at run time, in a header so that threads of a host can stand in for those of a GPU (tests/core/inertia.cpp).
+// The rank of one matrix by one Team (core/inertia.h) in its own memory: what csrc/cuda/batched_rank.cu runs, in a
+// header so that threads of a host can stand in for those of a GPU (tests/core/inertia.cpp).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,8 +8,8 @@
 
 namespace gcfast {
 
-// `batch` matrices B, n x m with n <= m, in any strides, and where their verdicts go. rank is -1 where it is not decided,
-// -2 where the matrix is not finite.
+// `batch` matrices B, n x m with n <= m, in any strides, and where their verdicts go. rank is -1 where it is not
+// decided, -2 where the matrix is not finite.
 template <class T> struct RankTask {
   const T* a;
   int64_t batch, m, batch_stride, row_stride, column_stride;
@@ -19,7 +19,7 @@ template <class T> struct RankTask {
   int n;
 };
 
-// A Team's elimination and the panel of columns that its Gram is made from.
+// A Team's elimination, in tiles of one row for each thread, and the rows and columns of a thread's tile of the Gram.
 template <bool Doubled> struct TeamNumbers;
 template <> struct TeamNumbers<false> {
   using Num = double;
@@ -39,24 +39,25 @@ template <bool Doubled> GCFAST_HD int64_t team_bytes(int n, int columns) {
   return (Memory::numbers(n) * bytes + (Memory::stride(n) * columns + (Doubled ? 2 * padded : 0)) * 8 + 15) / 16 * 16;
 }
 
-// Columns [k0, k0 + columns) of B as panel[k * stride + i], times `scale` and row_scale[i] unless that is null; zero past
-// the ends. Neighbouring threads go along the smaller stride, and each has kFlight loads under way.
+// Columns [k0, k0 + columns) of B as panel[k * stride + i], times `scale` and row_scale[i] unless that is null; zero
+// past the ends. Neighbouring threads go along the smaller stride, and each has kFlight loads under way.
 template <class Team, class T>
-GCFAST_HD void load_panel(const Team& team, const T* matrix, int64_t row_stride, int64_t column_stride, int n, int padded,
-                          int64_t k0, int64_t m, int columns, double scale, const double* row_scale, double* panel,
-                          int stride) {
+GCFAST_HD void load_panel(const Team& team, const RankTask<T>& t, const T* matrix, int padded, int64_t k0, int columns,
+                          double scale, const double* row_scale, double* panel, int stride) {
   constexpr int kFlight = 8;
-  const bool by_rows = row_stride < column_stride;
+  const int n = t.n;
+  const bool by_rows = t.row_stride < t.column_stride;
   const int extent = by_rows ? padded : columns, others = by_rows ? columns : padded;
-  const int64_t inner_stride = by_rows ? row_stride : column_stride, outer_stride = by_rows ? column_stride : row_stride;
-  const int left = static_cast<int>(m - k0 < columns ? m - k0 : columns);
+  const int64_t inner_stride = by_rows ? t.row_stride : t.column_stride;
+  const int64_t outer_stride = by_rows ? t.column_stride : t.row_stride;
+  const int left = static_cast<int>(t.m - k0 < columns ? t.m - k0 : columns);
   const int inner_end = by_rows ? n : left, outer_end = by_rows ? left : n;
   int fast = 1;
   while (fast < extent && fast < team.size()) fast *= 2;
   if (fast > team.size()) fast = team.size();
   const int slow = team.size() / fast, inner0 = team.rank() % fast, outer0 = team.rank() / fast;
   if (outer0 >= slow) return;
-  const T* const base = matrix + k0 * column_stride;
+  const T* const base = matrix + k0 * t.column_stride;
   for (int inner = inner0; inner < extent; inner += fast) {
     const T* const line = base + inner * inner_stride;
     for (int first = outer0; first < others; first += slow * kFlight) {
@@ -98,11 +99,11 @@ template <> struct GramEntry<true> {
 };
 
 // G += the panel's part, or = for the first one; in double-double its rows are scaled, and unit[i] unit[j] undoes that.
-// The rows are in padded / kTile classes modulo that number, and a thread has the entries of a pair of classes: neighbours
-// read neighbouring words, and the pairs cover G once.
+// The rows are in padded / kTile classes modulo that number, and a thread has the entries of a pair of classes:
+// neighbours read neighbouring words, and the pairs cover G once.
 template <bool Doubled, class Team>
-GCFAST_HD void add_panel(const Team& team, const typename TeamNumbers<Doubled>::Memory& e, const double* panel, int stride,
-                         int columns, bool first, const double* unit) {
+GCFAST_HD void add_panel(const Team& team, const typename TeamNumbers<Doubled>::Memory& e, const double* panel,
+                         int stride, int columns, bool first, const double* unit) {
   constexpr int R = TeamNumbers<Doubled>::kTile;
   const int classes = e.padded / R;
   int p = 0, q = team.rank();  // the pair, p >= q
@@ -153,10 +154,11 @@ GCFAST_HD int exponent_above_root(double x) {
   return (static_cast<int>(bits >> 52) - 1023 + 2) >> 1;
 }
 
-// Sets exponent so that 2^exponent times the largest magnitude lies in [1/2, 1), and decides a matrix that is zero or not
-// finite.
+// Sets exponent so that 2^exponent times the largest magnitude lies in [1/2, 1), and decides a matrix that is zero or
+// not finite.
 template <class Team, class T>
-GCFAST_HD void find_scale(const Team& team, const RankTask<T>& t, const T* matrix, int& exponent, RankVerdict& verdict) {
+GCFAST_HD void find_scale(const Team& team, const RankTask<T>& t, const T* matrix, int& exponent,
+                          RankVerdict& verdict) {
   const bool by_rows = t.row_stride < t.column_stride;
   const int64_t extent = by_rows ? t.n : t.m, others = by_rows ? t.m : t.n;
   const int64_t inner_stride = by_rows ? t.row_stride : t.column_stride;
@@ -195,7 +197,7 @@ GCFAST_HD void examine_matrix(const Team& team, const RankTask<T>& t, const T* m
     for (int i = team.rank(); i < e.padded; i += team.size()) unit[i] = 0;
     for (int64_t k0 = 0; k0 < t.m; k0 += columns) {
       team.sync();
-      load_panel(team, matrix, t.row_stride, t.column_stride, t.n, e.padded, k0, t.m, columns, scale, nullptr, panel, stride);
+      load_panel(team, t, matrix, e.padded, k0, columns, scale, nullptr, panel, stride);
       team.sync();
       for (int i = team.rank(); i < e.padded; i += team.size()) {
         double s = unit[i];
@@ -213,8 +215,7 @@ GCFAST_HD void examine_matrix(const Team& team, const RankTask<T>& t, const T* m
   }
   for (int64_t k0 = 0; k0 < t.m; k0 += columns) {
     team.sync();
-    load_panel(team, matrix, t.row_stride, t.column_stride, t.n, e.padded, k0, t.m, columns, scale,
-               Doubled ? inverse_unit : nullptr, panel, stride);
+    load_panel(team, t, matrix, e.padded, k0, columns, scale, Doubled ? inverse_unit : nullptr, panel, stride);
     team.sync();
     add_panel<Doubled>(team, e, panel, stride, columns, k0 == 0, unit);
   }

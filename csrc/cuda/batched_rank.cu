@@ -1,6 +1,17 @@
-// Rank of many matrices, one a team in shared memory (core/rank_team.h): a warp up to 32 rows, a block of about a thread
-// a row above. All matrices in double; those left open are listed on the device, and a second kernel takes the list in
-// double-double, so that the host waits for nothing.
+// Rank of many matrices, one a team in shared memory (core/rank_team.h): a warp up to 32 rows, a block of about a
+// thread a row above. All matrices in double; those left open are listed on the device, and a second kernel takes the
+// list in double-double, so that the host waits for nothing.
+//
+// Counted, not measured, for 4,096 matrices of full rank on an H100 (132 multiprocessors, 31 matrices each; 64 FMAs and
+// 128 bytes of shared memory a clock and multiprocessor, 1.7 GHz). The Gram is n^2 m / 2 FMAs, an elimination and the
+// inverse n^3 / 6 each; a Gram's tile reads 8 words for 16 FMAs, an elimination's 5 for 4.
+//   32 x 32   FMAs 16 K + 2 * 5.5 K, issued with the tiles' idle threads 33 K + 2 * 16 K: 1.0 K clocks a matrix. The
+//             chain of dependent steps is some 25 K: 8 blocks of columns of 1.3 K each in elimination and inverse, and
+//             the Gram. 14 matrices at once (15 KB each): 1.8 K clocks a matrix, 31 of them: 0.03 ms.
+//   64 x 128  FMAs 262 K + 2 * 44 K, issued 393 K (17 of 24 places of the tiles are taken) + 2 * 130 K: 10 K clocks a
+//             matrix, of shared memory 12 K; the chain is some 45 K for 4 at once (46 KB each), 11 K: 0.2 ms.
+// float32 and float64 take the same: the reads (134 and 268 MB for 64 x 128: 0.05 and 0.1 ms) hide behind them. What
+// double-double takes costs 7 to 15 operations an FMA, with fewer matrices at once: some ten times as much.
 #include "batched_rank.h"
 
 #include <algorithm>
@@ -84,8 +95,8 @@ struct Room {
 };
 
 template <class T, bool Doubled, class Team>
-__global__ void __launch_bounds__(Team::kThreads, kResident<Doubled, Team>) batched_rank_kernel(const RankTask<T> task, const Room room,
-                                                                      unsigned long long* count, int64_t* list) {
+__global__ void __launch_bounds__(Team::kThreads, kResident<Doubled, Team>)
+    batched_rank_kernel(const RankTask<T> task, const Room room, unsigned long long* count, int64_t* list) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int index = Team::kTeams == 1 ? 0 : threadIdx.x / 32;
   unsigned char* const memory = shared + index * room.bytes;
@@ -117,7 +128,8 @@ template <bool Doubled> Room room_for(int n, int64_t m, int most, int64_t bytes)
 }
 
 template <class T, bool Doubled, class Team>
-void launch(const RankTask<T>& task, const BatchedRankArgs<T>& a, int shared_block, int shared_processor, int processors) {
+void launch(const RankTask<T>& task, const BatchedRankArgs<T>& a, int shared_block, int shared_processor,
+            int processors) {
   const int scratch = 8 * Team::kScratch;
   const Room room = room_for<Doubled>(task.n, task.m, 16, shared_block / Team::kTeams - scratch);
   const int bytes = room.bytes * Team::kTeams + scratch;

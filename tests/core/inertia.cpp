@@ -1,6 +1,6 @@
-// csrc/core/double_double.h, rank_bounds.h, inertia.h and rank_team.h: errors as their comments state them, in arithmetic
-// of 113 bits; inertia against exact counts; and what a GPU's team runs, by threads in its place. With --threads, only
-// the last (for a thread sanitizer).
+// csrc/core/double_double.h, rank_bounds.h, inertia.h and rank_team.h: errors as their comments state them, in
+// arithmetic of 113 bits; inertia against exact counts; and what a GPU's team runs, by threads in its place. With
+// --threads, only the last (for a thread sanitizer).
 #include "../../csrc/core/inertia.h"
 
 #include <algorithm>
@@ -183,7 +183,8 @@ template <class Num, int R, int Own> struct Case {
           product += term, size += magnitude(term);
         }
         const Quad m = wide(e.gram(i, j)) - (i == j ? Quad(shift) : Quad(0));
-        const Quad allowed = size * Quad(step) + (i == j ? (magnitude(m) + magnitude(wide(e.gram(i, i)))) * Quad(unit) : 0);
+        Quad allowed = size * Quad(step);
+        if (i == j) allowed += (magnitude(m) + magnitude(wide(e.gram(i, i)))) * Quad(unit);
         const Quad off = magnitude(product - m);
         if (off > 0 && off > worst * allowed) worst = off / allowed;
       }
@@ -266,14 +267,14 @@ template <class Num, int R, int Own> void backward_errors() {
           for (int i = j; i < n; ++i) v[j] += c.lower(i, j) * y[i] / (wide(c.e.pivot[i]) * quotient);
         }
       }
-      CHECK(inverse.scaled_square >= static_cast<double>(quotient) * (1 - 1e-12), "n %d, trial %d: %g, not %g", n, trial,
-            inverse.scaled_square, static_cast<double>(quotient));
+      CHECK(inverse.scaled_square >= static_cast<double>(quotient) * (1 - 1e-12), "n %d, trial %d: %g, not %g", n,
+            trial, inverse.scaled_square, static_cast<double>(quotient));
     }
 }
 
 #if defined(__SIZEOF_INT128__)
-// The number of positive eigenvalues of an integer matrix from the signs of its leading minors (Jacobi), by fraction-free
-// elimination; -1 where one is zero.
+// The number of positive eigenvalues of an integer matrix from the signs of its leading minors (Jacobi), by
+// fraction-free elimination; -1 where one is zero.
 int exactly_positive(std::vector<__int128> a, int n) {
   __int128 former = 1;
   int positive = 0;
@@ -349,7 +350,8 @@ void bounds() {
     CHECK(b.from_above(b.shift_below(), 10) && b.shift_below() > 0.249, "%.17g", b.shift_below());
     CHECK(b.shift_of_top() > 4 && b.shift_of_top() < 4.1, "%.17g", b.shift_of_top());
     CHECK(b.resolves() && b.may_resolve(), "1/4 in either precision");
-    CHECK(!b.from_below(1, 1e40) && !b.from_below(1, HUGE_VAL) && !b.from_below(1, NAN) && !b.from_above(0, NAN), "growth");
+    CHECK(!b.from_below(1, 1e40) && !b.from_below(1, HUGE_VAL) && !b.from_below(1, NAN), "growth");
+    CHECK(!b.from_above(0, NAN), "growth");
     const double error = b.error(5, 0.25), unit = doubled ? kUnit * kUnit : kUnit;
     CHECK(error > 5 * 8 * unit && error < 5 * 60 * unit, "%g", error);
     // L = I, D = (4, 1) - 1/4: exact but for the errors
@@ -360,7 +362,7 @@ void bounds() {
 
     RankBounds fixed(2, 2, doubled, 5, std::sqrt(17.0), 0, absolute);
     CHECK(fixed.from_below(2.26, 5) && !fixed.from_below(2.25, 5) && fixed.from_above(2.24, 5), "atol 1.5");
-    CHECK(RankBounds(2, 2, doubled, 5, std::sqrt(17.0), 5, relative).from_below(5.3, 5) == false, "the Gram's error counts");
+    CHECK(!RankBounds(2, 2, doubled, 5, std::sqrt(17.0), 5, relative).from_below(5.3, 5), "the Gram's error counts");
     // an atol above the norm alone says that the rank is 0; the top is known by the trace only
     CHECK(RankBounds(2, 2, doubled, 1, 1, 0, all).none(), "none");
     CHECK(!RankBounds(2, 2, doubled, 5, std::sqrt(17.0), 0, RankOptions{0, 0}).none(), "tolerance 0");
@@ -446,18 +448,20 @@ template <class T> std::vector<int64_t> fill(Batch<T>& batch, Random& random) {
     }
     if (kind == 3)  // a graded one, its least singular value about 1e4 tolerances
       for (int64_t k = 0; k < m; ++k) batch.at(b, n - 1, k) *= static_cast<T>(1e5 * batch.rtol[b]);
-    if (kind == 3 && n > 1 && batch.column_stride != 0) batch.at(b, n - 1, n - 1) += static_cast<T>(1e6 * batch.rtol[b]);
+    if (kind == 3 && n > 1 && batch.column_stride != 0)
+      batch.at(b, n - 1, n - 1) += static_cast<T>(1e6 * batch.rtol[b]);
     if (kind == 4) {
       for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < m; ++k) batch.at(b, i, k) = 0;
       want[b] = 0;
     }
-    const T scale = kind == 5 ? std::numeric_limits<T>::min() / 4 * 64 : kind == 6 ? std::numeric_limits<T>::max() / 4096 : T(1);
+    using Limits = std::numeric_limits<T>;
+    const T scale = kind == 5 ? Limits::min() * 16 : kind == 6 ? Limits::max() / 4096 : T(1);
     if (scale != T(1))
       for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < (batch.column_stride == 0 ? 1 : m); ++k) batch.at(b, i, k) *= scale;
     if (kind == 7) {
-      batch.at(b, n / 2, m / 2) = b % 16 < 8 ? std::numeric_limits<T>::quiet_NaN() : -std::numeric_limits<T>::infinity();
+      batch.at(b, n / 2, m / 2) = n % 2 ? Limits::quiet_NaN() : -Limits::infinity();
       want[b] = -2;
     }
   }
@@ -518,7 +522,7 @@ template <bool Doubled, class T> void gram_errors() {
             const Quad allowed = Doubled ? Quad(kUnit * kUnit * kSlack * (m + 8 * panels)) * unit(i) * unit(j)
                                          : Quad(kUnit * kSlack * (m + 2)) * product(i, j, true);
             CHECK(off <= allowed, "%d x %d %s, entry %d %d", n, m, layout.c_str(), i, j);
-            if (Doubled) CHECK(off <= Quad(2e-28) * unit(i) * unit(j), "%d x %d, entry %d %d is not doubled", n, m, i, j);
+            if (Doubled) CHECK(off <= Quad(2e-28) * unit(i) * unit(j), "%d x %d, entry %d %d: in double", n, m, i, j);
           }
       }
 }
@@ -530,15 +534,17 @@ template <class T> void teams(int n, int m, const std::string& layout, const std
   const std::vector<int64_t> want = fill(alone, random);
   const std::vector<char> open = alone.by(0, columns);
   for (int64_t b = 0; b < alone.batch; ++b) {
-    const bool told = alone.rank[b] == want[b] || (alone.rank[b] == -1 && alone.lower[b] <= want[b] && want[b] <= alone.upper[b]);
+    const bool open_still = alone.rank[b] == -1 && alone.lower[b] <= want[b] && want[b] <= alone.upper[b];
+    const bool told = alone.rank[b] == want[b] || open_still;
     CHECK(told, "%d x %d %s, matrix %d: rank %d, %d to %d, not %d", n, m, layout.c_str(), (int)b, (int)alone.rank[b],
           (int)alone.lower[b], (int)alone.upper[b], (int)want[b]);
     if (want[b] >= 0) CHECK(alone.rank[b] >= 0, "%d x %d %s, matrix %d is not told", n, m, layout.c_str(), (int)b);
     if (want[b] < 0 || !kHasQuad) continue;
     const Quad least = alone.least[b], largest = alone.largest[b];
-    CHECK(definite(alone, b, least * least, 1), "%d x %d %s, matrix %d: sigma above %g", n, m, layout.c_str(), (int)b, alone.least[b]);
-    CHECK(definite(alone, b, largest * largest, -1), "%d x %d %s, matrix %d: sigma to %g", n, m, layout.c_str(), (int)b,
-          alone.largest[b]);
+    CHECK(definite(alone, b, least * least, 1), "%d x %d %s, matrix %d: sigma above %g", n, m, layout.c_str(), (int)b,
+          alone.least[b]);
+    CHECK(definite(alone, b, largest * largest, -1), "%d x %d %s, matrix %d: sigma to %g", n, m, layout.c_str(),
+          (int)b, alone.largest[b]);
     if (alone.column_stride == 0 || b > 0) continue;
     CHECK(least > 0 && !definite(alone, b, 16 * least * least, 1), "%d x %d: %g is weak", n, m, alone.least[b]);
     CHECK(!definite(alone, b, largest * largest / 4, -1), "%d x %d: %g is weak", n, m, alone.largest[b]);
@@ -584,7 +590,8 @@ template <class Num, int R, int Own> void same_factors(int n, const std::vector<
       e.inverse_norms(team);
     });
     CHECK(std::memcmp(mine.data(), factors.data(), factor_bytes) == 0, "n %d, %d threads: other factors", n, size);
-    CHECK(std::memcmp(c.store.data(), alone.store.data(), factor_bytes) == 0, "n %d, %d threads: another inverse", n, size);
+    const bool same = std::memcmp(c.store.data(), alone.store.data(), factor_bytes) == 0;
+    CHECK(same, "n %d, %d threads: another inverse", n, size);
     for (double p : positive) CHECK(p == pivots.positive, "%g and %g", p, pivots.positive);
   }
 }
@@ -642,8 +649,9 @@ template <class T> void never_full() {
         batch.at(0, n - 1, k) = static_cast<T>(s);
       }
     batch.by(0, 16);
-    CHECK(batch.lower[0] < n && batch.rank[0] < n && batch.least[0] == 0, "n %d, trial %d: rank %d, at least %d, sigma %g",
-          n, trial, (int)batch.rank[0], (int)batch.lower[0], batch.least[0]);
+    CHECK(batch.lower[0] < n && batch.rank[0] < n && batch.least[0] == 0,
+          "n %d, trial %d: rank %d, at least %d, sigma %g", n, trial, (int)batch.rank[0], (int)batch.lower[0],
+          batch.least[0]);
   }
 }
 
