@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gcfast._rank_proof import near_dependency, proof_bytes, prove_full_rank
+from gcfast._dependency import near_dependency
+from gcfast._rank_proof import proof_bytes, prove_full_rank
 from gcfast.features import TrainingSet, check_features, collect, equal_rows
 from gcfast.inspection import Head, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
