@@ -1,8 +1,8 @@
 """Matrix products with proved error bounds, the one thing that gcfast's proofs trust.
 
-|fl(A B) - A B| <= gamma_k |A| |B| for every order of summation, with or without FMA; k the inner length (Higham,
-*Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5). Products here are cut into slices of
-inner length ``Tiling.inner``, each rounded by itself and then added: gamma_(inner + slices) instead of gamma_k.
+|fl(A B) - A B| <= gamma_k |A| |B| for every order of summation, with or without FMA; k the inner length
+(Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5). Products here are cut into
+slices of length ``Tiling.inner``, each rounded by itself and then added: gamma_(inner + slices), not gamma_k.
 An underflow costs at most the least normal number, times an operand where denormal inputs are flushed too.
 """
 
@@ -24,7 +24,7 @@ TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero al
 
 
 class Tiling(NamedTuple):
-    """Tiles of ``block`` x ``block`` are summed over slices of length ``inner``; ``inner`` divides ``block``."""
+    """Tiles of ``block`` x ``block``, summed over slices of length ``inner``, which divides ``block``."""
 
     block: int
     inner: int
@@ -42,7 +42,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(device: torch.device) -> Tiling:
-    """On a CPU a tile, its scratch and its operands stay in cache: then adding slices costs a few per cent."""
+    """On a CPU a tile, its scratch and its operands stay in cache: adding slices costs a few per cent."""
     return Tiling(256, 128) if device.type == "cpu" else Tiling(2048, 512)
 
 

@@ -4,7 +4,7 @@
 trusted, by their error bound (:mod:`gcfast._products`). Factorisations only propose a witness; a bad proposal
 makes the proof fail, never succeed wrongly. Two routes, the short one first:
 
-- *Shift* (:mod:`gcfast._shift`): lambda_min(H1 H1^T) >= s - errors, up to a condition number of about 1e6 or 1e7.
+- *Shift* (:mod:`gcfast._shift`): lambda_min(H1 H1^T) >= s - errors, up to condition numbers near 1e6.
 - *Whitening* (:mod:`gcfast._whitening`): sigma_min(X H1) > 0 for a witness X, up to about 1e13.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gcfast._products import PANEL, UNIT, StackedOnes, _up, check_products, exact_products, gamma, norm_upper
-from gcfast._shift import ShiftProof, bounded_gram, prove_by_shift
+from gcfast._shift import BoundedGram, ShiftProof, bounded_gram, prove_by_shift
 from gcfast._whitening import INNER32, Whitened, cholesky_inverse, lower_mm, norm_sharp, whiten
 
 __all__ = ["RankProof", "_up", "exact_products", "gamma", "proof_bytes", "prove_full_rank"]
@@ -29,11 +29,11 @@ __all__ = ["RankProof", "_up", "exact_products", "gamma", "proof_bytes", "prove_
 class RankProof:
     """Outcome of :func:`prove_full_rank`.
 
-    ``proved``: rank(H1) = n is proved. ``sigma_min_lower`` / ``sigma_max_upper``: proved bounds on the extreme
-    singular values (0 and inf where not proved). ``margin``: what the errors leave of 1, which is perfect: a
-    proved lower bound of sigma_min(X H1) for the witness X of whitening, of (s - errors) / s for a shift s.
-    ``passes``: of whitening. ``reason``: one sentence. ``route``: what proved it, None where nothing did; both
-    routes rest on the error bound of matrix products and on nothing else.
+    ``proved``: rank(H1) = n is proved. ``sigma_min_lower`` / ``sigma_max_upper``: proved bounds on the
+    extreme singular values (0 and inf where not proved). ``margin``: what the errors leave of 1, which is
+    perfect: a proved lower bound of sigma_min(X H1) for the witness X of whitening, (s - errors) / s for a
+    shift s. ``passes``: of whitening. ``reason``: one sentence. ``route``: what proved it, None where nothing
+    did; both routes rest on the error bound of matrix products and on nothing else.
     """
 
     proved: bool
@@ -47,7 +47,7 @@ class RankProof:
 
 def proof_bytes(n: int, m: int) -> int:
     """Peak bytes of :func:`prove_full_rank` beyond the features."""
-    # Gram, witness, LAPACK's result and, where whitening is repeated, the product of two witnesses; a few panels
+    # Gram, witness, LAPACK's result and, where whitening is repeated, the product of two witnesses; panels
     return 8 * n * (4 * n + 8 * min(PANEL, m + 1))
 
 
@@ -77,8 +77,7 @@ def prove_full_rank(
         check_products(features.device)
         tell("Gram", 0.0)
         g = bounded_gram(h1)
-        diagonal = g.lower.diagonal()
-        if not math.isfinite(g.error) or float(diagonal.amin()) < 1e-290:
+        if not math.isfinite(g.error) or float(g.lower.diagonal().amin()) < 1e-290:
             rows, one = h1.abs_products()
             sigma_max = _up(math.sqrt(one * float(rows.amax())), n + h1.columns)
             reason = "the Gram over- or underflows float64; rescale the features"
@@ -91,8 +90,8 @@ def prove_full_rank(
         if short is not None and (not sharp or short.lower >= 0.75 * short.estimate):
             tell("done", 1.0)
             return _shifted(short, sigma_max)
-        proof = _by_whitening(h1, g.lower, sigma_max, sharp, max_passes, tell)
-        if short is not None and not proof.sigma_min_lower ** 2 > short.lower:
+        proof = _by_whitening(h1, g, sigma_max, sharp, max_passes, tell)
+        if short is not None and not proof.sigma_min_lower**2 > short.lower:
             proof = _shifted(short, sigma_max)
         tell("done", 1.0)
         return proof
@@ -100,57 +99,64 @@ def prove_full_rank(
 
 def _shifted(short: ShiftProof, sigma_max: float) -> RankProof:
     low = math.sqrt(short.lower) * (1 - 1e-15)
-    reason = f"shift: sigma_min(H1)^2 >= {short.lower:.3e}, {short.margin:.0%} of the shift left by the errors"
+    reason = (
+        f"shift: sigma_min(H1)^2 >= {short.lower:.3e}, {short.margin:.0%} of the shift left by the errors"
+    )
     return RankProof(True, low, sigma_max, short.margin, 0, reason, "shift")
 
 
 def _by_whitening(
     h1: StackedOnes,
-    g: Tensor,
+    g: BoundedGram,
     sigma_max: float,
     sharp: bool,
     max_passes: int,
     tell: Callable[[str, float], None],
 ) -> RankProof:
-    """``g``: the lower triangle of the Gram; it is given up."""
+    """Empties ``g``, for its memory."""
     n, least = h1.n, 11.0 * (h1.n + h1.columns) * UNIT[torch.float64]
 
     def refused(reason: str, margin: float = 0.0, passes: int = 0) -> RankProof:
         return RankProof(False, 0.0, sigma_max, margin, passes, reason)
 
     tell("Cholesky, whitening", 0.5)
-    found = cholesky_inverse(g, least)
-    del g
+    found = cholesky_inverse(g.lower, least)
+    g.lower = g.lower.new_zeros((0, 0))
     if found is None:
         return refused("no Cholesky factor, even of the shifted Gram")
     x, shift = found
-    last: Whitened | None = None
-    for done in range(1, max_passes + 1):
-        tell("whitening", 0.5 + 0.3 * done / max_passes)
+    best: tuple[Tensor, Whitened] | None = None
+    passes, last = 0, "rows dependent, or nearly so: the witness is too large for any error bound"
+    while passes < max_passes:
+        passes += 1
+        tell("whitening", 0.5 + 0.3 * passes / max_passes)
         # float32 for the second Gram: it is near the identity, and halves the time where its bound allows
         single = shift == 0.0 and 0.8 * n * gamma(INNER32 + h1.columns // INNER32, torch.float32) < 0.2
         white = whiten(h1, x, torch.float32 if single else torch.float64)
         if white is None:
-            return refused("whitening proves nothing here: rows dependent, or nearly so" , passes=done)
-        last = white
-        if white.margin > 0 or done == max_passes:
+            break
+        last = (
+            f"||G2 - I|| <= {white.distance:.1e}, product error {white.product_error:.1e}, witness error "
+            f"{white.witness_error:.1e} (their sum must stay below 1)"
+        )
+        if white.margin > (best[1].margin if best else 0.0):
+            best = (x, white)
+        # a small margin makes a poor bound of sigma_min, which another pass would mend
+        if passes == max_passes or (best and (not sharp or passes > 1 or white.margin > 0.9)):
             break
         found = cholesky_inverse(white.gram.to(torch.float64), least)
+        white.gram = white.gram.new_zeros((0, 0))
         if found is None:
             break
-        white.gram = white.gram.new_zeros(0)
         x, shift = lower_mm(found[0], x), found[1]
         del found
-    assert last is not None
-    if last.margin <= 0:
-        reason = (
-            f"whitening proves nothing here: ||G2 - I|| <= {last.distance:.1e}, product error "
-            f"{last.product_error:.1e}, witness error {last.witness_error:.1e} (their sum must stay below 1)"
-        )
-        return refused(reason, last.margin, done)
+    if best is None:
+        return refused(f"whitening proves nothing here: {last}", passes=passes)
+    x, white = best
+    white.gram = white.gram.new_zeros((0, 0))
     tell("norm of the witness", 0.85)
     norm = norm_sharp(x) if sharp else norm_upper(x)
-    lower = last.margin / norm * (1 - 1e-14)
-    doubled = " in doubled precision" if last.doubled else ""
-    reason = f"whitening{doubled}: sigma_min(X H1) >= {last.margin:.6f}, ||X|| <= {norm:.3e}"
-    return RankProof(True, lower, sigma_max, last.margin, done, reason, "whitening")
+    lower = white.margin / norm * (1 - 1e-14)
+    doubled = " in doubled precision" if white.doubled else ""
+    reason = f"whitening{doubled}: sigma_min(X H1) >= {white.margin:.6f}, ||X|| <= {norm:.3e}"
+    return RankProof(True, lower, sigma_max, white.margin, passes, reason, "whitening")

@@ -63,7 +63,9 @@ def bounded_gram(h1: StackedOnes) -> BoundedGram:
     return BoundedGram(g, error, norm, largest)
 
 
-def verified_cholesky(a: Tensor, shift: float = 0.0, out: Tensor | None = None) -> tuple[Tensor, float] | None:
+def verified_cholesky(
+    a: Tensor, shift: float = 0.0, out: Tensor | None = None
+) -> tuple[Tensor, float] | None:
     """L, lower triangular, and a proved bound of ||A - shift I - L L^T||_2; None where a pivot fails.
 
     Args:
@@ -71,10 +73,10 @@ def verified_cholesky(a: Tensor, shift: float = 0.0, out: Tensor | None = None) 
         shift: taken off the diagonal.
         out: (n, n) of a's dtype, zero above the diagonal, for L.
 
-    Left-looking, by tiles. Of tile (i, j), with W = sum_(k<j) L_ik L_jk^T computed by slices: S = fl(A_ij - W)
-    gives L_ij, whatever its quality, and R = fl(S - L_ij L_jj^T) is what is left. The slices, and the additions
-    of them, err by gamma_(inner + slices) |L||L|^T; S and R are each rounded once, by u |S| and u |R|, where
-    |S| <= |R| + |L_ij||L_jj|^T (1 + ...); on the diagonal the shift is rounded once more.
+    Left-looking, by tiles. Of tile (i, j), with W = sum_(k<j) L_ik L_jk^T computed by slices,
+    S = fl(A_ij - W) gives L_ij, whatever its quality, and R = fl(S - L_ij L_jj^T) is what is left. The slices
+    and their sums err by gamma_(inner + slices) |L||L|^T; S and R are rounded once, by u |S| and u |R|, where
+    |S| <= |R| + |L_ij||L_jj|^T but for second order; on the diagonal the shift is rounded once more.
     """
     n, tile, unit = len(a), tiling(a.device), UNIT[a.dtype]
     low = torch.zeros_like(a) if out is None else out
@@ -132,7 +134,7 @@ def least_eigenvalue(low: Tensor, vectors: int = 8, steps: int = 8) -> float:
 
 @dataclass
 class ShiftProof:
-    """sigma_min(H1)^2 >= ``lower`` > 0; ``estimate`` of it; ``margin`` = the share of the shift that is left."""
+    """sigma_min(H1)^2 >= ``lower``; ``estimate`` of it; ``margin``: the share of the shift that is left."""
 
     lower: float
     estimate: float
@@ -156,14 +158,13 @@ def prove_by_shift(g: BoundedGram, sharp: bool, tell: Callable[[str, float], Non
         return None
     low, residual = found
     lower = _down(shift, g.error, residual)
-    estimate = shift + least_eigenvalue(low)
-    best = ShiftProof(lower, estimate, lower / shift)
+    best = ShiftProof(lower, shift, lower / shift)
     if sharp:
         tell("Cholesky, sharp", 0.7)
-        for share in (0.94, 0.8):
-            if share * estimate < 1.2 * shift:
-                break
-            found = verified_cholesky(g.lower, share * estimate, low)
+        estimate = shift + least_eigenvalue(low)
+        best.estimate = estimate
+        for share in (0.94, 0.8):  # the estimate is from above
+            found = verified_cholesky(g.lower, share * estimate, low) if share * estimate > shift else None
             if found is not None:
                 lower = _down(share * estimate, g.error, found[1])
                 if lower > best.lower:

@@ -1,15 +1,16 @@
-"""The long route, for condition numbers far above 1 / sqrt(n u): prove the rank of X H1 for a witness X.
+"""The long route, for condition numbers above 1 / sqrt(n u): prove the rank of X H1 for a witness X.
 
-For any X, rank(X H1) = n implies rank(H1) = n. X = L^-1 comes from the Cholesky factor of the Gram, shifted and
-repeated where that is ill-conditioned (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, 2020). With Q =
-fl(X H1), G2 = fl(Q Q^T):
+For any X, rank(X H1) = n implies rank(H1) = n. X = L^-1 comes from the Cholesky factor of the Gram, shifted
+and repeated where that is ill-conditioned (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, 2020). With
+Q = fl(X H1), G2 = fl(Q Q^T):
 
     sigma_min(X H1) >= sqrt(1 - ||G2 - I|| - ||G2 - Q Q^T||) - ||Q - X H1||,
     sigma_min(H1)   >= sigma_min(X H1) / ||X||.
 
-||Q - X H1|| <= gamma || |X||H1| || is what ends this near a condition number of 1e11; from there on Q comes from
-a doubled product. The sharp bound on ||X|| comes from a proof on well-scaled data: t I - X X^T >= -residual, so
-that ||X||^2 <= t + residual. Unlike a shift of the Gram it loses nothing to the square of the condition number.
+||Q - X H1|| <= gamma || |X||H1| || is what ends this near a condition number of 1e11; from there on Q comes
+from a doubled product. The sharp bound on ||X|| comes from a proof on well-scaled data: t I - X X^T >=
+-residual, so that ||X||^2 <= t + residual. Unlike a shift of the Gram it loses nothing to the square of the
+condition number.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def doubled_bits(k: int) -> int:
 def lower_times_doubled(x: Tensor, b: Tensor) -> Tensor:
     """x b for lower triangular x as if in about 1.4 times the digits: see :func:`doubled_error`.
 
-    Both factors are split as in Ozaki, Ogita, Oishi, Rump (2012): the product of the high parts is exact in any
-    order of summation, the rest is 2^-bits as large and rounded as any product.
+    Both factors are split as in Ozaki, Ogita, Oishi, Rump (2012): the product of the high parts is exact in
+    any order of summation, the rest is 2^-bits as large and rounded as any product.
     """
     tile, bits = tiling(x.device), doubled_bits(len(x))
     b_high, b_low = split(b, power_of_two(b.abs().amax(0)), bits)
@@ -132,8 +133,8 @@ def lower_times_doubled(x: Tensor, b: Tensor) -> Tensor:
 def doubled_error(x: Tensor, h1: StackedOnes, x_rows: Tensor, h_columns: float, h_scales: float) -> float:
     """Bound of ||fl(X H1) - X H1||_2 for :func:`lower_times_doubled`, but for the last rounding, u ||Q||_F.
 
-    The rounded part is |X_high||H_low| + |X_low||H1| <= delta (|X_high| 1) c^T + delta r (1^T |H1|), with r and c
-    the scales of rows and columns, delta = 2^-bits / 2: two matrices of rank one.
+    The rounded part is |X_high||H_low| + |X_low||H1| <= delta (|X_high| 1) c^T + delta r (1^T |H1|), with
+    r and c the scales of rows and columns, delta = 2^-bits / 2: two matrices of rank one.
 
     Args:
         x_rows: |X| 1.
@@ -163,8 +164,8 @@ class Whitened:
 def whiten(h1: StackedOnes, x: Tensor, dtype: torch.dtype, most: float = 1.0) -> Whitened | None:
     """Q = X H1 by column panels, G2 = Q Q^T in ``dtype``, and every error term of the proof.
 
-    Q comes from a doubled product where a plain one would lose more than 1e-2. None, before any product, where
-    even that loses ``most`` or more.
+    Q comes from a doubled product where a plain one would lose more than 1e-2. None, before any product,
+    where even that loses ``most`` or more.
     """
     n, columns, tile = h1.n, h1.columns, tiling(x.device)
     terms = n + columns
@@ -247,8 +248,8 @@ def norm_sharp(x: Tensor) -> float:
     m = torch.zeros_like(y)
     add_gram_(m, y, inner, triangular=True)
     lower_triangle_(m)
-    error = gamma(min(inner, n) + -(-n // inner) + 2, dtype) * _up(float(ops.gram_error_bound(y).amax()), 2 * n)
-    error = _up(error + tiny)
+    products = _up(float(ops.gram_error_bound(y).amax()), 2 * n)
+    error = _up(gamma(min(inner, n) + -(-n // inner) + 2, dtype) * products + tiny)
     diagonal = m.diagonal().clone()
     frobenius = math.sqrt(_up(float(diagonal.sum(dtype=torch.float64)) + n * error, n))
     shifted, low = m.neg_(), y.zero_()
