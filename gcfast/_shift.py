@@ -20,7 +20,6 @@ from gcfast._products import (
     TINY,
     UNIT,
     StackedOnes,
-    _scratch,
     _up,
     add_product_,
     gamma,
@@ -80,32 +79,29 @@ def verified_cholesky(
     """
     n, tile, unit = len(a), tiling(a.device), UNIT[a.dtype]
     low = torch.zeros_like(a) if out is None else out
-    scratch = _scratch(a, tile)
+    scratch = tile.scratch(a)
     row_sums = torch.zeros(n, dtype=torch.float64, device=a.device)
-    for j0, j1 in tile.spans(n):
-        for i0, i1 in tile.spans(n):
-            if i1 <= j0:
-                continue
-            w = torch.zeros((i1 - i0, j1 - j0), dtype=a.dtype, device=a.device)
-            add_product_(w, low[i0:i1, :j0], low[j0:j1, :j0].mT, tile.inner, scratch)
-            s = torch.sub(a[i0:i1, j0:j1], w, out=w)
-            if i0 == j0:
-                s.diagonal().sub_(shift)
-                factor, info = torch.linalg.cholesky_ex(s)
-                if int(info) != 0:
-                    return None
-                low[i0:i1, j0:j1] = factor.tril_()
-            else:
-                low[i0:i1, j0:j1] = torch.linalg.solve_triangular(factor.mT, s, upper=True, left=False)
-            z = torch.zeros_like(s)
-            add_product_(z, low[i0:i1, j0:j1], low[j0:j1, j0:j1].mT, tile.inner, scratch)
-            s -= z
-            if i0 == j0:
-                row_sums[i0:i1] += symmetric_row_sums(s.tril_())
-            else:
-                rows, columns = ops.abs_products(s)
-                row_sums[i0:i1] += rows
-                row_sums[j0:j1] += columns
+    for i0, i1, j0, j1 in tile.lower(n):
+        s = torch.zeros((i1 - i0, j1 - j0), dtype=a.dtype, device=a.device)
+        add_product_(s, low[i0:i1, :j0], low[j0:j1, :j0].mT, tile.inner, scratch)
+        torch.sub(a[i0:i1, j0:j1], s, out=s)
+        if i0 == j0:
+            s.diagonal().sub_(shift)
+            factor, info = torch.linalg.cholesky_ex(s)
+            if int(info) != 0:
+                return None
+            low[i0:i1, j0:j1] = factor.tril_()
+        else:
+            low[i0:i1, j0:j1] = torch.linalg.solve_triangular(factor.mT, s, upper=True, left=False)
+        product = torch.zeros_like(s)
+        add_product_(product, low[i0:i1, j0:j1], low[j0:j1, j0:j1].mT, tile.inner, scratch)
+        s -= product
+        if i0 == j0:
+            row_sums[i0:i1] += symmetric_row_sums(s.tril_())
+        else:
+            rows, columns = ops.abs_products(s)
+            row_sums[i0:i1] += rows
+            row_sums[j0:j1] += columns
     residual = _up(float(row_sums.amax()), 2 * n)
     products = _up(float(ops.gram_error_bound(low).amax()), 2 * n)  # ||  |L||L|^T  ||
     # entries of L are at most the largest of |L||L|^T or 1: that covers a flushed operand's partner

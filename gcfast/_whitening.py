@@ -27,7 +27,6 @@ from gcfast._products import (
     TINY,
     UNIT,
     StackedOnes,
-    _scratch,
     _up,
     add_gram_,
     add_product_,
@@ -35,6 +34,7 @@ from gcfast._products import (
     lower_times,
     lower_triangle_,
     norm_upper,
+    row_tiles,
     symmetric_row_sums,
     tiling,
 )
@@ -118,15 +118,14 @@ def lower_times_doubled(x: Tensor, b: Tensor) -> Tensor:
     tile, bits = tiling(x.device), doubled_bits(len(x))
     b_high, b_low = split(b, power_of_two(b.abs().amax(0)), bits)
     out = torch.empty_like(b)
-    scratch = _scratch(b, tile)
-    for i0, i1 in tile.spans(len(x)):
-        rows = x[i0:i1, :i1]
-        x_high, x_low = split(rows, power_of_two(rows.abs().amax(1))[:, None], bits)
-        for j0, j1 in tile.spans(b.shape[1]):
-            rest = torch.zeros((i1 - i0, j1 - j0), dtype=b.dtype, device=b.device)
-            add_product_(rest, x_high, b_low[:i1, j0:j1], tile.inner, scratch)
-            add_product_(rest, x_low, b[:i1, j0:j1], tile.inner, scratch)
-            torch.add(x_high @ b_high[:i1, j0:j1], rest, out=out[i0:i1, j0:j1])
+    scratch = tile.scratch(b)
+    for rows, columns, end in row_tiles(x, b):
+        part = x[rows, :end]
+        x_high, x_low = split(part, power_of_two(part.abs().amax(1))[:, None], bits)
+        rest = torch.zeros_like(out[rows, columns])
+        add_product_(rest, x_high, b_low[:end, columns], tile.inner, scratch)
+        add_product_(rest, x_low, b[:end, columns], tile.inner, scratch)
+        torch.add(x_high @ b_high[:end, columns], rest, out=out[rows, columns])
     return out
 
 

@@ -162,9 +162,9 @@ def test_the_bounds_are_those_of_the_products():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 4 x 4, slices of 2: every sum of the proofs at sizes that rational arithmetic can follow."""
+    """Tiles of 8 x 4, slices of 2: every sum of the proofs at sizes that rational arithmetic can follow."""
     for module in (_products, _shift, _whitening):
-        monkeypatch.setattr(module, "tiling", lambda device: Tiling(4, 2))
+        monkeypatch.setattr(module, "tiling", lambda device: Tiling(8, 4, 2))
 
 
 def _exact(t):
