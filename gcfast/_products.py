@@ -146,6 +146,11 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, scratch: Tensor)
         out += part
 
 
+def panel_slices(columns: int, inner: int) -> int:
+    """Slices of length ``inner`` in all panels of H1, each of which may end in one that is not full."""
+    return columns // PANEL * -(-PANEL // inner) + -(-(columns % PANEL) // inner)
+
+
 def add_gram_(g: Tensor, q: Tensor, inner: int | None = None, triangular: bool = False) -> None:
     """g += q q^T on the lower triangle of tiles, in q's dtype; ``triangular``: q is lower triangular."""
     tile = tiling(g.device)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._products import (
-    PANEL,
     TINY,
     UNIT,
     StackedOnes,
@@ -24,6 +23,7 @@ from gcfast._products import (
     add_product_,
     gamma,
     lower_gram,
+    panel_slices,
     symmetric_row_sums,
     tiling,
 )
@@ -51,8 +51,7 @@ def bounded_gram(h1: StackedOnes) -> BoundedGram:
         rows += ops.abs_products(panel, right=columns[1])[0]
         row_sums += columns[0]
     largest = _up(float(rows.amax()), terms)
-    # a panel may end in a slice that is not full
-    slices = -(-h1.columns // PANEL) * tile.slices(PANEL)
+    slices = panel_slices(h1.columns, tile.inner)
     # a flushed operand is at most TINY, its partner at most the largest row sum
     tiny = h1.n * h1.columns * TINY[torch.float64] * (2.0 + float(row_sums.amax()))
     error = _up(gamma(min(tile.inner, h1.columns) + slices + 2) * largest + tiny)

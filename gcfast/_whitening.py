@@ -23,7 +23,6 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._products import (
-    PANEL,
     TINY,
     UNIT,
     StackedOnes,
@@ -34,6 +33,7 @@ from gcfast._products import (
     lower_times,
     lower_triangle_,
     norm_upper,
+    panel_slices,
     row_tiles,
     symmetric_row_sums,
     tiling,
@@ -197,8 +197,8 @@ def whiten(h1: StackedOnes, x: Tensor, dtype: torch.dtype, most: float = 1.0) ->
     lower_triangle_(g2)
     qq = _up(float(q_rows.amax()), terms)  # |Q||Q|^T is symmetric: its largest row sum is enough
     tiny = 4 * n * columns * TINY[dtype] * (2.0 + qq)
-    slices = -(-columns // PANEL) * -(-PANEL // inner)
-    product_error = _up(gamma(min(inner, columns) + slices + 2, dtype) * qq + tiny)
+    terms_of_one = min(inner, columns) + panel_slices(columns, inner)
+    product_error = _up(gamma(terms_of_one + 2, dtype) * qq + tiny)
     diagonal = g2.diagonal().to(torch.float64, copy=True)
     if doubled or dtype != torch.float64:  # Q was rounded once more; ||Q||_F^2 is the trace of its Gram
         square = _up(max(float(diagonal.sum()), 0.0) + n * product_error, n)
