@@ -174,7 +174,9 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
                 return outcome(n, n, n, math.sqrt(short.lower) * (1 - 1e-15), largest)
             lower, upper = _by_counts(g, tolerance(math.sqrt(bottom) * (1 - 1e-15)) ** 2, above)
             if lower == upper:
-                return outcome(lower, lower, upper, math.sqrt(above) if lower == n else 0.0, largest)
+                return outcome(
+                    lower, lower, upper, math.sqrt(above) * (1 - 1e-15) if lower == n else 0.0, largest
+                )
     del g
     values = torch.linalg.svdvals(h.to(torch.float64))
     rank = int((values > tolerance(float(values[0]))).sum())
