@@ -48,7 +48,7 @@ class RankProof:
 def proof_bytes(n: int, m: int) -> int:
     """Peak bytes of :func:`prove_full_rank` beyond the features."""
     # Gram, witness, LAPACK's result and, where whitening is repeated, the product of two witnesses; panels
-    return 8 * n * (4 * n + 8 * min(PANEL, m + 1)) + (1 << 25)
+    return 4 * n * (7 * n + 10 * min(PANEL, m + 1)) + (1 << 25)
 
 
 def prove_full_rank(
