@@ -48,7 +48,7 @@ class RankProof:
 def proof_bytes(n: int, m: int) -> int:
     """Peak bytes of :func:`prove_full_rank` beyond the features."""
     # Gram, witness, LAPACK's result and, where whitening is repeated, the product of two witnesses; panels
-    return 8 * n * (4 * n + 8 * min(PANEL, m + 1)) + (1 << 25)
+    return 4 * n * (7 * n + 10 * min(PANEL, m + 1)) + (1 << 25)
 
 
 def prove_full_rank(
@@ -139,10 +139,11 @@ def _by_whitening(
             f"||G2 - I|| <= {white.distance:.1e}, product error {white.product_error:.1e}, witness error "
             f"{white.witness_error:.1e} (their sum must stay below 1)"
         )
-        if white.margin > (best[1].margin if best else 0.0):
+        better = white.margin > (best[1].margin if best else 0.0)
+        if better:
             best = (x, white)
         # a small margin makes a poor bound of sigma_min, which another pass would mend
-        if passes == max_passes or (best and (not sharp or passes > 1 or white.margin > 0.9)):
+        if passes == max_passes or (best and (not sharp or not better or white.margin > 0.9)):
             break
         found = cholesky_inverse(white.gram.to(torch.float64), least)
         white.gram = white.gram.new_zeros((0, 0))

@@ -191,7 +191,7 @@ def certify(
         loss: as for ``solve_head``; needed for L, L*, the gap and ``steps_to``.
         head: module or name, where it is not the last Linear applied.
         route: only this one; by default the direct route, and the theorem where that does not decide.
-        sharp: spend about a quarter more time for a sigma_min bound within a few per cent of the truth.
+        sharp: spend about a third more time for a sigma_min bound within a few per cent of the truth.
         max_bytes: memory the direct route may use beyond the features (default: what is free).
         callback: called with (step, fraction done).
 
@@ -414,7 +414,7 @@ class _Examiner:
         self.rank_lower, proof = prove_rank_of_basis(features, ones=self.ones, progress=self.callback)
         if proof is None:
             return ""
-        return f"; {self.rank_lower} of them are proved independent ({proof.route})"
+        return f"; {self.rank_lower} rows are proved independent ({proof.route})"
 
     def _theorem(self) -> bool:
         seen, model = self.seen, self.model
