@@ -161,7 +161,7 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
         counts = [torch.full((1,), k, device=x.device) for k in (rank, lower, upper)]
         return *counts, *(torch.full_like(atol, v) for v in (least, largest))
 
-    lower, largest = 0, math.inf
+    lower, upper, largest = 0, n, math.inf
     with exact_products():
         check_products(x.device)
         g = bounded_gram(StackedOnes(h, ones=False))
@@ -185,6 +185,8 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
         if proof.proved and proof.sigma_min_lower > tolerance(proof.sigma_max_upper) * (1 + 1e-15):
             return outcome(n, n, n, proof.sigma_min_lower, proof.sigma_max_upper)
     elif rank == lower:
-        return outcome(rank, lower, n, 0.0, largest)
-    estimate, proved, *rest = reference.batched_rank(x, atol, rtol)
-    return estimate, proved.clamp(min=lower), *rest
+        return outcome(rank, lower, upper, 0.0, largest)
+    estimate, *proved = reference.batched_rank(x, atol, rtol)
+    proved[0].clamp_(min=lower)
+    proved[1].clamp_(max=upper)
+    return estimate.clamp(lower, upper), *proved
