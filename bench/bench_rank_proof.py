@@ -7,11 +7,25 @@ import torch
 from _compare import compare, matmul_peak, show
 from _mnist import head_problem
 
+from gcfast._products import StackedOnes, exact_products, gamma, gram
 from gcfast._rank_proof import prove_full_rank
 
 
 def _ones(h: torch.Tensor) -> torch.Tensor:
     return torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype, device=h.device)], 1)
+
+
+def _lapack_form(h: torch.Tensor) -> bool:
+    """The same argument with LAPACK's own Cholesky trusted, here for its time only.
+
+    It succeeds on G - s I, so lambda_min(G) >= s - gamma_(n+2) / (1 - gamma_(n+2)) trace(G) (Rump, BIT 2006).
+    """
+    n = len(h)
+    with exact_products():
+        g = gram(StackedOnes(h))
+        factor = gamma(n + 2)
+        g.diagonal().sub_(4 * factor / (1 - factor) * float(g.diagonal().sum()))
+        return int(torch.linalg.cholesky_ex(g)[1]) == 0
 
 
 def bench_table(benchmark, device):
@@ -20,21 +34,43 @@ def bench_table(benchmark, device):
     h = torch.nn.functional.softplus(torch.randn(n, 128) @ torch.randn(128, m) / 128**0.5)
     h = h.to(device).double()
     h1 = _ones(h)
-    assert prove_full_rank(h, sharp=False).proved and int(torch.linalg.matrix_rank(h1)) == n
+    assert prove_full_rank(h, sharp=False).route == "shift" and int(torch.linalg.matrix_rank(h1)) == n
     candidates = {
         "matrix_rank float64": lambda: torch.linalg.matrix_rank(h1),
         "proof": lambda: prove_full_rank(h, sharp=False),
         "proof, sharp sigma": lambda: prove_full_rank(h, sharp=True),
+        "LAPACK trusted": lambda: _lapack_form(h),
     }
     timings = benchmark.pedantic(lambda: compare(candidates, repeats=3, warmup=0, device=device), rounds=1)
-    # Gram, X H1 and its Gram at half a product each, the last in float32; Cholesky and inverse n^3/3 each
-    double = 2 * n * n * (m + 1) + 2 * n**3 / 3
-    limit = double / matmul_peak(torch.float64) + n * n * (m + 1) / matmul_peak(torch.float32)
+    # the lower triangle of the Gram, and a Cholesky factor: the residual's products are those of the factor
+    limit = (n * n * (m + 1) + n**3 / 3) / matmul_peak(torch.float64)
     show(
         f"certified rank, {n} x {m + 1}, float64",
         timings,
         limit,
-        "products and factorisations at matmul peak",
+        "half a Gram and one Cholesky factor at matmul peak; the sharp bound takes a second factor",
+    )
+
+
+def bench_ill_conditioned(benchmark, device):
+    """n = 2000, condition number 1e10: whitening, where the Gram itself is singular to working precision."""
+    n, m = 2000, 2200
+    u, v = (torch.linalg.qr(torch.randn((k, n), dtype=torch.float64))[0] for k in (n, m))
+    h = ((u * torch.logspace(0, -10, n, dtype=torch.float64)) @ v.T).to(device)
+    assert prove_full_rank(h, ones=False, sharp=False).route == "whitening"
+    candidates = {
+        "matrix_rank float64": lambda: torch.linalg.matrix_rank(h),
+        "proof": lambda: prove_full_rank(h, ones=False, sharp=False),
+        "proof, sharp sigma": lambda: prove_full_rank(h, ones=False, sharp=True),
+    }
+    timings = benchmark.pedantic(lambda: compare(candidates, repeats=3, warmup=0, device=device), rounds=1)
+    # three Grams and two times X H1 by half a product each, the second of these doubled; five or six n^3/3
+    limit = (7 * n * n * m + 2 * n**3) / matmul_peak(torch.float64)
+    show(
+        f"certified rank of condition 1e10, {n} x {m}, float64",
+        timings,
+        limit,
+        "two passes of whitening at matmul peak",
     )
 
 

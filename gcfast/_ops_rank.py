@@ -68,20 +68,9 @@ def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
 
 
 def _large(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
-    """Beyond the kernels, one matrix after the other: full rank by proof, all else by a verified SVD."""
-    from gcfast._rank_proof import prove_full_rank  # imports this module by way of gcfast.ops
+    from gcfast._large_rank import rank_of_large  # imports this module by way of gcfast.ops
 
-    parts = []
-    for x, at, rt in zip(a, atol, rtol):
-        n = min(x.shape)
-        proof = prove_full_rank(x if x.shape[0] == n else x.mT, ones=False)
-        tolerance = max(float(at), float(rt) * proof.sigma_max_upper * (1 + 1e-15))
-        if proof.proved and proof.sigma_min_lower > tolerance:
-            counts = [at.new_full((1,), n, dtype=torch.int64)] * 3
-            values = [at.new_full((1,), v) for v in (proof.sigma_min_lower, proof.sigma_max_upper)]
-            parts.append((*counts, *values))
-        else:
-            parts.append(reference.batched_rank(x[None], at[None], rt[None]))
+    parts = [rank_of_large(a[i : i + 1], atol[i : i + 1], rtol[i : i + 1]) for i in range(len(a))]
     return tuple(torch.cat(column) for column in zip(*parts))  # type: ignore[return-value]
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gcfast._rank_proof import StackedOnes, gram
+from gcfast._products import StackedOnes, gram
 from gcfast.losses import ConvexLoss
 
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gcfast._rank_proof import near_dependency, proof_bytes, prove_full_rank
+from gcfast._dependency import near_dependency, prove_rank_of_basis
+from gcfast._rank_proof import proof_bytes, prove_full_rank
 from gcfast.features import TrainingSet, check_features, collect, equal_rows
 from gcfast.inspection import Head, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
@@ -190,7 +191,7 @@ def certify(
         loss: as for ``solve_head``; needed for L, L*, the gap and ``steps_to``.
         head: module or name, where it is not the last Linear applied.
         route: only this one; by default the direct route, and the theorem where that does not decide.
-        sharp: spend about a quarter more time for a sigma_min bound within a few per cent of the truth.
+        sharp: spend about a third more time for a sigma_min bound within a few per cent of the truth.
         max_bytes: memory the direct route may use beyond the features (default: what is free).
         callback: called with (step, fraction done).
 
@@ -374,10 +375,15 @@ class _Examiner:
             self._note(name, "holds", f"proved in floating point: {proof.reason}")
             return True
         if groups:
-            reason = f"samples repeat: only {len(features)} of {self.n} rows can be independent"
-            self._note(name, "fails", reason)
+            self._note(
+                name,
+                "fails",
+                f"samples repeat: only {len(features)} of {self.n} rows can be independent"
+                + self._independent(features),
+            )
             return False
         found = near_dependency(features, ones=self.ones)
+        independent = self._independent(features)
         if found is not None:
             kind = "dependency" if found.exact else "near-dependency"
             self.offenders.append(self._offender(kind, found.samples, found.coefficients, found.residual))
@@ -385,15 +391,30 @@ class _Examiner:
                 self._note(
                     name,
                     "fails",
-                    f"rows {_shorten(found.samples)} are linearly dependent, verified in exact arithmetic",
+                    f"rows {_shorten(found.samples)} are linearly dependent, verified in exact arithmetic"
+                    + independent,
                 )
                 return False
         self._note(
             name,
             "unknown",
-            f"{proof.reason}; features in float64, a fresh perturbation or a wider layer would decide",
+            f"{proof.reason}{independent}; features in float64, a fresh perturbation or a wider layer would "
+            "decide",
         )
         return None
+
+    def _independent(self, features: Tensor) -> str:
+        """Sets ``rank_lower`` from rows that are proved independent; a clause that says so, or nothing."""
+        copy = len(features) * self.m * features.element_size()
+        try:
+            needed = proof_bytes(len(features), self.m) + copy
+            require("a lower bound of the rank", needed, self.max_bytes, features.device, "more memory")
+        except MemoryError:
+            return ""
+        self.rank_lower, proof = prove_rank_of_basis(features, ones=self.ones, progress=self.callback)
+        if proof is None:
+            return ""
+        return f"; {self.rank_lower} rows are proved independent ({proof.route})"
 
     def _theorem(self) -> bool:
         seen, model = self.seen, self.model

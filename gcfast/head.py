@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gcfast._descent import descent, exact
 from gcfast._newton import PAIRS, Problem, State, minimise
-from gcfast._rank_proof import exact_products
+from gcfast._products import exact_products
 from gcfast._solution import HeadSolution, Progress, finish
 from gcfast._task import Task
 from gcfast._working_set import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, WorkingSet, follow

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import gcfast
+from gcfast._rank_proof import proof_bytes
 
 N = 40
 
@@ -116,6 +117,37 @@ def test_features_alone():
         and sorted(cert.offenders[0].samples) == [0, 1, 2, 3]
         and cert.offenders[0].kind == "dependency"
     )
+    assert cert.rank_lower == 19 and any(
+        "19 rows are proved independent (shift)" in a.reason for a in cert.assumptions
+    )
+
+
+@pytest.mark.parametrize(
+    ("condition", "route"), [(1e2, "shift:"), (1e9, "whitening:"), (1e13, "whitening in doubled")]
+)
+def test_the_route_of_the_proof_is_told(condition, route):
+    n = 200
+    q = [torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for _ in range(2)]
+    h = (q[0] * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)) @ q[1]
+    cert = gcfast.certify(h)
+    assert cert.status == "holds" and f"proved in floating point: {route}" in str(cert)
+
+
+def test_the_rank_that_is_left_is_proved():
+    g = torch.Generator().manual_seed(0)
+    h = (
+        torch.randint(-9, 9, (60, 20), generator=g).double()
+        @ torch.randint(-9, 9, (20, 80), generator=g).double()
+    )
+    cert = gcfast.certify(h)
+    assert (cert.status, cert.rank_lower) == ("fails", 21)  # and the ones column
+    assert len(cert.offenders[0].samples) == 22 and cert.sigma_min_lower == 0
+    h[7] = h[31]
+    cert = gcfast.certify(h)
+    assert (cert.status, cert.rank_lower) == ("fails", 21)
+    assert "only 59 of 60 rows can be independent; 21 rows are proved independent" in str(cert)
+    with_room_for_the_proof_only = gcfast.certify(h[:31], max_bytes=proof_bytes(31, 80) + 100)
+    assert with_room_for_the_proof_only.rank_lower == 0
 
 
 def test_an_undecided_matrix_is_unknown_and_says_what_would_decide():
@@ -124,6 +156,7 @@ def test_an_undecided_matrix_is_unknown_and_says_what_would_decide():
     cert = gcfast.certify(h)
     assert cert.status == "unknown" and "would decide" in cert.reason
     assert sorted(cert.offenders[0].samples) == [0, 1, 2, 3] and cert.offenders[0].residual < 1e-14
+    assert cert.rank_lower == 19
 
 
 def test_float32_features_where_torch_is_wrong():

@@ -8,17 +8,23 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gcfast import _rank_proof as rank
-from gcfast._rank_proof import gamma, near_dependency, prove_full_rank
+from gcfast import _products, _shift, _whitening
+from gcfast._dependency import near_dependency
+from gcfast._products import StackedOnes, Tiling, gamma
+from gcfast._rank_proof import prove_full_rank
 
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 4), (31, 40), (33, 33), (252, 300), (507, 506), (700, 900)]
 
 
-def _with_condition(n, m, condition, seed=0):
+def _with_condition(n, m, condition, seed=0, spectrum="geometric"):
     g = torch.Generator().manual_seed(seed)
     u = torch.linalg.qr(torch.randn((n, n), generator=g, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn((m, n), generator=g, dtype=torch.float64))[0]
-    return (u * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)) @ v.T
+    values = torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)
+    if spectrum != "geometric":
+        small = {"one small": n - 1, "half small": n // 2, "one large": 1}[spectrum]
+        values = torch.cat([torch.ones(small), torch.full((n - small,), 1 / condition)]).double()
+    return (u * values) @ v.T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -35,12 +41,29 @@ def test_random_features_are_proved_and_bounds_hold(device, n, m, dtype, sharp):
         assert proof.sigma_min_lower >= 0.85 * float(true[-1])
 
 
-@pytest.mark.parametrize("condition", [1e3, 1e6, 1e8, 1e10])
+SPECTRA = ["geometric", "one small", "half small", "one large"]
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e8, 1e10, 1e11, 1e13])
 @pytest.mark.parametrize(("n", "m"), [(40, 60), (300, 330), (600, 600)])
-def test_ill_conditioned_matrices_are_proved(n, m, condition):
-    proof = prove_full_rank(_with_condition(n, m, condition), ones=False)
+def test_ill_conditioned_matrices_are_proved(n, m, condition, spectrum):
+    a = _with_condition(n, m, condition, seed=n, spectrum=spectrum)
+    proof = prove_full_rank(a, ones=False)
     assert proof.proved, proof.reason
-    assert 0.5 / condition <= proof.sigma_min_lower <= (1 + 1e-4) / condition
+    # the matrix as stored is within 1e-16 sqrt(n) of the one described
+    assert 0.5 / condition <= proof.sigma_min_lower <= (1 + 1e-16 * condition * n**0.5 + 1e-4) / condition
+    assert proof.route == ("shift" if condition == 1e3 else "whitening" if condition >= 1e8 else proof.route)
+    assert prove_full_rank(a, ones=False, sharp=False).proved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_thousand_rows_of_condition_1e10_are_proved(spectrum, seed):
+    a = _with_condition(2000, 2000 + 100 * seed, 1e10, seed, spectrum)
+    proof = prove_full_rank(a, ones=False, sharp=False)
+    assert proof.proved and proof.sigma_min_lower <= 1.0001e-10, proof.reason
 
 
 def test_layouts_give_the_same_proof():
@@ -74,6 +97,23 @@ def test_exact_copies_and_exact_combinations_are_never_proved(seed):
     h = torch.randint(-1000, 1000, (50, 70), generator=g).double()
     h[7] = 2 * h[31] - h[2]  # affine: dependent with the ones column too
     assert not prove_full_rank(h).proved
+
+
+@pytest.mark.parametrize("n", [150, 300, 520])
+def test_matrices_deficient_by_one_are_never_proved(n):
+    # more than a tile of rows; integers, so that the rank is n - 1 exactly
+    g = torch.Generator().manual_seed(n)
+    h = torch.randint(-1000, 1000, (n, n + 10), generator=g).double()
+    h[n // 2] = h[:20].sum(0) - h[-19:].sum(0)  # weights that add up to 1: dependent with ones, too
+    for scale in (1.0, 2.0**-300, 2.0**300):
+        assert not prove_full_rank(h * scale).proved
+        assert not prove_full_rank(h * scale, ones=False).proved
+    rows = 2.0 ** torch.randint(-40, 40, (n, 1), generator=g).double()
+    assert not prove_full_rank(h * rows, ones=False).proved
+    left = torch.randint(-9, 10, (n, n - 1), generator=g).double()
+    product = left @ torch.randint(-9, 10, (n - 1, n + 10), generator=g).double()
+    assert not prove_full_rank(product, ones=False).proved
+    assert not prove_full_rank(product.float(), ones=False).proved  # entries below 2^24
 
 
 def test_more_rows_than_columns_is_never_proved():
@@ -120,40 +160,163 @@ def test_the_bounds_are_those_of_the_products():
             assert abs(Fraction(float(computed[i, j])) - exact) <= Fraction(float(bound[i, j]))
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 8 x 4, slices of 2: every sum of the proofs at sizes that rational arithmetic can follow."""
+    for module in (_products, _shift, _whitening):
+        monkeypatch.setattr(module, "tiling", lambda device: Tiling(8, 4, 2))
+
+
+@pytest.fixture
+def worst_products(monkeypatch):
+    """Every trusted product errs upward by nearly all that it may: what no bound accounts for shows."""
+    for module in (_products, _shift, _whitening):
+        monkeypatch.setattr(module, "tiling", lambda device: Tiling(32, 16, 8))
+    honest = torch.mm
+
+    def mm(a, b, out=None):
+        # two units are left to the product itself and to the rounding of this sum
+        excess = max(a.shape[1] - 2, 0) * torch.finfo(a.dtype).eps / 2
+        product = honest(a, b) + excess * honest(a.abs(), b.abs())
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "mm", mm)
+
+
+def _exact(t):
+    return [[Fraction(v) for v in row] for row in t.double().tolist()]
+
+
+def _product(a, b):
+    columns = list(zip(*b, strict=True))
+    return [[sum(u * v for u, v in zip(row, column, strict=True)) for column in columns] for row in a]
+
+
+def _gram(a):
+    return _product(a, [list(column) for column in zip(*a, strict=True)])
+
+
+def _distance(a, b):
+    rows = [[float(u - v) for u, v in zip(r, s, strict=True)] for r, s in zip(a, b, strict=True)]
+    return float(torch.linalg.matrix_norm(torch.tensor(rows, dtype=torch.float64), 2))
+
+
+def _symmetric(low):
+    return low.tril() + low.tril(-1).mT
+
+
+@pytest.mark.parametrize("scale", [2.0**-400, 1.0, 2.0**400])
+def test_the_error_of_the_gram_is_bounded(scale, worst_products):
+    h1 = StackedOnes(torch.rand((21, 29), dtype=torch.float64) * scale, ones=False)
+    g = _shift.bounded_gram(h1)
+    exact = [[v / Fraction(scale) ** 2 for v in row] for row in _gram(_exact(h1.features))]
+    error = _distance(_exact(_symmetric(g.lower) / scale**2), exact)
+    assert 0.1 * g.error <= error * scale**2 <= g.error
+    assert bool((g.lower.triu(1) == 0).all())
+    assert float(torch.linalg.matrix_norm(_symmetric(g.lower), 2)) <= g.norm
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype):
+@pytest.mark.parametrize("quality", [1.0, 1.0 + 1e-3])
+def test_the_residual_of_a_cholesky_factor_is_bounded_whatever_the_factor(
+    dtype, quality, worst_products, monkeypatch
+):
+    a = torch.rand((21, 30), dtype=dtype)
+    g = (a @ a.mT).tril()
+    solve = torch.linalg.solve_triangular
+    monkeypatch.setattr(torch.linalg, "solve_triangular", lambda *a, **k: quality * solve(*a, **k))
+    low, bound = _shift.verified_cholesky(g, 0.0625)
+    shifted = _exact(_symmetric(g))
+    for i, row in enumerate(shifted):
+        row[i] -= Fraction(0.0625)
+    residual = _distance(_gram(_exact(low)), shifted)
+    assert 0.03 * bound <= residual <= bound
+    # products may err so that the residual looks smaller than it is
+    assert bound >= gamma(8 + 3, dtype) * float((low.abs() @ low.abs().mT).sum(1).amax())
+    if quality == 1.0:
+        assert bound <= 100 * torch.finfo(dtype).eps * float(g.norm())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_hostile_products_prove_nothing_of_a_deficient_matrix(seed, worst_products):
+    # positive entries: the errors, too, are then a positive matrix, and lift the vanishing eigenvalue
+    h = torch.rand((40, 60), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    h[7] = h[31]
+    for ones in (True, False):
+        assert not prove_full_rank(h, ones=ones).proved
+
+
+def test_what_the_shift_loses_enters_its_bound(worst_products):
+    h1 = StackedOnes(torch.randn((40, 60), dtype=torch.float64), ones=False)
+    g = _shift.bounded_gram(h1)
+    for sharp in (False, True):
+        proof = _shift.prove_by_shift(g, sharp, lambda step, fraction: None)
+        shift = proof.lower / proof.margin
+        assert g.error <= shift - proof.lower <= 4 * g.error
+        assert proof.lower <= float(torch.linalg.svdvals(h1.features)[-1]) ** 2
+
+
+def test_no_cholesky_factor_beyond_the_least_eigenvalue():
+    g = torch.diag(torch.linspace(1, 2, 300, dtype=torch.float64))
+    assert _shift.verified_cholesky(g, 0.99) is not None
+    assert _shift.verified_cholesky(g, 1.01) is None
+
+
+def test_powers_of_two_and_splits_are_exact():
+    a = torch.randn((40, 30), dtype=torch.float64) * 10.0 ** torch.randint(-300, 300, (40, 1)).double()
+    a[3] = 0
+    largest = a.abs().amax(1)
+    scale = _whitening.power_of_two(largest)
+    assert bool((torch.frexp(scale)[0] == 0.5).all()) and bool((scale >= largest).all())
+    assert bool((scale[largest > 1e-300] <= 2 * largest[largest > 1e-300]).all())
+    high, low = _whitening.split(a, scale[:, None], 20)
+    assert _exact(a) == [
+        [u + v for u, v in zip(r, s, strict=True)] for r, s in zip(_exact(high), _exact(low), strict=True)
+    ]
+    assert bool((low.abs() <= scale[:, None] * 2.0**-21).all())
+    assert bool(((high / scale[:, None] * 2.0**20) % 1 == 0).all())
+
+
+def test_doubled_products_are_bounded_and_five_digits_better(worst_products):
+    n, m = 21, 29
+    x = 1e8 * torch.rand((n, n), dtype=torch.float64).tril()
+    h = torch.rand((n, m), dtype=torch.float64)
+    h1, exact = StackedOnes(h, ones=False), _product(_exact(x), _exact(h))
+    scales = float(_whitening.power_of_two(h.abs().amax(0)).norm())
+    bound = _whitening.doubled_error(x, h1, x.abs().sum(1), float(h.abs().sum(0).norm()), scales)
+    assert bound <= 1e-5 * gamma(n) * float((x.abs() @ h.abs()).norm())
+    # the last rounding is as large as a plain product's: look at the sum before it
+    parts = []
+    add = torch.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "add", lambda a, b, out: parts.append((a, b)) or add(a, b, out=out))
+        last = _whitening.lower_times_doubled(x, h)
+    high, rest = (torch.cat(p) for p in zip(*parts, strict=True))
+    both = [
+        [u + v for u, v in zip(r, s, strict=True)] for r, s in zip(_exact(high), _exact(rest), strict=True)
+    ]
+    assert 0.01 * bound <= _distance(both, exact) <= bound
+    assert _distance(_exact(last), exact) <= bound + 2.0**-53 * float(last.norm()) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "condition"), [(torch.float32, 1e9), (torch.float64, 1e9), (torch.float64, 1e14)]
+)
+def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype, condition, small_tiles):
     n, m = 12, 15
-    h1 = rank.StackedOnes(_with_condition(n, m, 1e9), ones=False)
-    x, _ = rank._cholesky_inverse(rank.gram(h1), 1e-13)
-    x = rank._lower_times(rank._cholesky_inverse(rank._whiten(h1, x, torch.float64).gram, 1e-13)[0], x)
-    white = rank._whiten(h1, x, dtype)
-    q = rank._lower_times(x, h1.features).to(dtype)
-
-    def exact(t):
-        return [[Fraction(v) for v in row] for row in t.double().tolist()]
-
-    def product(a, b):
-        columns = list(zip(*b, strict=True))
-        return [[sum(u * v for u, v in zip(row, column, strict=True)) for column in columns] for row in a]
-
-    def distance(a, b):
-        rows = [[float(u - v) for u, v in zip(r, s, strict=True)] for r, s in zip(a, b, strict=True)]
-        return float(torch.linalg.matrix_norm(torch.tensor(rows, dtype=torch.float64), 2))
-
-    q_exact = exact(q)
-    assert 0 < distance(q_exact, product(exact(x), exact(h1.features))) <= white.witness_error
-    transposed = [list(column) for column in zip(*q_exact, strict=True)]
-    assert 0 < distance(exact(white.gram), product(q_exact, transposed)) <= white.product_error
-    truth = float(torch.linalg.matrix_norm(white.gram.double() - torch.eye(n, dtype=torch.float64), 2))
+    h1 = StackedOnes(_with_condition(n, m, condition), ones=False)
+    x, _ = _whitening.cholesky_inverse(_products.lower_gram(h1), 1e-13)
+    for _ in range(3):
+        g2 = _whitening.whiten(h1, x, torch.float64).gram
+        x = _whitening.lower_mm(_whitening.cholesky_inverse(g2, 1e-13)[0], x)
+    white = _whitening.whiten(h1, x, dtype)
+    assert white.doubled == (condition == 1e14)
+    q = (_whitening.lower_times_doubled if white.doubled else _products.lower_times)(x, h1.features).to(dtype)
+    assert 0 < _distance(_exact(q), _product(_exact(x), _exact(h1.features))) <= white.witness_error
+    symmetric = _symmetric(white.gram)
+    assert 0 < _distance(_exact(symmetric), _gram(_exact(q))) <= white.product_error
+    truth = float(torch.linalg.matrix_norm(symmetric.double() - torch.eye(n, dtype=torch.float64), 2))
     assert truth <= white.distance
     margin = math.sqrt(1 - white.distance - white.product_error) - white.witness_error
-    assert math.isclose(white.margin, margin, rel_tol=1e-12) and white.witness_error > 1e-8
-
-
-def test_dependencies_are_found_and_verified_exactly():
-    h = torch.randint(-50, 50, (40, 60), generator=torch.Generator().manual_seed(0)).double()
-    h[9] = h[1] + h[2] - h[30]
-    found = near_dependency(h)
-    assert found is not None and found.exact
-    assert sorted(found.samples) == [1, 2, 9, 30]
-    assert near_dependency(torch.randn((40, 60), dtype=torch.float64)) is None
+    assert math.isclose(white.margin, margin, rel_tol=1e-12)
+    assert white.witness_error > (1e-8 if condition == 1e9 else 1e-13)
