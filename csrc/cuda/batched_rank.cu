@@ -4,12 +4,13 @@
 //
 // Counted, not measured, for 4,096 matrices of full rank on an H100 (132 multiprocessors, 31 matrices each; 64 FMAs and
 // 128 bytes of shared memory a clock and multiprocessor, 1.7 GHz). The Gram is n^2 m / 2 FMAs, an elimination and the
-// inverse n^3 / 6 each; a Gram's tile reads 8 words for 16 FMAs, an elimination's 5 for 4.
-//   32 x 32   FMAs 16 K + 2 * 5.5 K, issued with the tiles' idle threads 33 K + 2 * 16 K: 1.0 K clocks a matrix. The
-//             chain of dependent steps is some 25 K: 8 blocks of columns of 1.3 K each in elimination and inverse, and
-//             the Gram. 14 matrices at once (15 KB each): 1.8 K clocks a matrix, 31 of them: 0.03 ms.
+// inverse n^3 / 6 each. A warp reads a Gram's tile in 8 to 12 clocks for 16 FMAs a thread, theirs in 6 for 4: shared
+// memory bounds both.
+//   32 x 32   FMAs 16 K + 2 * 5.5 K, issued with the tiles' idle threads 33 K + 2 * 16 K: 1.0 K clocks a matrix, of
+//             shared memory 2 K. The chain of dependent steps is some 25 K (8 blocks of columns of 1.3 K each in
+//             elimination and inverse, and the Gram) for 14 matrices at once (15 KB each): 1.8 K. 31 of them: 0.04 ms.
 //   64 x 128  FMAs 262 K + 2 * 44 K, issued 393 K (17 of 24 places of the tiles are taken) + 2 * 130 K: 10 K clocks a
-//             matrix, of shared memory 12 K; the chain is some 45 K for 4 at once (46 KB each), 11 K: 0.2 ms.
+//             matrix, of shared memory 20 K; the chain is some 45 K for 4 at once (46 KB each), 11 K. 0.35 ms.
 // float32 and float64 take the same: the reads (134 and 268 MB for 64 x 128: 0.05 and 0.1 ms) hide behind them. What
 // double-double takes costs 7 to 15 operations an FMA, with fewer matrices at once: some ten times as much.
 #include "batched_rank.h"
