@@ -188,14 +188,12 @@ def biased_sums(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dty
 
 
 def repeated_columns(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    """A product of rank n - 1 with few distinct columns, so that roundings add up in place of cancelling."""
-    distinct = min(n + 1, m)
-    r = min(n, distinct) - 1
-    factors = integers(g, batch, n, r, high=3) @ torch.eye(r, dtype=torch.float64)
-    bits = MANTISSA[dtype] - 4 - r.bit_length()
-    top = torch.randint(1, 1 << bits, (batch, r, distinct), generator=g).double()
-    a = (factors @ top).to(dtype)
-    return a.repeat(1, 1, -(-m // distinct))[:, :, :m]
+    """A product of rank n - 1 at most with as few distinct columns, so that roundings add up, not cancel."""
+    r = min(n, m) - 1
+    bits = MANTISSA[dtype] - 5 - r.bit_length()
+    top = torch.randint(1, 1 << bits, (batch, r, r), generator=g).double()
+    a = (integers(g, batch, n, r, high=15) @ top).to(dtype)
+    return a.repeat(1, 1, -(-m // r))[:, :, :m]
 
 
 def scaled(family: Family, spread: int) -> Family:
