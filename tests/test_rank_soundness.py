@@ -196,7 +196,7 @@ def test_counts_above_a_share_of_the_largest(target, dtype, generator):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES, ids=names)
 def test_bounds_of_the_extreme_singular_values(target, family, dtype, generator):
-    for n, m in SMALL[1:5]:
+    for n, m in (*SMALL[1:5], (2, 700)):  # the last one for sums whose roundings go one way
         a = torch.randn(8, n, m, generator=generator).to(dtype)
         a = torch.cat([family(generator, 8, n, m, dtype), a])
         found, *_ = judged(target, a, atol=0.0, rtol=0.0)
