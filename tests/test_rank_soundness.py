@@ -73,6 +73,15 @@ def check_counts(target, a, atol):
     return exact
 
 
+def check_extremes(target, a):
+    """sigma_min_lower and sigma_max_upper against the exact spectrum."""
+    found, *_ = judged(target, a, atol=0.0, rtol=0.0)
+    for x, least, largest in zip(a, found.sigma_min_lower.tolist(), found.sigma_max_upper.tolist()):
+        spectrum = Spectrum(x)
+        assert spectrum.signs(least)[0] == 0, "a singular value below sigma_min_lower"
+        assert largest == math.inf or spectrum.above(largest) == 0, "one above sigma_max_upper"
+
+
 @on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES, ids=names)
@@ -199,11 +208,7 @@ def test_bounds_of_the_extreme_singular_values(target, family, dtype, generator)
     for n, m in (*SMALL[1:5], (2, 700)):  # the last one for sums whose roundings go one way
         a = torch.randn(8, n, m, generator=generator).to(dtype)
         a = torch.cat([family(generator, 8, n, m, dtype), a])
-        found, *_ = judged(target, a, atol=0.0, rtol=0.0)
-        for x, least, largest in zip(a, found.sigma_min_lower.tolist(), found.sigma_max_upper.tolist()):
-            spectrum = Spectrum(x)
-            assert spectrum.signs(least)[0] == 0, "a singular value below sigma_min_lower"
-            assert spectrum.above(largest) == 0, "a singular value above sigma_max_upper"
+        check_extremes(target, a)
 
 
 @on_each
@@ -218,9 +223,10 @@ def test_deficient_ones_near_the_ends_of_the_range(target, exponent, generator):
     mixed = a.clone()
     mixed[:, :2] = torch.ldexp(mixed[:, :2], torch.tensor(-exponent))  # rows 2 and 3 stay as they are
     check_ranks(target, mixed)
-    found, *_ = judged(target, mixed, atol=0.0, rtol=0.0)
-    for x, least, largest in zip(mixed, found.sigma_min_lower.tolist(), found.sigma_max_upper.tolist()):
-        assert Spectrum(x).signs(least)[0] == 0 and Spectrum(x).above(largest) == 0
+    full = integers(generator, 16, 2, 6, high=2)  # sqrt(k) 2^exponent, rounded anywhere
+    full = torch.ldexp(full, torch.tensor(exponent))
+    for x in (mixed, full, full[:, :1]):
+        check_extremes(target, x)
 
 
 def test_a_deficient_matrix_is_never_proved_to_have_full_rank(generator):
