@@ -63,6 +63,7 @@ ROWS = (
         ours=("proof, sharp sigma",),
         kernels=False,
     ),
+    Row("`matrix_rank`, {size}", "matrix_rank"),
     *(Row(f"`{name}`, {{size}}", name) for name in ("softplus", "sigmoid", "tanh", "gelu", "silu")),
     *(Row(f"`{name}` and its gradients, {{size}}", f"{name} and gradients") for name in ("softplus", "gelu")),
     Row("`softmax_residual`, {size}", "softmax_residual"),

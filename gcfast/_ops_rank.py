@@ -60,9 +60,10 @@ def _cuda_limit(device: int) -> int:
 def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
     """What another method says of the matrices `where`; of two proofs the stronger one stays."""
     lower, upper, least, largest = (t[where] for t in out[1:])
-    out[0][where] = better[0]
-    out[1][where] = torch.maximum(lower, better[1])
-    out[2][where] = torch.minimum(upper, better[2])
+    lower, upper = torch.maximum(lower, better[1]), torch.minimum(upper, better[2])
+    # where double-double has proved more than an SVD resolves, the SVD's own count may lie outside
+    out[0][where] = better[0].clamp(lower, upper)
+    out[1][where], out[2][where] = lower, upper
     out[3][where] = torch.maximum(least, better[3])
     out[4][where] = torch.minimum(largest, better[4])
 

@@ -266,7 +266,9 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
     x = a.to(torch.float64)
     x = x.mT if n > m else x
     n, m = min(n, m), max(n, m)
-    exponent = -torch.frexp(x.abs().amax((1, 2)))[1]  # to entries below 1, in two steps for the extreme ones
+    top = x.abs().amax((1, 2))
+    zero_matrix = top == 0  # of the entries: an SVD is not trusted with that either
+    exponent = -torch.frexp(top)[1]  # to entries below 1, in two steps for the extreme ones
     x, atol = (_ldexp(t, exponent) for t in (x, atol))
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
 
@@ -285,14 +287,13 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
     below = (s * shrink.unsqueeze(-1) * (1 - 1e-14) - error.unsqueeze(-1)).clamp(min=0) * (1 - 1e-14)
     above = (s * stretch.unsqueeze(-1) + error.unsqueeze(-1)) * (1 + 1e-14)
 
-    def tolerance(top: Tensor) -> Tensor:
-        return torch.maximum(atol, rtol * top).unsqueeze(-1)
+    def tolerance(sigma_max: Tensor) -> Tensor:
+        return torch.maximum(atol, rtol * sigma_max).unsqueeze(-1)
 
     rank = (s > tolerance(s[:, 0])).sum(-1)
     # the atol of a scaled matrix may have been rounded where it is denormal
     lower = (below > tolerance(above[:, 0]) * (1 + 1e-15) + 2.0**-900).sum(-1)
     upper = (above > tolerance(below[:, 0]) * (1 - 1e-15)).sum(-1)
-    zero_matrix = s[:, 0] == 0
     tiny = 2.0**-1022
     least, largest = _ldexp(below[:, -1], -exponent), _ldexp(above[:, 0], -exponent)
     least = torch.where(least < tiny, 0.0, least)

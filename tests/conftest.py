@@ -53,6 +53,7 @@ TARGETS = [
     pytest.param(("triton", "cuda"), id="triton", marks=NEEDS_GPU),
     pytest.param(("cuda", "cuda"), id="cuda", marks=NEEDS_GPU),
 ]
+RANK_TARGETS = [p for p in TARGETS if "batched_rank" in _dispatch._KERNELS[p.values[0][0]]]
 
 
 @pytest.fixture(params=TARGETS)
@@ -66,6 +67,14 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 def pytest_report_header() -> str:
     """Which gcfast is tested: the installed one, or a source tree that shadows it."""
     return f"gcfast {gcfast.__version__} from {Path(gcfast.__file__).parent}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A million matrices take minutes: on request only."""
+    if os.environ.get("GCFAST_SOUNDNESS", "0") in ("", "0") and "soundness" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("soundness"):
+                item.add_marker(pytest.mark.skip(reason="minutes: GCFAST_SOUNDNESS=1 or -m soundness"))
 
 
 @pytest.fixture(params=DEVICES)
