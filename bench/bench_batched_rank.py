@@ -20,7 +20,8 @@ KINDS = ["full rank", "half of them deficient"]
 
 
 def matrices(kind: str, batch: int, n: int, m: int) -> torch.Tensor:
-    a = torch.randn(batch, n, m, dtype=torch.float64)
+    # away from the singular ones: of thousands of random square ones some are of lower rank to float32
+    a = torch.randn(batch, n, m, dtype=torch.float64) + 3 * n**0.5 * torch.eye(n, m, dtype=torch.float64)
     if kind != "full rank":  # by a quarter
         r = 3 * n // 4
         half = torch.randn(batch // 2, n, r).double() @ torch.randn(batch // 2, r, m).double()
