@@ -23,7 +23,9 @@ def _outputs(a: Tensor) -> Bounds:
 
 def _refuse_non_finite(bad: Tensor) -> None:
     if bool(bad.any()):
-        raise ValueError(f"A must be finite; matrix {int(bad.nonzero()[0])} of {len(bad)} is not")
+        raise ValueError(
+            f"A must be finite; matrix {int(bad.nonzero()[0])} of {len(bad)} has a NaN or an infinity"
+        )
 
 
 def _cpu(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
