@@ -21,6 +21,13 @@ def _outputs(a: Tensor) -> Bounds:
     return (*counts, *values)  # type: ignore[return-value]
 
 
+def _check_tolerance(name: str, value: Tensor) -> None:
+    bad = ~(value >= 0)  # true for NaN, too
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must be >= 0; got {float(value[index])} for matrix {index}")
+
+
 def _refuse_non_finite(bad: Tensor) -> None:
     if bool(bad.any()):
         raise ValueError(
@@ -78,7 +85,10 @@ def _large(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
 
 
 @torch.library.custom_op("gcfast::batched_rank", mutates_args=())
-def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
+def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+    if check_tolerance:
+        _check_tolerance("atol", atol)
+        _check_tolerance("rtol", rtol)
     backend = _dispatch.choose("batched_rank", a)
     if a.numel() == 0:
         return reference.batched_rank(a, atol, rtol)
@@ -97,5 +107,5 @@ def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
 
 
 @batched_rank_op.register_fake
-def _(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
+def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
     return _outputs(a)

@@ -269,12 +269,15 @@ def abs_products(a: Tensor, left: Tensor | None = None, right: Tensor | None = N
     return abs_products_op(a, left, right)
 
 
-def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def batched_rank(
+    a: Tensor, atol: Tensor, rtol: Tensor, *, check_tolerance: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The number of singular values above max(atol, rtol sigma_max), a matrix, with proved bounds.
 
     Args:
         a: (B, n, m) float32 or float64, any strides.
-        atol, rtol: (B,) float64, >= 0 (not checked).
+        atol, rtol: (B,) float64, >= 0.
+        check_tolerance: whether that is checked, which reads them once more.
 
     Returns:
         rank, lower, upper (B,) int64 and sigma_min_lower, sigma_max_upper (B,) float64, as
@@ -291,4 +294,4 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
     for name, value in (("atol", atol), ("rtol", rtol)):
         _validate.is_float64(name, value, a.device)
         _validate.has_shape(name, value, a.shape[:1], "B from a")
-    return batched_rank_op(a.detach(), atol, rtol)
+    return batched_rank_op(a.detach(), atol, rtol, bool(check_tolerance))

@@ -52,10 +52,7 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
             raise TypeError(f"{name} must be a real number or a real tensor; got {value.dtype}")
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
-        value = value.detach().to(device, torch.float64)
-        if torch.compiler.is_compiling() or bool((value >= 0).all()):  # false for NaN, too
-            return value
-        raise ValueError(f"{name} must be >= 0; got {float(value[~(value >= 0)][0])}")
+        return value.detach().to(device, torch.float64)  # its values are checked where they are read
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
     if not value >= 0:
@@ -117,13 +114,13 @@ def matrix_rank(
         relative = _tolerance("rtol", rtol, a.device)
     limits = (absolute, relative)
     batch = a.shape[:-2]
-    shapes = [t.shape for t in limits if isinstance(t, Tensor)]
+    shapes = [tuple(t.shape) for t in limits if isinstance(t, Tensor)]
     try:
         batch = torch.broadcast_shapes(batch, *shapes) if shapes else batch
     except RuntimeError:
         raise ValueError(
             f"atol and rtol must broadcast with the batch shape of A, {tuple(batch)}; got "
-            f"{' and '.join(str(tuple(s)) for s in shapes)}"
+            f"{' and '.join(map(str, shapes))}"
         ) from None
     count = math.prod(batch)
     # reshape copies only what cannot be seen as one batch dimension
@@ -134,4 +131,5 @@ def matrix_rank(
         else torch.full((count,), t, dtype=torch.float64, device=a.device)
         for t in limits
     )
-    return RankEstimate(*(t.reshape(batch) for t in ops.batched_rank(flat, *vectors)))
+    found = ops.batched_rank(flat, *vectors, check_tolerance=bool(shapes))
+    return RankEstimate(*(t.reshape(batch) for t in found))

@@ -1,8 +1,8 @@
-// An upper bound of the rank where the tolerance is beyond a Gram in double, but p pivots of B B^T - s I at a shift s that
-// double resolves are positive and the other rows seem to depend on theirs. T is unit lower triangular: beside its ones
-// it has entries only in the rows of the other pivots, in the columns of the positive ones, and they say how a row is made
-// of others. T B, with its other rows nearly zero, is computed to some 70 bits and stored in double as A. Scaled, so that
-// nothing small is beside anything large, the Gram of A is good enough:
+// An upper bound of the rank where the tolerance is beyond a Gram in double, but p pivots of B B^T - s I at a shift s
+// that double resolves are positive and the other rows seem to depend on theirs. T is unit lower triangular: beside
+// its ones it has entries only in the rows of the other pivots, in the columns of the positive ones, and they say how
+// a row is made of others. T B, with its other rows nearly zero, is computed to some 70 bits and stored in double as
+// A. Scaled, so that nothing small is beside anything large, the Gram of A is good enough:
 //     A A^T - t T T^T, congruent to B' B'^T - t I for B' = T^-1 A = B + T^-1 (A - T B),
 // has as many positive eigenvalues as singular values of B' exceed sqrt(t) (Sylvester). Those of B are off by at most
 // ||T^-1 (A - T B)|| (Weyl), which is ||A - T B||: T^-1 = 2 I - T leaves alone what is zero outside the other rows.
@@ -19,10 +19,15 @@ template <class V> GCFAST_HD V leading_bits(const V& x, const V& unit) {
   return (x + c) - c;
 }
 
-// Error of an entry of T B: t b is cut into t' b' (exact) and t' b'' + t'' b, of up to 2^-22 unit_t unit_b; 2n terms of
-// them, each rounded at most twice, in sums of at most n 2^-22 of those units: 4n u of that. The last rounding, u |entry|,
-// is counted from the entries.
-GCFAST_HD double deflated_error(int n) { return 1.01 * 4.0 * n * n * 0x1p-75; }
+// Error of an entry of T B: t b is cut into t' b' (exact) and t' b'' + t'' b, of up to 2^-23 unit_t unit_b each,
+// which are summed by fours of columns of T and then over these, each product and sum rounded once. Of eight terms
+// that is 8 u (2^-23 + 2^-20), and of the sums of all (n + 4) / 4 fours, up to (n + 4) 2^-22, once each. The last
+// rounding, u |entry|, is counted from the entries.
+constexpr int kDeflatedFour = 4;
+GCFAST_HD double deflated_error(int n) {
+  const double k = n + kDeflatedFour;
+  return 1.01 * (1.125 * k * 0x1p-72 + k * k * 0x1p-77);
+}
 
 // What `size` may be for `deflated_loss` to cover a count, and the loss, for rows scaled to
 // a_i a_i^T + t T_i T_i^T <= 1.

@@ -69,8 +69,8 @@ template <class V> struct Arithmetic {
 };
 
 // Errors short of underflow, second-order terms in u left out. Each sum ends in fast_two_sum(t.hi, c) with a
-// correction c of a few u (|s| + |a b|); where the head has cancelled below |c|, t.hi is still a multiple of ulp(c), and
-// that is all fast_two_sum needs.
+// correction c of a few u (|s| + |a b|); where the head has cancelled below |c|, t.hi is still a multiple of ulp(c),
+// and that is all fast_two_sum needs.
 template <class V> struct Arithmetic<DoubleDouble<V>> {
   using D = DoubleDouble<V>;
   static GCFAST_HD D of(const V& x) { return {x, V{}}; }
@@ -99,11 +99,11 @@ template <class V> struct Arithmetic<DoubleDouble<V>> {
   }
 };
 
-// A sum of at most kTerms products a_k b_k of lanes with sum a_k^2, sum b_k^2 <= 1, so that no part of it exceeds 1. The
-// sums are kept in fixed point, by adding to constants that do not let the exponent move: each product is cut at 2^-51
-// into `high`, what is left of it (up to 2^-52, rounded once: u^2) at 2^-97 into `middle`, and the rest is summed as is.
-// Seven operations a term, where a renormalised double-double sum takes 13, and a third of its error: u^2 a term, and
-// 2 u^2 for value().
+// A sum of at most kTerms products a_k b_k of lanes with sum a_k^2, sum b_k^2 <= 1, so that no part of it exceeds 1.
+// The sums are kept in fixed point, by adding to constants that do not let the exponent move: each product is cut at
+// 2^-51 into `high`, what is left of it (up to 2^-52, rounded once: u^2) at 2^-97 into `middle`, and the rest is
+// summed as is. Seven operations a term, where a renormalised double-double sum takes 13, and a third of its error:
+// u^2 a term, and 2 u^2 for value().
 template <class V> struct ProductSum {
   static constexpr int kTerms = 64;
   static constexpr double kHigh = 3.0, kMiddle = 0x1.8p-45;

@@ -1,5 +1,5 @@
-// How many eigenvalues of a Gram exceed a shift: G - s I = L D L^T, eliminated without pivoting (core/rank_bounds.h says
-// why that is sound), and from it the rank of a matrix with bounds on both sides.
+// How many eigenvalues of a Gram exceed a shift: G - s I = L D L^T, eliminated without pivoting (core/rank_bounds.h
+// says why that is sound), and from it the rank of a matrix with bounds on both sides.
 //
 // One source for the CPU, where a Team is a single thread and a lane of V a matrix, and for the GPU, where a Team is a
 // warp or a block on one matrix in shared memory. Left-looking in R columns at a time, so that products of R x R tiles
@@ -44,8 +44,9 @@ template <class Num, int R, int Own = R> struct Elimination {
     return p * stride(n) + (2 + R) * p + R * R;
   }
   GCFAST_HD Elimination(int size, Num* memory)
-      : n(size), padded(padded_size(size)), ld(stride(size)), a(memory), diagonal(a + static_cast<int64_t>(padded) * ld),
-        pivot(diagonal + padded), w(pivot + padded), block(w + R * padded) {}
+      : n(size), padded(padded_size(size)), ld(stride(size)), a(memory),
+        diagonal(a + static_cast<int64_t>(padded) * ld), pivot(diagonal + padded), w(pivot + padded),
+        block(w + R * padded) {}
 
   GCFAST_HD Num& at(int i, int j) const { return a[static_cast<int64_t>(i) * ld + j]; }
   GCFAST_HD Num& gram(int i, int j) const { return i == j ? diagonal[i] : i > j ? at(j, i) : at(i, j); }
@@ -291,10 +292,11 @@ template <class Num, int R, int Own = R> struct Elimination {
   }
 
   // The rank of every lane's matrix, G being there, ||G - B B^T|| <= gram_error. A lane's verdict is added to, never
-  // weakened, and `bounds` is what was known of its matrix; its rank stays -1 where this precision does not decide. The inertia is taken a little above the tolerance
-  // and, unless that finds all n, a little below it; where the counts differ, sigma_max is bounded more sharply, by
-  // an inertia just above it, and the count above is taken again. Double-double comes after double, which has mostly
-  // proved a lower bound: there the count below may be all that is missing, and comes first.
+  // weakened, and `bounds` is what was known of its matrix; its rank stays -1 where this precision does not decide.
+  // The inertia is taken a little above the tolerance and, unless that finds all n, a little below it; where the
+  // counts differ, sigma_max is bounded more sharply, by an inertia just above it, and the count above is taken
+  // again. Double-double comes after double, which has mostly proved a lower bound: there the count below may be all
+  // that is missing, and comes first.
   template <class Team>
   GCFAST_HD void examine(const Team& team, int64_t m, const V& gram_error, const RankOptions* options,
                          RankBounds* bounds, RankVerdict* verdict) const {
@@ -329,7 +331,9 @@ template <class Num, int R, int Own = R> struct Elimination {
       bool in[kLanes];
       for (int l = 0; l < kLanes; ++l) {
         in[l] = open[l] && ((step == above && s < 3) || bounds[l].resolves());
-        shifts[l] = step == above ? bounds[l].shift_above() : step == below ? bounds[l].shift_below() : bounds[l].shift_of_top();
+        shifts[l] = step == above   ? bounds[l].shift_above()
+                    : step == below ? bounds[l].shift_below()
+                                    : bounds[l].shift_of_top();
         if (in[l]) L::set(shift, l, shifts[l]);
         any = any || in[l];
       }

@@ -93,8 +93,8 @@ class RankBounds {
   GCFAST_HD bool resolves() const { return part() * error(trace_, 0) < 0.5 * tolerance(top_lo_); }
   GCFAST_HD bool may_resolve() const { return part() * error(trace_, 0) < 0.5 * tolerance(top_hi_); }
 
-  // sigma_n(B), all pivots at `shift` being positive, from C = L D^(1/2) and Y = fl(L^-1), |L Y - I| <= gamma_(n+1) |L||Y|:
-  // ||C^-1|| <= ||D^(-1/2) Y|| / (1 - ||L Y - I||). The arguments are upper bounds of squares.
+  // sigma_n(B), all pivots at `shift` being positive, from C = L D^(1/2) and Y = fl(L^-1), |L Y - I| <= gamma_(n+1)
+  // |L||Y|: ||C^-1|| <= ||D^(-1/2) Y|| / (1 - ||L Y - I||). The arguments are upper bounds of squares.
   GCFAST_HD double sigma_min(double shift, double size, double lower_square, double inverse_square,
                              double scaled_inverse_square) const {
     double least = shift - error(size, shift);

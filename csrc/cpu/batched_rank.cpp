@@ -1,7 +1,7 @@
-// Rank of many matrices: eight of them side by side, one in each lane of a vector, so that every step of core/inertia.h
-// is a vector operation whatever their size. First in double; what double leaves open, and matrices whose squares would
-// over- or underflow, again in double-double. A group's Gram is the only product, from panels of columns transposed into
-// lanes; a panel and its tiles stay in the first cache, the Gram (n^2 vectors) in the second.
+// Rank of many matrices: eight of them side by side, one in each lane of a vector, so that every step of
+// core/inertia.h is a vector operation whatever their size. First in double; what double leaves open, and matrices
+// whose squares would over- or underflow, again in double-double. A group's Gram is the only product, from panels of
+// columns transposed into lanes; a panel and its tiles stay in the first cache, the Gram (n^2 vectors) in the second.
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined
 
 #include "batched_rank.h"
@@ -10,7 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "../core/deflation.h"
@@ -152,8 +152,8 @@ GCFAST_CLONES void to_units(Doubles* norms, int padded, Doubles& spread) {
 }
 
 // A tile of G += the panel's part, or = for the first one. Columns in panels that the first cache holds.
-__attribute__((always_inline)) inline void add_tile(const Single& e, const Doubles* panel, int columns, bool first, int i0,
-                                                    int j0) {
+__attribute__((always_inline)) inline void add_tile(const Single& e, const Doubles* panel, int columns, bool first,
+                                                    int i0, int j0) {
   constexpr int R = kTile;
   Doubles x[R][R];
   GCFAST_UNROLL
@@ -229,14 +229,13 @@ GCFAST_CLONES void examine(const Double& e, int64_t m, const Doubles& error, con
   e.examine(Alone(), m, error, options, bounds, verdict);
 }
 
-// core/deflation.h for the lanes that have a rank of at least `low` >= 0 (-1: not wanted) and a tolerance of `tolerance`.
-// The rows of T, its large parts (what is left is t - t'), how large they may be, and which rows it changes.
+// core/deflation.h for the lanes that are known to have a rank of at least low[l] (-1: not wanted).
 struct Deflation {
-  Doubles *t, *leading, *unit, *changed;  // padded x padded twice, padded twice
-  Doubles *b_leading;                      // as a panel
-  bool *tiles, *whole;                     // which tiles of rows are changed in any lane, and which in all: T has no
-                                           // entries in their columns but its ones
-  Doubles off;                             // the square of the Frobenius norm of A - T B
+  Doubles *t, *leading;     // the rows of T, padded x padded: t'' and t'
+  Doubles *unit, *changed;  // how large a row of T may be; 1 where T changes a row, 0 elsewhere
+  Doubles* b_leading;       // b', as a panel
+  bool *tiles, *whole;      // tiles of rows that change in some lane, and in all: those columns hold only T's ones
+  Doubles off;              // the square of the Frobenius norm of A - T B
 };
 
 int64_t deflation_vectors(int padded, int width) { return (2 * static_cast<int64_t>(padded) + 2 + width) * padded; }
@@ -275,7 +274,11 @@ GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, cons
     }
     const Bits exponent = ((Bits)largest >> 52) + 1;
     d.unit[i] = (Doubles)(exponent << 52);
-    for (int k = 0; k < e.padded; ++k) d.leading[i * e.padded + k] = leading_bits(d.t[i * e.padded + k], d.unit[i]);
+    for (int k = 0; k < e.padded; ++k) {
+      Doubles &t = d.t[i * e.padded + k], &leading = d.leading[i * e.padded + k];
+      leading = leading_bits(t, d.unit[i]);
+      t -= leading;
+    }
   }
   for (int i = 0; i < e.padded; ++i)
     for (int j = 0; j <= i; ++j)
@@ -286,6 +289,7 @@ GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, cons
 GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, Deflation& d) {
   typedef int64_t Bits __attribute__((vector_size(64)));
   constexpr int R = kTile, C = 2;
+  static_assert(R == kDeflatedFour);
   Doubles largest{};
   for (int k = 0; k < columns * e.padded; ++k)
     largest = Lanes<Doubles>::larger(largest, Lanes<Doubles>::magnitude(panel[k]));
@@ -306,12 +310,14 @@ GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, De
       Doubles whole[R][C] = {}, rest[R][C] = {};
       for (int k0 = 0; k0 <= i0; k0 += R) {
         if (d.whole[k0 / R] && k0 != i0) continue;
+        Doubles small[R][C] = {};
+        GCFAST_UNROLL
         for (int k = k0; k < k0 + R; ++k) {
           Doubles t[R], t1[R];
           GCFAST_UNROLL
           for (int r = 0; r < R; ++r) {
             t1[r] = d.leading[(i0 + r) * e.padded + k];
-            t[r] = d.t[(i0 + r) * e.padded + k] - t1[r];
+            t[r] = d.t[(i0 + r) * e.padded + k];
           }
           GCFAST_UNROLL
           for (int c = 0; c < C; ++c) {
@@ -319,10 +325,15 @@ GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, De
             GCFAST_UNROLL
             for (int r = 0; r < R; ++r) {
               whole[r][c] += t1[r] * bk1;
-              rest[r][c] += t1[r] * bk2;
-              rest[r][c] += t[r] * bk;
+              small[r][c] += t1[r] * bk2;
+              small[r][c] += t[r] * bk;
             }
           }
+        }
+        GCFAST_UNROLL
+        for (int r = 0; r < R; ++r) {
+          GCFAST_UNROLL
+          for (int c = 0; c < C; ++c) rest[r][c] += small[r][c];
         }
       }
       for (int r = 0; r < R; ++r)
@@ -339,8 +350,7 @@ GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, De
 }
 
 // Scales and shifts, and counts: the positive pivots, -1 for a lane whose bound does not hold.
-GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tolerance, const Doubles& least,
-                                  const Deflation& d, int* count) {
+GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tolerance, const Deflation& d, int* count) {
   constexpr int R = kTile;
   Doubles square;  // t
   for (int l = 0; l < kLanes; ++l) {
@@ -349,6 +359,7 @@ GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tole
     const double left = tolerance[l] - 1.001 * off;
     square[l] = left > 0 ? left * left * (1 - 1e-14) : 0;
   }
+  for (int k = 0; k < e.padded * e.padded; ++k) d.t[k] += d.leading[k];  // the parts of T together again, exactly
   // M = A A^T - t T T^T; rows of T that are not changed are those of the identity
   for (int j0 = 0; j0 < e.padded; j0 += R)
     for (int i0 = j0; i0 < e.padded; i0 += R) {
@@ -383,13 +394,13 @@ GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tole
   for (int i = 0; i < e.n; ++i)
     for (int j = 0; j <= i; ++j) e.gram(i, j) *= (1.0 / d.unit[i]) * (1.0 / d.unit[j]);
   const double loss = deflated_loss(e.n, m);
-  const Pivots<Doubles> pivots = e.eliminate(Alone(), Doubles{} - loss, least);
+  const Pivots<Doubles> pivots = e.eliminate(Alone(), Doubles{} - loss, Doubles{} + 0x1p-206);
   for (int l = 0; l < kLanes; ++l)
     count[l] = square[l] > 0 && pivots.size[l] <= deflated_size(e.n) ? static_cast<int>(pivots.positive[l]) : -1;
 }
 
-// Columns a panel: of double it stays in the first cache with the rows of a tile, of double-double it is long enough for
-// the sums to be worth their ends.
+// Columns a panel: of double it stays in the first cache with the rows of a tile, of double-double it is long enough
+// for the sums to be worth their ends.
 int panel_columns(int padded, bool doubled) {
   return doubled ? ProductSum<Doubles>::kTerms : std::clamp((64 << 10) / (64 * padded), 8, 64);
 }
@@ -398,7 +409,8 @@ int panel_columns(int padded, bool doubled) {
 int64_t vectors_of(int n, bool doubled) {
   const int64_t padded = doubled ? Double::padded_size(n) : Single::padded_size(n);
   const int width = panel_columns(static_cast<int>(padded), doubled);
-  return padded * (width + 1) + (doubled ? 2 * Double::numbers(n) : Single::numbers(n) + deflation_vectors(padded, width));
+  const int64_t panel = padded * (width + 1);
+  return panel + (doubled ? 2 * Double::numbers(n) : Single::numbers(n) + deflation_vectors(padded, width));
 }
 
 // Bounds ranks from above where the tolerance is beyond double's Gram.
@@ -440,7 +452,7 @@ void deflate(const Group<T>& g, const Single& e, int64_t m, Doubles* panel, int 
     pack_panel(g, e.n, e.padded, k0, columns, panel);
     add_deflated(e, panel, columns, d);
   }
-  count_deflated(e, m, tolerance, least, d, count);
+  count_deflated(e, m, tolerance, d, count);
   for (int l = 0; l < kLanes; ++l)
     if (low[l] >= 0 && count[l] == low[l]) verdict[l].rank = verdict[l].upper = low[l];
 }
@@ -587,6 +599,7 @@ template <class T> struct Task {
 };
 
 template <class T> int64_t run(BatchedRankArgs<T> a) {
+  if (std::min(a.n, a.m) > kLargest) throw std::invalid_argument("batched_rank: the shorter side exceeds the limit");
   if (a.n > a.m) {
     std::swap(a.n, a.m);
     std::swap(a.row_stride, a.column_stride);
