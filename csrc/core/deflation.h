@@ -19,13 +19,26 @@ template <class V> GCFAST_HD V leading_bits(const V& x, const V& unit) {
   return (x + c) - c;
 }
 
-// Error of an entry of T B: t b is cut into t' b' (exact) and t' b'' + t'' b, of up to 2^-23 unit_t unit_b each,
-// which are summed by fours of columns of T and then over these, each product and sum rounded once. Of eight terms
-// that is 8 u (2^-23 + 2^-20), and of the sums of all (n + 4) / 4 fours, up to (n + 4) 2^-22, once each. The last
-// rounding, u |entry|, is counted from the entries.
-constexpr int kDeflatedFour = 4;
+// An entry of T B: t b is cut into t' b', summed exactly in `whole`, and t' b'' + t'' b, of up to 2^-23 unit_t unit_b
+// each, which are summed by fours of columns of T and then over these.
+template <class V> struct DeflatedSum {
+  static constexpr int kTerms = 4;  // between two ends
+  V whole = V{}, rest = V{}, four = V{};
+  GCFAST_HD void add(const V& t_lead, const V& t_rest, const V& b, const V& b_lead, const V& b_rest) {
+    whole = whole + t_lead * b_lead;
+    four = four + t_lead * b_rest;
+    four = four + t_rest * b;
+  }
+  GCFAST_HD void end() {
+    rest = rest + four;
+    four = V{};
+  }
+  GCFAST_HD V value() const { return whole + rest; }
+};
+// Its error in unit_t unit_b, for a sum of n: of the eight terms of a four, each product and sum rounded once, 8 u (2^-23
+// + 2^-20), and of the sums of all (n + 4) / 4 fours, up to (n + 4) 2^-22, once each. Beside it the rounding of value().
 GCFAST_HD double deflated_error(int n) {
-  const double k = n + kDeflatedFour;
+  const double k = n + DeflatedSum<double>::kTerms;
   return 1.01 * (1.125 * k * 0x1p-72 + k * k * 0x1p-77);
 }
 

@@ -289,7 +289,7 @@ GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, cons
 GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, Deflation& d) {
   typedef int64_t Bits __attribute__((vector_size(64)));
   constexpr int R = kTile, C = 2;
-  static_assert(R == kDeflatedFour);
+  static_assert(R == DeflatedSum<Doubles>::kTerms);
   Doubles largest{};
   for (int k = 0; k < columns * e.padded; ++k)
     largest = Lanes<Doubles>::larger(largest, Lanes<Doubles>::magnitude(panel[k]));
@@ -307,38 +307,28 @@ GCFAST_CLONES void add_deflated(const Single& e, Doubles* panel, int columns, De
         b[c] = panel + column * e.padded;
         b1[c] = d.b_leading + column * e.padded;
       }
-      Doubles whole[R][C] = {}, rest[R][C] = {};
+      DeflatedSum<Doubles> x[R][C];
       for (int k0 = 0; k0 <= i0; k0 += R) {
         if (d.whole[k0 / R] && k0 != i0) continue;
-        Doubles small[R][C] = {};
         GCFAST_UNROLL
         for (int k = k0; k < k0 + R; ++k) {
-          Doubles t[R], t1[R];
-          GCFAST_UNROLL
-          for (int r = 0; r < R; ++r) {
-            t1[r] = d.leading[(i0 + r) * e.padded + k];
-            t[r] = d.t[(i0 + r) * e.padded + k];
-          }
           GCFAST_UNROLL
           for (int c = 0; c < C; ++c) {
-            const Doubles bk = b[c][k], bk1 = b1[c][k], bk2 = bk - bk1;
+            const Doubles b_rest = b[c][k] - b1[c][k];
             GCFAST_UNROLL
-            for (int r = 0; r < R; ++r) {
-              whole[r][c] += t1[r] * bk1;
-              small[r][c] += t1[r] * bk2;
-              small[r][c] += t[r] * bk;
-            }
+            for (int r = 0; r < R; ++r)
+              x[r][c].add(d.leading[(i0 + r) * e.padded + k], d.t[(i0 + r) * e.padded + k], b[c][k], b1[c][k], b_rest);
           }
         }
         GCFAST_UNROLL
         for (int r = 0; r < R; ++r) {
           GCFAST_UNROLL
-          for (int c = 0; c < C; ++c) rest[r][c] += small[r][c];
+          for (int c = 0; c < C; ++c) x[r][c].end();
         }
       }
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < count; ++c) {
-          const Doubles a = whole[r][c] + rest[r][c], bound = error * d.unit[i0 + r];
+          const Doubles a = x[r][c].value(), bound = error * d.unit[i0 + r];
           panel[(c0 + c) * e.padded + i0 + r] = a;
           d.off += d.changed[i0 + r] * (bound * bound + a * a * 0x1.01p-106);
         }

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/core/deflation.h"
 #include "../../csrc/core/rank_team.h"
 #include "check.h"
 #include "team.h"
@@ -159,6 +160,43 @@ void product_sums() {
 }
 
 // What the proof takes from an elimination.
+void deflated_sums() {
+  Random random;
+  const auto unit_of = [](const std::vector<double>& v) {
+    double largest = 0;
+    for (double x : v) largest = std::max(largest, std::fabs(x));
+    return std::ldexp(1.0, largest > 0 ? std::ilogb(largest) + 1 : 0);
+  };
+  for (int trial = 0; trial < 20000; ++trial) {
+    const int n = 4 * (1 + random.below(trial % 50 ? 20 : 64)), exponents = random.below(3) * 12;
+    std::vector<double> t(n), b(n);
+    Quad want = 0, exact = 0, part = 0;
+    for (int k = 0; k < n; ++k) {
+      t[k] = trial % 4 ? random.wide(exponents) : 1 - random.below(3) * 0x1p-53;
+      b[k] = trial % 4 ? random.hostile(exponents) : random.unit();
+      if (trial % 3 == 0 && k == n - 1) {  // nearly all cancels
+        t[k] = 1;
+        b[k] = -static_cast<double>(want);
+      }
+      want += Quad(t[k]) * Quad(b[k]);
+    }
+    const double t_unit = unit_of(t), b_unit = unit_of(b);
+    DeflatedSum<double> x;
+    for (int k = 0; k < n; ++k) {
+      const double t_lead = leading_bits(t[k], t_unit), b_lead = leading_bits(b[k], b_unit);
+      x.add(t_lead, t[k] - t_lead, b[k], b_lead, b[k] - b_lead);
+      if (k % 4 == 3) x.end();
+      exact += Quad(t_lead) * Quad(b_lead);
+      part += Quad(t[k]) * Quad(b[k]) - Quad(t_lead) * Quad(b_lead);
+    }
+    CHECK(Quad(x.whole) == exact, "n = %d, trial %d", n, trial);
+    const Quad bound = Quad(deflated_error(n)) * Quad(t_unit) * Quad(b_unit);
+    CHECK(magnitude(Quad(x.rest) - part) <= bound, "n = %d, trial %d", n, trial);
+    CHECK(magnitude(Quad(x.value()) - want) <= bound * Quad(kSlack) + Quad(kUnit) * magnitude(Quad(x.value())),
+          "n = %d, trial %d", n, trial);
+  }
+}
+
 template <class Num, int R, int Own> struct Case {
   using Memory = Elimination<Num, R, Own>;
   std::vector<Num> store;
@@ -677,6 +715,7 @@ int main(int argc, char** argv) {
   if (kHasQuad) {
     double_double();
     product_sums();
+    deflated_sums();
     gram_errors<false, float>();
     gram_errors<false, double>();
     gram_errors<true, float>();
