@@ -5,8 +5,8 @@ namespace gcfast::cpu {
 
 // For each of `batch` matrices (n x m, any strides, in elements): the number of singular values above max(atol, rtol
 // sigma_max), bounds of it and of the extreme singular values, all in float64. rank is -1 where it is not decided, -2
-// where the matrix is not finite. n, m, batch >= 1; the shorter of n and m
-// is at most 256, or std::invalid_argument is thrown.
+// where the matrix is not finite. n, m, batch >= 1; the shorter of n and m is at most 256, or
+// std::invalid_argument is thrown.
 template <class T> struct BatchedRankArgs {
   const T* a;
   int64_t batch, n, m, batch_stride, row_stride, column_stride;
