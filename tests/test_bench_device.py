@@ -79,7 +79,7 @@ def test_list_and_wrong_options():
     "only, sections, benchmarks",
     [
         ("tests", ["build", "tests", "table"], None),
-        ("rank,wide", ["build", "bench", "table"], ["rank", "wide"]),
+        ("rank_proof,wide", ["build", "bench", "table"], ["rank_proof", "wide"]),
         ("activation tests", ["build", "tests", "bench", "table"], ["activation"]),
         ("sanitize,bench", ["build", "sanitize", "bench", "table"], None),
         (None, list(device.SECTIONS), None),
@@ -87,7 +87,7 @@ def test_list_and_wrong_options():
 )
 def test_only(only, sections, benchmarks):
     assert device.select(only) == (sections, benchmarks or device.benchmarks())
-    assert "activation" in device.benchmarks() and "rank" in device.benchmarks()
+    assert "activation" in device.benchmarks() and "rank_proof" in device.benchmarks()
 
 
 @pytest.mark.parametrize("only", ["", ",", "nonsense"])
