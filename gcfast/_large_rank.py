@@ -168,11 +168,14 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
         if math.isfinite(g.error) and 1e-250 < g.norm < 1e250:
             bottom, top = _top(g)
             largest = math.sqrt(top) * (1 + 1e-15)
+            least_tolerance = tolerance(math.sqrt(bottom) * (1 - 1e-15))
+            if least_tolerance >= largest:
+                return outcome(0, 0, 0, 0.0, largest)
             above = tolerance(largest) ** 2 * (1 + 1e-14) + 1e-290
             short = prove_by_shift(g, True, lambda step, fraction: None)
             if short is not None and short.lower > above:
                 return outcome(n, n, n, math.sqrt(short.lower) * (1 - 1e-15), largest)
-            lower, upper = _by_counts(g, tolerance(math.sqrt(bottom) * (1 - 1e-15)) ** 2, above)
+            lower, upper = _by_counts(g, least_tolerance**2, above)
             if lower == upper:
                 return outcome(
                     lower, lower, upper, math.sqrt(above) * (1 - 1e-15) if lower == n else 0.0, largest
@@ -184,7 +187,7 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
         proof = prove_full_rank(h, ones=False)
         if proof.proved and proof.sigma_min_lower > tolerance(proof.sigma_max_upper) * (1 + 1e-15):
             return outcome(n, n, n, proof.sigma_min_lower, proof.sigma_max_upper)
-    elif rank == lower:
+    elif rank == lower > 0:
         return outcome(rank, lower, upper, 0.0, largest)
     estimate, *proved = reference.batched_rank(x, atol, rtol)
     proved[0].clamp_(min=lower)
