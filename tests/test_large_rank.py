@@ -6,14 +6,13 @@ import itertools
 import math
 from fractions import Fraction
 
-import flint
 import pytest
 import torch
 
 from gcfast import _large_rank, matrix_rank
 from gcfast._large_rank import count_above, rank_of_large
 
-from rank_cases import Spectrum  # isort: skip
+from rank_cases import Spectrum, flint, needs_flint  # isort: skip
 
 
 def symmetric(kind: str, n: int) -> torch.Tensor:
@@ -37,6 +36,7 @@ KINDS = ["indefinite", "semidefinite", "hollow", "path", "graded"]
 
 def exact_above(s: torch.Tensor, shift: Fraction) -> int:
     """How many eigenvalues are above the shift: Descartes's rule of signs, exact where all roots are real."""
+    needs_flint()
     rows = [
         [Fraction(v) - (shift if i == j else 0) for j, v in enumerate(r)] for i, r in enumerate(s.tolist())
     ]

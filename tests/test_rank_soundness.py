@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 from conftest import RANK_TARGETS
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from rank_cases import (
     FAMILIES,
     Spectrum,
@@ -23,6 +21,10 @@ from rank_cases import (
 
 from gcfast import _ops_rank, matrix_rank, ops, reference
 from gcfast._rank_proof import prove_full_rank
+
+pytest.importorskip("flint")
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
 
 DTYPES = [torch.float32, torch.float64]
 SMALL = [(2, 2), (2, 5), (3, 3), (4, 7), (5, 5), (7, 4), (8, 8), (9, 13)]
@@ -321,13 +323,13 @@ def floats_with_repeats(draw):
     return a
 
 
-@settings(
+@hypothesis.settings(
     max_examples=300,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-@given(a=floats_with_repeats(), at=st.floats(0, 1e6), which=st.integers(0, 5))
+@hypothesis.given(a=floats_with_repeats(), at=st.floats(0, 1e6), which=st.integers(0, 5))
 def test_any_matrix(a, at, which):
     spectrum, exact = Spectrum(a), exact_rank(a)
     s = torch.linalg.svdvals(a)
