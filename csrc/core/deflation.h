@@ -7,7 +7,7 @@
 // has as many positive eigenvalues as singular values of B' exceed sqrt(t) (Sylvester). Those of B are off by at most
 // ||T^-1 (A - T B)|| (Weyl), which is ||A - T B||: T^-1 = 2 I - T leaves alone what is zero outside the other rows.
 //
-// A third of the work of the same answer in double-double, and nothing lost by it: what stays open goes there.
+// Nothing is lost by trying: what stays open goes to double-double, whose Gram alone takes more operations.
 #pragma once
 #include "inertia.h"
 
