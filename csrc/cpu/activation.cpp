@@ -3,15 +3,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "../core/activations.h"
 #include "clones.h"
 
 namespace gcfast::cpu {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // elements that stay in the first-level cache between the passes of a block
-
-template <class T> using Block = void (*)(const T*, T*, int64_t, Scale<T>);
 
 #define GCFAST_BLOCK(T, NAME, ORDER, SCALED, SUFFIX)                                                        \
   GCFAST_CLONES void NAME##_##ORDER##_##SUFFIX(const T* x, T* out, int64_t n, Scale<T> beta) {              \
@@ -48,16 +45,16 @@ GCFAST_ALL(double, f64)
 
 template <class T> struct Table;
 template <> struct Table<float> {
-  static Block<float> get(int row, int order) {
-    static const Block<float> table[8][3] = GCFAST_TABLE(f32);
+  static ActivationBlock<float> get(int row, int order) {
+    static const ActivationBlock<float> table[8][3] = GCFAST_TABLE(f32);
     return table[row][order];
   }
   static void add(const float* x, const float* b, float* o, int64_t n) { add_f32(x, b, o, n); }
   static void mul(const float* x, const float* g, float* o, int64_t n) { mul_f32(x, g, o, n); }
 };
 template <> struct Table<double> {
-  static Block<double> get(int row, int order) {
-    static const Block<double> table[8][3] = GCFAST_TABLE(f64);
+  static ActivationBlock<double> get(int row, int order) {
+    static const ActivationBlock<double> table[8][3] = GCFAST_TABLE(f64);
     return table[row][order];
   }
   static void add(const double* x, const double* b, double* o, int64_t n) { add_f64(x, b, o, n); }
@@ -66,7 +63,7 @@ template <> struct Table<double> {
 
 // One block: the sum with the bias and the product with the gradient go through cache-resident scratch.
 template <class T>
-void run_block(Block<T> f, const T* x, const T* bias, const T* grad, T* out, int64_t n, Scale<T> beta) {
+void run_block(ActivationBlock<T> f, const T* x, const T* bias, const T* grad, T* out, int64_t n, Scale<T> beta) {
   alignas(64) T scratch[kBlock];
   const T* in = x;
   if (bias) {
@@ -80,8 +77,7 @@ void run_block(Block<T> f, const T* x, const T* bias, const T* grad, T* out, int
 
 template <class T> void run(const ActivationArgs<T>& a) {
   if (a.rows <= 0 || a.cols <= 0) return;
-  const bool scaled = a.act == static_cast<int>(Act::softplus) && a.beta != 1.0;
-  const Block<T> f = Table<T>::get(scaled ? 7 : a.act, a.order);
+  const ActivationBlock<T> f = activation_block<T>(a.act, a.order, a.beta);
   const T hi = static_cast<T>(a.beta);
   const Scale<T> beta{hi, static_cast<T>(a.beta - static_cast<double>(hi)), static_cast<T>(1.0 / a.beta)};
 
@@ -115,6 +111,13 @@ template <class T> void run(const ActivationArgs<T>& a) {
 }
 
 }  // namespace
+
+template <class T> ActivationBlock<T> activation_block(int act, int order, double beta) {
+  const bool scaled = act == static_cast<int>(Act::softplus) && beta != 1.0;
+  return Table<T>::get(scaled ? 7 : act, order);
+}
+template ActivationBlock<float> activation_block<float>(int, int, double);
+template ActivationBlock<double> activation_block<double>(int, int, double);
 
 void activation(const ActivationArgs<float>& a) { run(a); }
 void activation(const ActivationArgs<double>& a) { run(a); }

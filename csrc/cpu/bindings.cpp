@@ -5,9 +5,11 @@
 
 #include "activation.h"
 #include "batched_rank.h"
+#include "clones.h"
 #include "gram_error_bound.h"
 #include "gram_product.h"
 #include "softmax_residual.h"
+#include "wide.h"
 
 namespace py = pybind11;
 using gcfast::cpu::ActivationArgs;
@@ -74,14 +76,44 @@ int64_t batched_rank(uintptr_t a, int64_t batch, int64_t n, int64_t m, int64_t b
 }
 
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    return "x86-64-v4";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
-#endif
-  return "baseline";
+  const int level = gcfast::cpu::instruction_level();
+  return level == 4 ? "x86-64-v4" : level == 3 ? "x86-64-v3" : "baseline";
+}
+
+// z, weight, bias; n, d, m and two strides; act, beta, bf16, threads: how every function below begins.
+#define GCFAST_LAYER                                                                                               \
+  uintptr_t z, uintptr_t weight, uintptr_t bias, int64_t n, int64_t d, int64_t m, int64_t z_stride,                \
+      int64_t weight_stride, int act, double beta, bool bf16, int threads
+#define GCFAST_THE_LAYER                                                                                            \
+  gcfast::cpu::WideLayer<T> { ptr<const T>(z), ptr<const T>(weight), ptr<const T>(bias), n, d, m, z_stride,         \
+                              weight_stride, act, beta, bf16, threads }
+
+template <class T>
+void wide_forward(GCFAST_LAYER, uintptr_t head, uintptr_t head_bias, uintptr_t out, int64_t c, int64_t head_stride) {
+  gcfast::cpu::wide_forward(gcfast::cpu::WideForward<T>{GCFAST_THE_LAYER, ptr<const T>(head), ptr<const T>(head_bias),
+                                                        ptr<T>(out), c, head_stride});
+}
+
+template <class T> void wide_head_grad(GCFAST_LAYER, uintptr_t r, uintptr_t out, int64_t c, int64_t r_stride) {
+  gcfast::cpu::wide_head_grad(
+      gcfast::cpu::WideHeadGrad<T>{GCFAST_THE_LAYER, ptr<const T>(r), ptr<T>(out), c, r_stride});
+}
+
+template <class T>
+void wide_backward(GCFAST_LAYER, uintptr_t g, uintptr_t head, uintptr_t dz, uintptr_t dweight, uintptr_t dbias,
+                   uintptr_t dhead, int64_t c, int64_t g_stride, int64_t head_stride) {
+  gcfast::cpu::wide_backward(gcfast::cpu::WideBackward<T>{GCFAST_THE_LAYER, ptr<const T>(g), ptr<const T>(head),
+                                                          ptr<T>(dz), ptr<T>(dweight), ptr<T>(dbias), ptr<T>(dhead), c,
+                                                          g_stride, head_stride});
+}
+
+template <class T> void wide_gram_product(GCFAST_LAYER, uintptr_t r, uintptr_t out, int64_t c, int64_t r_stride) {
+  gcfast::cpu::wide_gram_product(
+      gcfast::cpu::WideGramProduct<T>{GCFAST_THE_LAYER, ptr<const T>(r), ptr<T>(out), c, r_stride});
+}
+
+template <class T> void wide_panel(GCFAST_LAYER, uintptr_t out, int64_t out_stride) {
+  gcfast::cpu::wide_panel(gcfast::cpu::WidePanel<T>{GCFAST_THE_LAYER, ptr<T>(out), out_stride});
 }
 
 }  // namespace
@@ -103,6 +135,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("softmax_residual_f64", &softmax_residual<double>, nogil);
   m.def("softmax_curvature_f32", &softmax_curvature<float>, nogil);
   m.def("softmax_curvature_f64", &softmax_curvature<double>, nogil);
+#define GCFAST_DEF(NAME)                      \
+  m.def(#NAME "_f32", &NAME<float>, nogil); \
+  m.def(#NAME "_f64", &NAME<double>, nogil);
+  GCFAST_DEF(wide_forward)
+  GCFAST_DEF(wide_head_grad)
+  GCFAST_DEF(wide_backward)
+  GCFAST_DEF(wide_gram_product)
+  GCFAST_DEF(wide_panel)
+  m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 5;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 6;  // gcfast/_native.py refuses a module built from other sources
 }

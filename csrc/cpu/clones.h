@@ -6,3 +6,19 @@
 #else
 #define GCFAST_CLONES
 #endif
+
+namespace gcfast::cpu {
+
+// 4, 3 or 0: which of x86-64-v4, x86-64-v3 and the default the functions above run as here.
+inline int instruction_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GCFAST_NO_CLONES)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    return 4;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 3;
+#endif
+  return 0;
+}
+
+}  // namespace gcfast::cpu
