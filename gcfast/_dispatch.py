@@ -27,20 +27,28 @@ OPS = (
     "softmax_curvature",
     "gram_error_bound",
     "wide_forward",
+    "wide_head_grad",
+    "wide_gram_product",
+    "wide_panel",
     "gram_product",
     "batched_rank",
 )
-_KERNELS = {  # wide_forward runs torch's products with the activation of the same backend between them
+_WIDE = ("wide_forward", "wide_head_grad", "wide_gram_product")
+_KERNELS = {
     "cpu": OPS,
-    "triton": ("activation", "softmax_residual", "softmax_curvature", "gram_error_bound", "wide_forward"),
-    "cuda": ("activation", "wide_forward", "batched_rank"),
+    "triton": (
+        "activation",
+        "softmax_residual",
+        "softmax_curvature",
+        "gram_error_bound",
+        *_WIDE,
+        "wide_panel",
+    ),
+    "cuda": ("activation", "wide_panel", "batched_rank"),
     "reference": OPS,
 }
-_DTYPES = {
-    "cpu": (torch.float32, torch.float64),
-    "triton": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.float64),
-}
+_ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = {"cpu": (torch.float32, torch.float64), "triton": _ALL, "cuda": (torch.float32, torch.float64)}
 _SMALL = 1 << 16  # elements; below, a launch costs more than the work: the binding's is the cheaper one
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gcfast_backend", default=None)
 _last: dict[str, str] = {}
@@ -151,8 +159,8 @@ def _capability_reason(backend: str, device: torch.device) -> str:
     return f"was compiled for {', '.join(archs)} (GCFAST_CUDA_ARCHS), {found}"
 
 
-def _input_reason(backend: str, tensor: torch.Tensor) -> str:
-    """Why `backend` cannot run on inputs like `tensor`; "" if it can."""
+def _input_reason(op: str, backend: str, tensor: torch.Tensor) -> str:
+    """Why `backend` cannot run `op` on inputs like `tensor`; "" if it can."""
     if backend == "reference":
         return ""
     wanted = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
@@ -160,9 +168,10 @@ def _input_reason(backend: str, tensor: torch.Tensor) -> str:
         kind = {"cpu": "CPU", "cuda": "CUDA"}[wanted]
         mode = " (Triton's interpreter is on)" if backend == "triton" and wanted == "cpu" else ""
         return f"serves {kind} tensors{mode}, got {tensor.device}"
-    if tensor.dtype not in _DTYPES[backend]:
+    dtypes = _ALL if op in _WIDE else _DTYPES[backend]  # the wide layer's take half precision everywhere
+    if tensor.dtype not in dtypes:
         got = str(tensor.dtype).removeprefix("torch.")
-        return f"serves {_dtype_names(_DTYPES[backend])}, got {got}"
+        return f"serves {_dtype_names(dtypes)}, got {got}"
     return _capability_reason(backend, tensor.device) if wanted == "cuda" else ""
 
 
@@ -171,7 +180,8 @@ def preferred(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
 
     On the GPU the CUDA kernels come first for float64 (the same source as the CPU's; Triton's need about as
     many instructions an element) and for small inputs (a launch through the binding costs a fraction of one
-    through Triton), and for batched_rank, which only they have; Triton's serve everything else.
+    through Triton), and for batched_rank, which only they have; Triton's serve everything else. The wide
+    layer's own kernels are Triton's, but for its float64 panel.
     """
     if tensor.device.type == "cpu":
         return ("cpu", "reference")  # the interpreter runs on request only: it is for tests
@@ -231,7 +241,7 @@ def forced() -> str | None:
 
 
 def _reason(op: str, backend: str, tensor: torch.Tensor) -> str:
-    return _static_reason(op, backend) or _input_reason(backend, tensor)
+    return _static_reason(op, backend) or _input_reason(op, backend, tensor)
 
 
 def choose(op: str, tensor: torch.Tensor) -> str:

@@ -1,26 +1,70 @@
-"""The torch.library op wide_forward: row chunks of features in one reused buffer, in backward too."""
+"""The torch.library ops of the wide layer: features are made tile by tile, in the backward pass too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gcfast import _dispatch
-from gcfast._ops_activation import run_activation
+from gcfast import _dispatch, _native, reference
+from gcfast._ops_activation import _KINDS
 
-_CHUNK_BYTES = 8 << 20  # a chunk of features stays near the cores' caches between the two products
-
-
-def chunk_rows(n: int, m: int, itemsize: int) -> int:
-    """Rows a chunk: enough for an efficient product, few enough that n x m is never stored."""
-    return max(1, min(n, max(64, _CHUNK_BYTES // max(1, m * itemsize))))
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+_HALF = (torch.bfloat16, torch.float16)
 
 
-def _chunks(n: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+def chosen_precision(precision: str | None, z: Tensor) -> str:
+    """How float32 products may be made: as said, or as torch's own products are allowed to on this device."""
+    if precision is not None or z.dtype != torch.float32:
+        return precision or "ieee"
+    if z.device.type == "cuda":
+        allowed = getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    else:
+        allowed = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "ieee")
+    return allowed if allowed in ("tf32", "bf16") else "ieee"
+
+
+def _backend(op: str, *tensors: Tensor) -> str:
+    """The backend of a call; the reference where a size is zero, which no kernel is asked to serve."""
+    backend = _dispatch.choose(op, tensors[0])
+    return backend if all(t.numel() for t in tensors) else "reference"
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a unit column stride, copied only if it has none."""
+    return x if x.stride(1) == 1 and (x.shape[0] == 1 or x.stride(0) >= x.shape[1]) else x.contiguous()
+
+
+def _working(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What the CPU's kernels take: half precision in float32, unit column strides."""
+    wide = [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
+    return [t if t is None else (_rows(t) if t.dim() == 2 else t.contiguous()) for t in wide]
+
+
+def _cpu(name: str, dtype: torch.dtype) -> Any:
+    assert _native.cpu is not None
+    return getattr(_native.cpu, f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+
+
+def _layer(
+    z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, bf16: bool = False
+) -> tuple[Any, ...]:
+    """What every CPU kernel of the wide layer takes first."""
+    pointers = (z.data_ptr(), weight.data_ptr(), bias.data_ptr())
+    sizes = (*z.shape, weight.shape[0], z.stride(0), weight.stride(0))
+    return (*pointers, *sizes, _KINDS[activation], beta, bf16, torch.get_num_threads())
+
+
+def _bf16(z: Tensor, precision: str) -> bool:
+    return precision == "bf16" or z.dtype == torch.bfloat16
+
+
+def _triton(name: str) -> ModuleType:
+    import importlib
+
+    return importlib.import_module(f"gcfast.triton_kernels.{name}")
 
 
 @torch.library.custom_op("gcfast::wide_forward", mutates_args=())
@@ -32,22 +76,26 @@ def wide_forward_op(
     head_bias: Tensor | None,
     activation: str,
     beta: float,
+    precision: str | None,
 ) -> Tensor:
     """z (n, d) to (n, C)."""
-    backend = _dispatch.choose("wide_forward", z)
-    n, m = z.shape[0], weight.shape[0]
-    out = z.new_empty(n, head_weight.shape[0])
-    step = chunk_rows(n, m, z.element_size())
-    buffer = z.new_empty(step if n else 0, m)
-    for rows in _chunks(n, step):
-        phi = buffer[: rows.stop - rows.start]
-        torch.mm(z[rows], weight.t(), out=phi)
-        run_activation(backend, phi, bias, activation, beta, 0, None, phi)
-        if head_bias is None:
-            torch.mm(phi, head_weight.t(), out=out[rows])
-        else:
-            torch.addmm(head_bias, phi, head_weight.t(), out=out[rows])
-    return out
+    precision = chosen_precision(precision, z)
+    backend = _backend("wide_forward", z, weight, head_weight)
+    if backend == "reference":
+        return reference.wide_forward(
+            z, weight, bias, head_weight, head_bias, activation=activation, beta=beta
+        )
+    if backend == "triton":
+        launch = _triton("wide_forward").wide_forward
+        out: Tensor = launch(z, weight, bias, head_weight, head_bias, _KINDS[activation], beta, precision)
+        return out
+    x, w, b, h, hb = _working(z, weight, bias, head_weight, head_bias)
+    assert x is not None and w is not None and b is not None and h is not None
+    out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
+    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+    head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
+    _cpu("wide_forward", x.dtype)(*layer, *head)
+    return out.to(z.dtype)
 
 
 @torch.library.custom_op("gcfast::wide_backward", mutates_args=())
@@ -59,36 +107,114 @@ def wide_backward_op(
     head_weight: Tensor,
     activation: str,
     beta: float,
+    precision: str | None,
     need_z: bool,
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of z, weight, bias and head_weight; the ones not needed are empty."""
-    backend = _dispatch.choose("wide_forward", z)
-    n, m = z.shape[0], weight.shape[0]
-    dz = z.new_zeros(z.shape) if need_z else z.new_empty(0)
-    dweight = z.new_zeros(weight.shape) if need_hidden else z.new_empty(0)
-    dbias = z.new_zeros(m) if need_hidden else z.new_empty(0)
-    dhead = z.new_zeros(head_weight.shape) if need_head else z.new_empty(0)
-    step = chunk_rows(n, m, z.element_size())
-    below = need_z or need_hidden
-    pre_buffer = z.new_empty(step if n else 0, m)
-    phi_buffer = torch.empty_like(pre_buffer)
-    for rows in _chunks(n, step):
-        pre, phi = pre_buffer[: rows.stop - rows.start], phi_buffer[: rows.stop - rows.start]
-        torch.mm(z[rows], weight.t(), out=pre)
-        if need_head:
-            run_activation(backend, pre, bias, activation, beta, 0, None, phi)
-            dhead.addmm_(g[rows].t(), phi)
-        if below:
-            torch.mm(g[rows], head_weight, out=phi)  # the gradient of the features, over the features
-            run_activation(backend, pre, bias, activation, beta, 1, phi, phi)
-        if need_z:
-            torch.mm(phi, weight, out=dz[rows])
-        if need_hidden:
-            dweight.addmm_(phi.t(), z[rows])
-            dbias += phi.sum(dim=0)
-    return dz, dweight, dbias, dhead
+    precision = chosen_precision(precision, z)
+    backend = _backend("wide_forward", z, weight, head_weight)
+    needs = (need_z, need_hidden, need_hidden, need_head)
+    if backend == "reference":
+        grads = reference.wide_backward(g, z, weight, bias, head_weight, activation=activation, beta=beta)
+        dz, dw, db, dh = (x if need else z.new_empty(0) for x, need in zip(grads, needs))
+        return dz, dw, db, dh
+    if backend == "triton":
+        launch = _triton("wide_backward").wide_backward
+        kind = _KINDS[activation]
+        dz, dw, db, dh = launch(
+            g, z, weight, bias, head_weight, kind, beta, precision, need_z, need_hidden, need_head
+        )
+        return dz, dw, db, dh
+    u, x, w, b, h = _working(g, z, weight, bias, head_weight)
+    assert u is not None and x is not None and w is not None and b is not None and h is not None
+    shapes = (x.shape, w.shape, b.shape, h.shape)
+    outs = [torch.empty(s if need else 0, dtype=x.dtype) for s, need in zip(shapes, needs)]
+    pointers = (o.data_ptr() if need else 0 for o, need in zip(outs, needs))
+    _cpu("wide_backward", x.dtype)(
+        *_layer(x, w, b, activation, beta, _bf16(z, precision)),
+        *(u.data_ptr(), h.data_ptr(), *pointers, h.shape[0], u.stride(0), h.stride(0)),
+    )
+    dz, dw, db, dh = (o.to(z.dtype) for o in outs)
+    return dz, dw, db, dh
+
+
+@torch.library.custom_op("gcfast::wide_head_grad", mutates_args=())
+def wide_head_grad_op(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    """residual^T Phi (C, m) for residual (n, C)."""
+    precision = chosen_precision(precision, z)
+    backend = _backend("wide_head_grad", z, weight, residual)
+    if backend == "reference":
+        return reference.wide_head_grad(z, weight, bias, residual, activation=activation, beta=beta)
+    if backend == "triton":
+        launch = _triton("wide_head_grad").wide_head_grad
+        out: Tensor = launch(z, weight, bias, residual, _KINDS[activation], beta, precision)
+        return out
+    x, w, b, r = _working(z, weight, bias, residual)
+    assert x is not None and w is not None and b is not None and r is not None
+    out = torch.empty(r.shape[1], w.shape[0], dtype=x.dtype)
+    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+    _cpu("wide_head_grad", x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
+    return out.to(z.dtype)
+
+
+@torch.library.custom_op("gcfast::wide_gram_product", mutates_args=())
+def wide_gram_product_op(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    r: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    """Phi (Phi^T r) (n, C) for r (n, C)."""
+    precision = chosen_precision(precision, z)
+    backend = _backend("wide_gram_product", z, weight, r)
+    if backend == "reference":
+        return reference.wide_gram_product(z, weight, bias, r, activation=activation, beta=beta)
+    if backend == "triton":
+        launch = _triton("wide_gram_product").wide_gram_product
+        out: Tensor = launch(z, weight, bias, r, _KINDS[activation], beta, precision)
+        return out
+    x, w, b, s = _working(z, weight, bias, r)
+    assert x is not None and w is not None and b is not None and s is not None
+    out = torch.empty(s.shape, dtype=x.dtype)
+    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+    _cpu("wide_gram_product", x.dtype)(*layer, s.data_ptr(), out.data_ptr(), s.shape[1], s.stride(0))
+    return out.to(z.dtype)
+
+
+@torch.library.custom_op("gcfast::wide_panel_out", mutates_args=("out",))
+def wide_panel_out_op(
+    z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor
+) -> None:
+    """Phi (n, m) into out; all float64, out with a unit column stride."""
+    backend = _backend("wide_panel", z, weight)
+    if backend == "reference" or out.numel() == 0:
+        out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))
+    elif backend == "triton":
+        _triton("wide_panel").wide_panel(z, weight, bias, _KINDS[activation], beta, out)
+    else:
+        x, w, b = _rows(z), _rows(weight), bias.contiguous()
+        if backend == "cpu":
+            _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
+            return
+        assert _native.cuda is not None
+        _native.cuda.wide_panel_f64(
+            *(x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr(), x.shape[0], w.shape[0], x.shape[1]),
+            *(x.stride(0), w.stride(0), out.stride(0), _KINDS[activation], beta),
+            *(x.device.index, torch.cuda.current_stream(x.device).cuda_stream),
+        )
 
 
 @wide_forward_op.register_fake
@@ -100,6 +226,7 @@ def _(
     head_bias: Tensor | None,
     activation: str,
     beta: float,
+    precision: str | None,
 ) -> Tensor:
     return z.new_empty(z.shape[0], head_weight.shape[0])
 
@@ -113,6 +240,7 @@ def _(
     head_weight: Tensor,
     activation: str,
     beta: float,
+    precision: str | None,
     need_z: bool,
     need_hidden: bool,
     need_head: bool,
@@ -125,23 +253,57 @@ def _(
     )
 
 
+@wide_head_grad_op.register_fake
+def _(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    return z.new_empty(residual.shape[1], weight.shape[0])
+
+
+@wide_gram_product_op.register_fake
+def _(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    r: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    return z.new_empty(r.shape)
+
+
+@wide_panel_out_op.register_fake
+def _(z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor) -> None:
+    return None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, weight, bias, head_weight, _, ctx.activation, ctx.beta = inputs
+    z, weight, bias, head_weight, _, ctx.activation, ctx.beta, ctx.precision = inputs
     ctx.save_for_backward(z, weight, bias, head_weight)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     z, weight, bias, head_weight = ctx.saved_tensors
     need_z, need_weight, need_bias, need_head, need_head_bias = ctx.needs_input_grad[:5]
-    dz, dweight, dbias, dhead = wide_backward_op(
-        g, z, weight, bias, head_weight, ctx.activation, ctx.beta, need_z, need_weight or need_bias, need_head
-    )
+    dz = dweight = dbias = dhead = None
+    if need_z or need_weight or need_bias or need_head:
+        needs = (need_z, need_weight or need_bias, need_head)
+        settings = (ctx.activation, ctx.beta, ctx.precision)
+        dz, dweight, dbias, dhead = wide_backward_op(g, z, weight, bias, head_weight, *settings, *needs)
     return (
         dz if need_z else None,
         dweight if need_weight else None,
         dbias if need_bias else None,
         dhead if need_head else None,
         g.sum(dim=0) if need_head_bias else None,
+        None,
         None,
         None,
     )

@@ -144,3 +144,37 @@ def wide(
     if head_bias is not None:
         matches("head_bias", head_bias, "z", z)
         has_shape("head_bias", head_bias, head_weight.shape[:1], "C from head_weight")
+
+
+def wide_sides(op: str, z: Tensor, weight: Tensor, bias: Tensor, name: str, sides: Tensor) -> None:
+    """z (n, d), weight, bias and `sides` (n, C) of an op on the wide layer that has no gradient."""
+    wide(z, weight, bias)
+    if z.dim() != 2:
+        raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
+    matches(name, sides, "z", z)
+    if sides.dim() != 2 or sides.shape[0] != z.shape[0]:
+        raise ValueError(f"{name} must have shape ({z.shape[0]}, C), n from z; got {tuple(sides.shape)}")
+    without_gradient(op, z=z, weight=weight, bias=bias, **{name: sides})
+
+
+def without_gradient(op: str, **tensors: Tensor) -> None:
+    """An error if `op`, which has no gradient, would need one."""
+    if torch.is_grad_enabled():
+        for name, value in tensors.items():
+            if value.requires_grad:
+                raise RuntimeError(
+                    f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()"
+                )
+
+
+def precision(value: str | None, dtype: torch.dtype) -> None:
+    if value is None:
+        return
+    known = ("ieee", "tf32x3", "tf32", "bf16")
+    if value not in known:
+        raise ValueError(f"precision must be None or one of {', '.join(known)}; got {value!r}")
+    if value != "ieee" and dtype != torch.float32:
+        raise ValueError(
+            f"precision says how float32 products may be made: {_short(dtype)} takes None or 'ieee' only; "
+            f"got {value!r}"
+        )

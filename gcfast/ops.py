@@ -19,7 +19,7 @@ from gcfast._ops_activation import activation_op, activation_out_op
 from gcfast._ops_gram import abs_products_op, gram_error_bound_op, gram_product_op
 from gcfast._ops_rank import batched_rank_op
 from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
-from gcfast._ops_wide import wide_forward_op
+from gcfast._ops_wide import wide_forward_op, wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
 
 __all__ = [
     "BackendError",
@@ -36,6 +36,9 @@ __all__ = [
     "softmax_residual",
     "wide_features",
     "wide_forward",
+    "wide_gram_product",
+    "wide_head_grad",
+    "wide_panel",
 ]
 
 
@@ -181,23 +184,136 @@ def wide_forward(
     *,
     activation: str = "softplus",
     beta: float = 1.0,
+    precision: str | None = None,
 ) -> Tensor:
     """act(z weight^T + bias) head_weight^T + head_bias without ever storing the features.
 
     Args:
         z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; all of one
-            dtype and device.
+            dtype and device. Half precision is accumulated in float32 and rounded once.
         activation, beta: as in :func:`activation`.
+        precision: how products of float32 may be made: "ieee", or, where that is faster on the device at
+            hand, "tf32x3" (errors near float32's), "tf32" (10 bits) or "bf16" (operands rounded to 8 bits,
+            sums in float32). A processor without such instructions computes as if it were "ieee". None: what
+            torch allows its own products (``torch.backends.cuda.matmul.fp32_precision``, on the CPU
+            ``torch.backends.mkldnn.matmul.fp32_precision``).
 
     Returns:
-        (..., C). Features exist in row chunks of a few megabytes, in the backward pass too, where they are
-        computed again; gradients reach all five tensors, once (not twice) differentiable.
+        (..., C). Features exist in tiles only, in the backward pass too, where they are computed again;
+        gradients reach all five tensors, once (not twice) differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
     _validate.wide(z, weight, bias, head_weight, head_bias)
     _validate.is_activation(activation, beta)
+    _validate.precision(precision, z.dtype)
     flat = z.reshape(-1, z.shape[-1])
-    out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta))
+    out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta), precision)
     return out.reshape(*z.shape[:-1], head_weight.shape[0])
+
+
+def wide_head_grad(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """residual^T Phi with Phi = act(z weight^T + bias), never stored: the gradient of a linear head's weight.
+
+    Args:
+        z: (n, d); weight: (m, d); bias: (m,); residual: (n, C), the gradient of the loss in the outputs; all
+            of one dtype and device, any strides. The head bias's gradient is ``residual.sum(0)``.
+        activation, beta, precision: as in :func:`wide_forward`.
+
+    Returns:
+        (C, m), as ``nn.Linear(m, C).weight.grad``. Not differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.wide_sides("wide_head_grad", z, weight, bias, "residual", residual)
+    _validate.is_activation(activation, beta)
+    _validate.precision(precision, z.dtype)
+    return wide_head_grad_op(z, weight, bias, residual, activation, float(beta), precision)
+
+
+def wide_gram_product(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    r: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """Phi (Phi^T r) with Phi = act(z weight^T + bias), never stored and computed once: K r for K = Phi Phi^T.
+
+    The inner step of matrix-free solves. With a column of ones in Phi add ``r.sum(0)`` to every row.
+
+    Args:
+        z: (n, d); weight: (m, d); bias: (m,); r: (n, C); all of one dtype and device, any strides.
+        activation, beta, precision: as in :func:`wide_forward`.
+
+    Returns:
+        (n, C). Memory: a panel of Phi, n by 64 columns (on a GPU some tens of megabytes). Not
+        differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.wide_sides("wide_gram_product", z, weight, bias, "r", r)
+    _validate.is_activation(activation, beta)
+    _validate.precision(precision, z.dtype)
+    return wide_gram_product_op(z, weight, bias, r, activation, float(beta), precision)
+
+
+def wide_panel(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """act(z weight^T + bias) in float64, for the columns of the wide layer that are given.
+
+    Args:
+        z: (n, d); weight: (w, d); bias: (w,); of one floating dtype and device, any strides; cast to
+            float64, which is exact.
+        activation, beta: as in :func:`activation`.
+        out: (n, w) float64 with a unit column stride, written and returned.
+
+    Returns:
+        (n, w) float64. Except on the reference backend an element depends on its row of z, its row of weight
+        and its bias alone, bit for bit, whatever other rows and columns are computed with it, on however many
+        threads: panels that are computed again, or cut elsewhere, are of one matrix. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.wide(z, weight, bias)
+    if z.dim() != 2:
+        raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
+    _validate.is_activation(activation, beta)
+    _validate.without_gradient("wide_panel", z=z, weight=weight, bias=bias)
+    shape = (z.shape[0], weight.shape[0])
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float64, device=z.device)
+    else:
+        _validate.is_float64("out", out, z.device)
+        _validate.has_shape("out", out, shape, "n from z, w from weight")
+        if out.stride(1) != 1 and shape[1] > 1:
+            raise ValueError(f"out must have a unit column stride; got strides {tuple(out.stride())}")
+    layer = (t.detach().double() for t in (z, weight, bias))
+    wide_panel_out_op(*layer, activation, float(beta), out)
+    return out
 
 
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:

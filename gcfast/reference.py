@@ -209,6 +209,44 @@ def wide_forward(
     )
 
 
+def wide_head_grad(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+) -> Tensor:
+    """residual^T act(z weight^T + bias): (C, m), with z (n, d) and residual (n, C)."""
+    return residual.mT @ wide_features(z, weight, bias, activation=activation, beta=beta)
+
+
+def wide_backward(
+    g: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of wide_forward in z, weight, bias and head_weight for the gradient g (n, C) of its output."""
+    pre = z @ weight.mT
+    slope = _activation(pre, bias, activation=activation, beta=beta, order=1, grad=g @ head_weight)
+    phi = _activation(pre, bias, activation=activation, beta=beta)
+    return slope @ weight, slope.mT @ z, slope.sum(dim=0), g.mT @ phi
+
+
+def wide_gram_product(
+    z: Tensor, weight: Tensor, bias: Tensor, r: Tensor, *, activation: str = "softplus", beta: float = 1.0
+) -> Tensor:
+    """Phi (Phi^T r) with Phi = act(z weight^T + bias): (n, C), with z (n, d) and r (n, C)."""
+    phi = wide_features(z, weight, bias, activation=activation, beta=beta)
+    return phi @ (phi.mT @ r)
+
+
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:
     """gram x for symmetric gram (n, n) and x (n, c)."""
     return gram @ x

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gcfast import _validate, ops
 from gcfast.inspection import Head, find_head, unwrap
-from gcfast.ops import wide_forward
+from gcfast.ops import wide_forward, wide_gram_product, wide_head_grad
 
-__all__ = ["WideLayer", "wide_forward", "widen"]
+__all__ = ["WideLayer", "wide_forward", "wide_gram_product", "wide_head_grad", "widen"]
 
 
 class WideLayer(nn.Module):

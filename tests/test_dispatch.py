@@ -36,6 +36,17 @@ CALLS: dict[str, tuple[bool, Callable, Callable]] = {
         ops.wide_forward,
         lambda d, n: (_on(d, n, 3), _on(d, 8, 3), _on(d, 8), _on(d, 2, 8), _on(d, 2)),
     ),
+    "wide_head_grad": (
+        False,
+        ops.wide_head_grad,
+        lambda d, n: (_on(d, n, 3), _on(d, 8, 3), _on(d, 8), _on(d, n, 2)),
+    ),
+    "wide_gram_product": (
+        False,
+        ops.wide_gram_product,
+        lambda d, n: (_on(d, n, 3), _on(d, 8, 3), _on(d, 8), _on(d, n, 2)),
+    ),
+    "wide_panel": (False, ops.wide_panel, lambda d, n: (_on(d, n, 3), _on(d, 8, 3), _on(d, 8))),
     "gram_product": (
         False,
         lambda k, x: ops.gram_product(k + k.mT, x),

@@ -44,9 +44,9 @@ def test_opcheck_softmax_and_wide():
     torch.library.opcheck(softmax_residual_op, (f, y, 0.1, False))
     torch.library.opcheck(softmax_curvature_op, (f, torch.randn(4, 5, requires_grad=True)))
     args = wide_args(dtype=torch.float32, grad=True)
-    torch.library.opcheck(wide_forward_op, (*args, "softplus", 1.0))
+    torch.library.opcheck(wide_forward_op, (*args, "softplus", 1.0, None))
     plain = [a.detach() for a in args[:4]]
-    torch.library.opcheck(wide_backward_op, (torch.randn(5, 2), *plain, "softplus", 1.0, True, True, True))
+    torch.library.opcheck(wide_backward_op, (torch.randn(5, 2), *plain, "softplus", 1.0, None, True, True, True))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -173,7 +173,6 @@ def test_wide_forward_of_any_batch_shape(shape, dtype, device, poison):
 
 @pytest.mark.parametrize("n", [1, 2, 63, 65, 200])
 def test_wide_forward_over_chunk_borders(n, monkeypatch, poison):
-    monkeypatch.setattr("gcfast._ops_wide._CHUNK_BYTES", 1)  # chunks of 64 rows
     args = [t.requires_grad_() for t in wide_args(n=n, d=4, m=33, c=3)]
     g = torch.randn(n, 3, dtype=F64)
     got = torch.autograd.grad((ops.wide_forward(*args) * g).sum(), args)

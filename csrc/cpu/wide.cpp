@@ -15,6 +15,18 @@
 #include "../core/activations.h"
 #include "activation.h"
 #include "clones.h"
+#include "wide_bf16.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifndef GCFAST_LEVEL
+#define GCFAST_LEVEL instruction_level()  // a test runs all of them on one processor
+#endif
 
 namespace gcfast::cpu {
 namespace {
@@ -22,7 +34,7 @@ namespace {
 constexpr int64_t kStrip = 48;   // rows: a tile of Phi is 12 KB
 constexpr int64_t kInner = 512;  // of d that a micro-kernel sums in registers at a time
 constexpr int64_t kGroup = 4;    // packed blocks of columns, in the second-level cache, that a strip of z meets
-template <class T> constexpr int64_t kBlock = 256 / sizeof(T);
+template <class T> constexpr int64_t kColumns = 256 / sizeof(T);
 
 // What an instruction set provides.
 template <class T> struct Tiles {
@@ -72,9 +84,121 @@ namespace v4 {
 #pragma GCC pop_options
 #endif
 
+#if defined(GCFAST_X86) && defined(__linux__)
+#define GCFAST_BF16 1
+
+#pragma GCC push_options
+// Features, not an architecture: the intrinsics may be compiled for a newer one than that.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+template <int R>
+__attribute__((always_inline)) inline void dot_rows(const uint16_t* z, int64_t depth, const uint32_t* packed, int64_t pairs,
+                                                    const float* bias, float* out) {
+  __m512 sum[R][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512bh w[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) w[v] = (__m512bh)_mm512_loadu_si512(packed + p * kPairBlock + 16 * v);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      __builtin_memcpy(&pair, z + r * depth + 2 * p, 4);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, w[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v)
+      _mm512_storeu_ps(out + r * kPairBlock + 16 * v, _mm512_add_ps(sum[r][v], _mm512_loadu_ps(bias + 16 * v)));
+}
+
+void dot_tile(int64_t rows, const uint16_t* z, int64_t d, const uint32_t* packed, const float* bias, float* out) {
+  const int64_t depth = bf16_depth(d), pairs = (d + 1) / 2;
+  int64_t i = 0;
+  for (; i + 6 <= rows; i += 6) dot_rows<6>(z + i * depth, depth, packed, pairs, bias, out + i * kPairBlock);
+  for (; i + 3 <= rows; i += 3) dot_rows<3>(z + i * depth, depth, packed, pairs, bias, out + i * kPairBlock);
+  for (; i < rows; ++i) dot_rows<1>(z + i * depth, depth, packed, pairs, bias, out + i * kPairBlock);
+}
+#pragma GCC pop_options
+
+// GCC's intrinsics paste the number of a tile into the instruction and take no template argument. The assembler needs
+// no leave to emit them, so that these functions can be inlined anywhere.
+struct HardwareAmx {
+  template <int T> __attribute__((always_inline)) static void zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
+  template <int T> __attribute__((always_inline)) static void load(const void* p, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+  }
+  template <int C, int A, int B> __attribute__((always_inline)) static void dot() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+  template <int T> __attribute__((always_inline)) static void store(void* p, int64_t stride) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
+  }
+};
+
+void amx_configure() {
+  alignas(64) uint8_t config[64] = {1};  // palette 1; eight tiles of 16 rows of 64 bytes
+  for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+void amx_release() { __asm__ volatile("tilerelease"); }
+
+GCFAST_CLONES void amx_tile(int64_t rows, const uint16_t* z, int64_t d, const uint32_t* packed, const float* bias, float* out) {
+  amx_product<HardwareAmx>(rows, z, bf16_depth(d), packed, out);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < kPairBlock; ++j) out[i * kPairBlock + j] += bias[j];
+}
+
+// AMX must be asked of the kernel, once a process; then one small product is compared with what it should be.
+bool amx_works() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (instruction_level() != 4 || syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) != 0) return false;
+  uint16_t z[16 * kDepth];
+  uint32_t packed[kDepth / 2 * kPairBlock];
+  float bias[kPairBlock], out[16 * kPairBlock];
+  for (int i = 0; i < 16 * kDepth; ++i) z[i] = to_bf16(static_cast<float>(i * 7 % 19 - 9));
+  for (int i = 0; i < kDepth / 2 * kPairBlock; ++i)
+    packed[i] = to_bf16(static_cast<float>(i * 5 % 17 - 8)) | uint32_t{to_bf16(static_cast<float>(i * 3 % 13 - 6))} << 16;
+  for (int j = 0; j < kPairBlock; ++j) bias[j] = static_cast<float>(j);
+  amx_configure();
+  amx_tile(16, z, kDepth, packed, bias, out);
+  amx_release();
+  for (int r = 0; r < 16; ++r)
+    for (int j = 0; j < kPairBlock; ++j) {
+      int sum = j;
+      for (int k = 0; k < kDepth; ++k) {
+        const int i = static_cast<int>(k / 2 * kPairBlock + j);
+        sum += ((r * static_cast<int>(kDepth) + k) * 7 % 19 - 9) * (k % 2 ? i * 3 % 13 - 6 : i * 5 % 17 - 8);
+      }
+      if (out[r * kPairBlock + j] != static_cast<float>(sum)) return false;
+    }
+  return true;
+}
+#endif
+
+enum class Bf16 { none, dot, amx };
+
+Bf16 bf16_means() {
+#if defined(GCFAST_BF16)
+  static const Bf16 means = amx_works() ? Bf16::amx
+                            : instruction_level() == 4 && __builtin_cpu_supports("avx512bf16") ? Bf16::dot
+                                                                                             : Bf16::none;
+  return means;
+#else
+  return Bf16::none;
+#endif
+}
+
 template <class T> const Tiles<T>& tiles() {
 #if defined(GCFAST_X86)
-  static const int level = instruction_level();
+  const int level = GCFAST_LEVEL;
   if (level == 4) return *v4::tiles<T>();
   if (level == 3) return *v3::tiles<T>();
 #endif
@@ -106,33 +230,93 @@ template <class T> struct Activation {
   }
 };
 
-// A group of packed blocks of columns, and the tiles of Phi in them.
+// z in bfloat16, for all threads, where products are made so: rows to a multiple of 16, the last ones zero.
+class HalfRows {
+ public:
+  explicit HalfRows(const WideLayer<double>&) : means_(Bf16::none), data_(0) {}
+  explicit HalfRows(const WideLayer<float>& a)
+      : means_(a.bf16 ? bf16_means() : Bf16::none),
+        data_(means_ == Bf16::none ? 0 : padded(a.n, 16) * bf16_depth(a.d)) {
+    if (means_ == Bf16::none) return;
+    const int64_t depth = bf16_depth(a.d), runs = (a.n + 63) / 64;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.n * a.d > 65536)
+    for (int64_t run = 0; run < runs; ++run)
+      to_bf16(a.z + run * 64 * a.z_stride, a.z_stride, std::min<int64_t>(64, a.n - run * 64), a.d, data_ + run * 64 * depth);
+    std::fill(data_ + a.n * depth, data_ + padded(a.n, 16) * depth, uint16_t{0});
+  }
+  Bf16 means() const { return means_; }
+  const uint16_t* data() const { return data_; }
+
+ private:
+  Bf16 means_;
+  Buffer<uint16_t> data_;
+};
+
+// A group of packed blocks of columns, and the tiles of Phi in them; one a thread, on the thread's stack.
 template <class T> class Columns {
  public:
-  static constexpr int64_t B = kBlock<T>;
-  Columns(const WideLayer<T>& a, int64_t blocks)
-      : a_(a), tiles_(tiles<T>()), act_(a), packed_(blocks * B * a.d), bias_(blocks * B) {}
-  void pack(int64_t block, int64_t slot = 0) { tiles_.pack(a_, block * B, packed_ + slot * B * a_.d, bias_ + slot * B); }
-  // act^(order) of a packed block, for at most kStrip rows from i0; order -1: the pre-activations.
+  static constexpr int64_t B = kColumns<T>;
+  Columns(const WideLayer<T>& a, const HalfRows& half, int64_t blocks)
+      : a_(a), half_(half), tiles_(tiles<T>()), act_(a), depth_(half.means() == Bf16::none ? a.d : bf16_depth(a.d) / 2),
+        packed_(blocks * B * depth_), bias_(blocks * B), rows_(half.means() == Bf16::none ? 0 : B * 2 * depth_) {
+#if defined(GCFAST_BF16)
+    if (half.means() == Bf16::amx) amx_configure();
+#endif
+  }
+  Columns(const Columns&) = delete;
+  ~Columns() {
+#if defined(GCFAST_BF16)
+    if (half_.means() == Bf16::amx) amx_release();
+#endif
+  }
+  void pack(int64_t block, int64_t slot = 0) {
+    T *packed = packed_ + slot * B * depth_, *bias = bias_ + slot * B;
+    if constexpr (sizeof(T) == 4)
+      if (half_.means() != Bf16::none) {
+        const int64_t j0 = block * B, there = std::min(B, a_.m - j0);
+        to_bf16(a_.weight + j0 * a_.weight_stride, a_.weight_stride, there, a_.d, rows_);
+        // Pairs move as floats do: by their bits.
+        tiles_.transpose(reinterpret_cast<const float*>(static_cast<uint16_t*>(rows_)), depth_, there, depth_,
+                         packed, B, B);
+        for (int64_t j = 0; j < B; ++j) bias[j] = j < there ? a_.bias[j0 + j] : T(0);
+        return;
+      }
+    tiles_.pack(a_, block * B, packed, bias);
+  }
+  // act^(order) of a packed block, for at most kStrip rows from i0; order -1: the pre-activations. Up to a multiple
+  // of 16 rows of `out` are written.
   void tile(int64_t i0, int64_t rows, T* out, int64_t slot = 0, int order = 0) const {
-    tiles_.tile(a_, i0, rows, packed_ + slot * B * a_.d, bias_ + slot * B, out);
+    const T *packed = packed_ + slot * B * depth_, *bias = bias_ + slot * B;
+#if defined(GCFAST_BF16)
+    if constexpr (sizeof(T) == 4) {
+      const auto* pairs = reinterpret_cast<const uint32_t*>(packed);
+      if (half_.means() == Bf16::amx) amx_tile(rows, half_.data() + i0 * 2 * depth_, a_.d, pairs, bias, out);
+      if (half_.means() == Bf16::dot) dot_tile(rows, half_.data() + i0 * 2 * depth_, a_.d, pairs, bias, out);
+    }
+    if (half_.means() == Bf16::none)
+#endif
+      tiles_.tile(a_, i0, rows, packed, bias, out);
     if (order >= 0) apply(out, out, rows, order);
   }
   void apply(const T* x, T* out, int64_t rows, int order) const { act_.f[order](x, out, rows * B, act_.beta); }
 
  private:
   const WideLayer<T>& a_;
+  const HalfRows& half_;
   const Tiles<T>& tiles_;
   Activation<T> act_;
+  int64_t depth_;  // of a packed column: numbers, or pairs of them
   Buffer<T> packed_, bias_;
+  Buffer<uint16_t> rows_;
 };
 
 int team(int64_t tasks, int threads) { return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks))); }
 
 template <class T> void forward(const WideForward<T>& f) {
-  constexpr int64_t B = kBlock<T>;
+  constexpr int64_t B = kColumns<T>;
   const WideLayer<T>& a = f.layer;
   const Tiles<T>& t = tiles<T>();
+  const HalfRows half(a);
   const int64_t blocks = (a.m + B - 1) / B, c = padded(f.c, t.width);
   // Rows are independent of each other: each thread has a run of whole micro-kernels' rows and all columns.
   const int threads = team((a.n + 5) / 6, a.threads);
@@ -141,7 +325,7 @@ template <class T> void forward(const WideForward<T>& f) {
     const int64_t self = omp_get_thread_num(), all = omp_get_num_threads(), sixes = (a.n + 5) / 6;
     const int64_t i0 = std::min(a.n, sixes * self / all * 6), i1 = std::min(a.n, sixes * (self + 1) / all * 6);
     if (i0 < i1) {
-      Columns<T> columns(a, kGroup);
+      Columns<T> columns(a, half, kGroup);
       Buffer<T> head(kGroup * B * c), phi(kStrip * B), sums((i1 - i0) * c);
       std::fill_n(static_cast<T*>(sums), (i1 - i0) * c, T(0));
       for (int64_t block = 0; block < blocks; block += kGroup) {
@@ -167,15 +351,16 @@ template <class T> void forward(const WideForward<T>& f) {
 }
 
 template <class T> void head_grad(const WideHeadGrad<T>& f) {
-  constexpr int64_t B = kBlock<T>;
+  constexpr int64_t B = kColumns<T>;
   constexpr int64_t group = kGroup / 2;
   const WideLayer<T>& a = f.layer;
   const Tiles<T>& t = tiles<T>();
+  const HalfRows half(a);
   const int64_t blocks = (a.m + B - 1) / B, tasks = (blocks + group - 1) / group;
   const int threads = team(tasks, a.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Columns<T> columns(a, group);
+    Columns<T> columns(a, half, group);
     Buffer<T> phi(kStrip * B), sums(group * f.c * B);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -196,21 +381,22 @@ template <class T> void head_grad(const WideHeadGrad<T>& f) {
 }
 
 template <class T> void gram_product(const WideGramProduct<T>& f) {
-  constexpr int64_t B = kBlock<T>;
+  constexpr int64_t B = kColumns<T>;
   const WideLayer<T>& a = f.layer;
   const Tiles<T>& t = tiles<T>();
+  const HalfRows half(a);
   const int64_t blocks = (a.m + B - 1) / B, c = padded(f.c, t.width);
   // Shares of Phi_block^T r by chunks of rows, in a number that only the sizes fix.
   const int64_t most = std::clamp<int64_t>(2048 / f.c, 8, 32);
   const int64_t chunk = padded(std::max((a.n + most - 1) / most, kStrip), kStrip), chunks = (a.n + chunk - 1) / chunk;
   const int threads = team(chunks, a.threads);
-  Buffer<T> panel(a.n * B), shares(2 * chunks * f.c * B), sums(a.n * c);
+  Buffer<T> panel(padded(a.n, 16) * B), shares(2 * chunks * f.c * B), sums(a.n * c);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t self = omp_get_thread_num(), all = omp_get_num_threads();
     const int64_t first = chunks * self / all, last = chunks * (self + 1) / all;
     const int64_t i0 = first * chunk, i1 = std::min(a.n, last * chunk);
-    Columns<T> columns(a, 1);
+    Columns<T> columns(a, half, 1);
     Buffer<T> g(f.c * B), g_rows(B * c);
     std::fill_n(sums + i0 * c, (i1 - i0) * c, T(0));
     for (int64_t block = 0; block < blocks; ++block) {
@@ -242,9 +428,10 @@ template <class T> void gram_product(const WideGramProduct<T>& f) {
 }
 
 template <class T> void backward(const WideBackward<T>& f) {
-  constexpr int64_t B = kBlock<T>;
+  constexpr int64_t B = kColumns<T>;
   const WideLayer<T>& a = f.layer;
   const Tiles<T>& t = tiles<T>();
+  const HalfRows half(a);
   const int64_t blocks = (a.m + B - 1) / B, d = padded(a.d, t.width);
   const bool below = f.dz || f.dweight || f.dbias;
   const int threads = team(blocks, a.threads);
@@ -257,7 +444,7 @@ template <class T> void backward(const WideBackward<T>& f) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t self = omp_get_thread_num(), all = omp_get_num_threads();
-    Columns<T> columns(a, 1);
+    Columns<T> columns(a, half, 1);
     Buffer<T> pre(kStrip * B), phi(kStrip * B), grad(kStrip * B), head(f.c * B), dhead(f.c * B);
     Buffer<T> weight(f.dz ? B * d : 0), dweight(f.dweight ? B * d : 0), dbias(B);
     T* share = shares + self * run * d;
@@ -327,13 +514,14 @@ template <class T> void backward(const WideBackward<T>& f) {
 }
 
 template <class T> void panel(const WidePanel<T>& f) {
-  constexpr int64_t B = kBlock<T>;
+  constexpr int64_t B = kColumns<T>;
   const WideLayer<T>& a = f.layer;
+  const HalfRows half(a);
   const int64_t blocks = (a.m + B - 1) / B, run = 4 * kStrip, runs = (a.n + run - 1) / run, tasks = blocks * runs;
   const int threads = team(tasks, a.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Columns<T> columns(a, 1);
+    Columns<T> columns(a, half, 1);
     Buffer<T> phi(kStrip * B);
     int64_t packed = -1;
 #pragma omp for schedule(static)
@@ -360,6 +548,9 @@ template <class T> void panel(const WidePanel<T>& f) {
 GCFAST_WIDE_OPS(float)
 GCFAST_WIDE_OPS(double)
 
-const char* wide_bf16() { return ""; }
+const char* wide_bf16() {
+  const Bf16 means = bf16_means();
+  return means == Bf16::amx ? "amx" : means == Bf16::dot ? "avx512_bf16" : "";
+}
 
 }  // namespace gcfast::cpu

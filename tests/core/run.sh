@@ -25,7 +25,7 @@ tmp=$(mktemp -d "${TMPDIR:-/tmp}/gcfast-core.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 echo 'int main() { return 0; }' >"$tmp/probe.cpp"
 
-flags=(-std=c++17 -Wall -Wextra -pthread ${CXXFLAGS:-})
+flags=(-std=c++17 -Wall -Wextra -pthread -fopenmp ${CXXFLAGS:-})
 failed=0 ran=0
 
 available() { # whether a mode can run here, else why not
