@@ -10,6 +10,8 @@ its current stream), or on ``reference`` (plain PyTorch; anything else). All ker
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -208,7 +210,7 @@ def wide_forward(
     _validate.wide(z, weight, bias, head_weight, head_bias)
     _validate.is_activation(activation, beta)
     _validate.precision(precision, z.dtype)
-    flat = z.reshape(-1, z.shape[-1])
+    flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
     out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta), precision)
     return out.reshape(*z.shape[:-1], head_weight.shape[0])
 

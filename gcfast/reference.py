@@ -232,7 +232,7 @@ def wide_backward(
     activation: str = "softplus",
     beta: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of wide_forward in z, weight, bias and head_weight for the gradient g (n, C) of its output."""
+    """The gradients of wide_forward in z, weight, bias and head_weight; g (n, C): that of its output."""
     pre = z @ weight.mT
     slope = _activation(pre, bias, activation=activation, beta=beta, order=1, grad=g @ head_weight)
     phi = _activation(pre, bias, activation=activation, beta=beta)

@@ -181,7 +181,7 @@ def test_the_first_usable_backend_runs(monkeypatch):
     """With kernels pretended to be usable or not, the choice follows the policy and the log says why."""
     usable = {"triton", "reference"}
     monkeypatch.setattr(_dispatch, "_static_reason", lambda op, b: "" if b in usable else "not built")
-    monkeypatch.setattr(_dispatch, "_input_reason", lambda b, t: "")
+    monkeypatch.setattr(_dispatch, "_input_reason", lambda op, b, t: "")
     assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "triton"
     usable.add("cuda")
     assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "cuda"

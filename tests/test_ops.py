@@ -46,7 +46,8 @@ def test_opcheck_softmax_and_wide():
     args = wide_args(dtype=torch.float32, grad=True)
     torch.library.opcheck(wide_forward_op, (*args, "softplus", 1.0, None))
     plain = [a.detach() for a in args[:4]]
-    torch.library.opcheck(wide_backward_op, (torch.randn(5, 2), *plain, "softplus", 1.0, None, True, True, True))
+    settings = ("softplus", 1.0, None, True, True, True)
+    torch.library.opcheck(wide_backward_op, (torch.randn(5, 2), *plain, *settings))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -179,23 +180,6 @@ def test_wide_forward_over_chunk_borders(n, monkeypatch, poison):
     want = torch.autograd.grad((reference.wide_forward(*args) * g).sum(), args)
     for a, e in zip(got, want):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
-
-
-def test_wide_forward_never_stores_the_features(monkeypatch):
-    biggest = 0
-    make = torch.Tensor.new_empty
-
-    def watched(self, *size, **kwargs):
-        nonlocal biggest
-        out = make(self, *size, **kwargs)
-        biggest = max(biggest, out.numel() * out.element_size())
-        return out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", watched)
-    n, m = 6000, 1024
-    args = wide_args(n=n, d=4, m=m, c=2, dtype=torch.float32, grad=True)
-    ops.wide_forward(*args).sum().backward()
-    assert 0 < biggest <= 8 << 20 < n * m * 4
 
 
 BAD = [

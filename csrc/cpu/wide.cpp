@@ -230,19 +230,19 @@ template <class T> struct Activation {
   }
 };
 
-// z in bfloat16, for all threads, where products are made so: rows to a multiple of 16, the last ones zero.
+// z in bfloat16, for all threads, where products are made so; zero rows follow, for tiles that begin anywhere.
 class HalfRows {
  public:
   explicit HalfRows(const WideLayer<double>&) : means_(Bf16::none), data_(0) {}
   explicit HalfRows(const WideLayer<float>& a)
       : means_(a.bf16 ? bf16_means() : Bf16::none),
-        data_(means_ == Bf16::none ? 0 : padded(a.n, 16) * bf16_depth(a.d)) {
+        data_(means_ == Bf16::none ? 0 : (padded(a.n, 16) + 16) * bf16_depth(a.d)) {
     if (means_ == Bf16::none) return;
     const int64_t depth = bf16_depth(a.d), runs = (a.n + 63) / 64;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.n * a.d > 65536)
     for (int64_t run = 0; run < runs; ++run)
       to_bf16(a.z + run * 64 * a.z_stride, a.z_stride, std::min<int64_t>(64, a.n - run * 64), a.d, data_ + run * 64 * depth);
-    std::fill(data_ + a.n * depth, data_ + padded(a.n, 16) * depth, uint16_t{0});
+    std::fill(data_ + a.n * depth, data_ + (padded(a.n, 16) + 16) * depth, uint16_t{0});
   }
   Bf16 means() const { return means_; }
   const uint16_t* data() const { return data_; }
@@ -333,15 +333,15 @@ template <class T> void forward(const WideForward<T>& f) {
         for (int64_t s = 0; s < here; ++s) {
           const int64_t j0 = (block + s) * B, there = std::min(B, a.m - j0);
           columns.pack(block + s, s);
-          // (c, m) to rows of c, zero beyond c and m: what the tile has beyond m is multiplied by zeros.
+          // (c, m) to rows of c, zero beyond c. What a tile has beyond m is not read: it may be NaN.
           t.transpose(f.head + j0, f.head_stride, f.c, there, head + s * B * c, c, c);
-          std::fill_n(head + s * B * c + there * c, (B - there) * c, T(0));
         }
         for (int64_t i = i0; i < i1; i += kStrip)
           for (int64_t s = 0; s < here; ++s) {
             const int64_t rows = std::min(kStrip, i1 - i);
             columns.tile(i, rows, phi, s);
-            t.product(rows, c, phi, B, 1, head + s * B * c, c, B, sums + (i - i0) * c, c, true);
+            t.product(rows, c, phi, B, 1, head + s * B * c, c, std::min(B, a.m - (block + s) * B), sums + (i - i0) * c, c,
+                      true);
           }
       }
       for (int64_t i = i0; i < i1; ++i)
@@ -419,9 +419,8 @@ template <class T> void gram_product(const WideGramProduct<T>& f) {
         for (int64_t e = 0; e < f.c * B; ++e) g[e] += share[k * f.c * B + e];
       const int64_t there = std::min(B, a.m - block * B);
       t.transpose(g, B, f.c, there, g_rows, c, c);
-      std::fill_n(g_rows + there * c, (B - there) * c, T(0));
       for (int64_t i = i0; i < i1; i += kStrip)
-        t.product(std::min(kStrip, i1 - i), c, panel + i * B, B, 1, g_rows, c, B, sums + i * c, c, true);
+        t.product(std::min(kStrip, i1 - i), c, panel + i * B, B, 1, g_rows, c, there, sums + i * c, c, true);
     }
     for (int64_t i = i0; i < i1; ++i) std::copy_n(sums + i * c, f.c, f.out + i * f.c);
   }
@@ -463,12 +462,12 @@ template <class T> void backward(const WideBackward<T>& f) {
         columns.pack(block);
         for (int64_t k = 0; k < f.c; ++k) {
           std::copy_n(f.head + k * f.head_stride + j0, there, head + k * B);
-          std::fill_n(head + k * B + there, B - there, T(0));  // so that D is zero beyond m
+          std::fill_n(head + k * B + there, B - there, T(0));
         }
         if (f.dz)
-          for (int64_t j = 0; j < B; ++j) {
-            std::copy_n(a.weight + (j < there ? (j0 + j) * a.weight_stride : 0), j < there ? a.d : 0, weight + j * d);
-            std::fill_n(weight + j * d + (j < there ? a.d : 0), d - (j < there ? a.d : 0), T(0));
+          for (int64_t j = 0; j < there; ++j) {
+            std::copy_n(a.weight + (j0 + j) * a.weight_stride, a.d, weight + j * d);
+            std::fill_n(weight + j * d + a.d, d - a.d, T(0));
           }
         if (f.dweight) std::fill_n(static_cast<T*>(dweight), B * d, T(0));
         if (f.dbias) std::fill_n(static_cast<T*>(dbias), B, T(0));
@@ -484,7 +483,7 @@ template <class T> void backward(const WideBackward<T>& f) {
           columns.apply(pre, phi, rows, 1);
           t.product(rows, B, f.g + i * f.g_stride, f.g_stride, 1, head, B, f.c, grad, B, false);
           for (int64_t e = 0; e < rows * B; ++e) grad[e] *= phi[e];
-          if (f.dz) t.product(rows, d, grad, B, 1, weight, d, B, share + (i - r0) * d, d, true);
+          if (f.dz) t.product(rows, d, grad, B, 1, weight, d, there, share + (i - r0) * d, d, true);
           if (f.dweight) t.product(there, d, grad, 1, B, z + (i - r0) * d, d, rows, dweight, d, true);
           if (f.dbias)
             for (int64_t r = 0; r < rows; ++r)
