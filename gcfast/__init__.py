@@ -14,7 +14,7 @@ from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
 from gcfast.rank import RankEstimate, matrix_rank
-from gcfast.wide import WideLayer, wide_forward, wide_gram_product, wide_head_grad, widen
+from gcfast.wide import WideHead, WideLayer, wide_forward, wide_gram_product, wide_head_grad, widen
 
 __all__ = [
     "Assumption",
@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "RankEstimate",
     "TwoPhase",
+    "WideHead",
     "WideLayer",
     "__version__",
     "backend",

@@ -11,6 +11,7 @@ its current stream), or on ``reference`` (plain PyTorch; anything else). All ker
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,12 @@ def wide_features(
     return out
 
 
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    """What autocast makes of an operand: float64 and what is not floating stay."""
+    castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if castable else t
+
+
 def wide_forward(
     z: Tensor,
     weight: Tensor,
@@ -192,7 +199,8 @@ def wide_forward(
 
     Args:
         z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; all of one
-            dtype and device. Half precision is accumulated in float32 and rounded once.
+            dtype and device. Half precision is accumulated in float32 and rounded once. Under autocast they
+        are cast to its dtype first, as torch casts the operands of a product.
         activation, beta: as in :func:`activation`.
         precision: how products of float32 may be made: "ieee", or, where that is faster on the device at
             hand, "tf32x3" (errors near float32's), "tf32" (10 bits) or "bf16" (operands rounded to 8 bits,
@@ -207,6 +215,10 @@ def wide_forward(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    if isinstance(z, Tensor) and torch.is_autocast_enabled(z.device.type):
+        dtype = torch.get_autocast_dtype(z.device.type)
+        operands = (z, weight, bias, head_weight, head_bias)
+        z, weight, bias, head_weight, head_bias = (_autocast(t, dtype) for t in operands)
     _validate.wide(z, weight, bias, head_weight, head_bias)
     _validate.is_activation(activation, beta)
     _validate.precision(precision, z.dtype)

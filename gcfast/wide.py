@@ -13,7 +13,7 @@ from gcfast import _validate, ops
 from gcfast.inspection import Head, find_head, unwrap
 from gcfast.ops import wide_forward, wide_gram_product, wide_head_grad
 
-__all__ = ["WideLayer", "wide_forward", "wide_gram_product", "wide_head_grad", "widen"]
+__all__ = ["WideHead", "WideLayer", "wide_forward", "wide_gram_product", "wide_head_grad", "widen"]
 
 
 class WideLayer(nn.Module):
@@ -34,7 +34,10 @@ class WideLayer(nn.Module):
     Initialisation: weight ~ N(0, 1/d), so that an input with entries of size one gives pre-activations of
     size one at any d and m, and random directions differ between units; bias ~ U(-sqrt 3, sqrt 3), of
     variance one, spreads the kinks over the range of the data, so that no two units are alike even for d = 1
-    and none is dead or saturated.
+    and none of an analytic activation is dead or saturated. Neither depends on m: the head's own initialisation divides by it.
+
+    The features are an output like any other and are stored for the backward pass;
+    :class:`WideHead` does without.
     """
 
     def __init__(
@@ -75,6 +78,69 @@ class WideLayer(nn.Module):
         return f"{self.d}, {self.m}, activation={self.activation!r}, beta={self.beta:g}"
 
 
+def through_head(wide: nn.Module, head: nn.Module, z: Tensor, fused: bool = True) -> Tensor:
+    """head(wide(z)), without the features in between if nobody asks for them and both are what they seem."""
+    known = type(wide) is WideLayer and type(head) is nn.Linear
+    if fused and known and not (_watched(wide) or _watched(head)):
+        assert isinstance(wide, WideLayer) and isinstance(head, nn.Linear)
+        weights = (wide.weight, wide.bias, head.weight, head.bias)
+        return ops.wide_forward(z, *weights, activation=wide.activation, beta=wide.beta)
+    out: Tensor = head(wide(z))
+    return out
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, its own or everyone's, or a patch."""
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+    return bool(hooks) or nn.modules.module._has_any_global_hook()
+
+
+class WideHead(nn.Sequential):
+    """A wide layer and the linear head upon it: (..., d) to (..., C); the features (..., m) are never stored.
+
+    Args:
+        wide: a :class:`WideLayer`, (..., d) to (..., m).
+        head: ``nn.Linear(m, C)``, with or without a bias.
+
+    Attributes: ``wide``, ``head`` (and ``[0]``, ``[1]``); ``fused``, True. The state dict is that of a
+    ``Sequential`` of these names.
+
+    Forward and backward pass make the features tile by tile (:func:`gcfast.wide_forward`), the backward pass
+    anew: it costs one product more and saves memory of 4 batch m numbers. Under autocast operands are cast as
+    ``nn.Linear`` casts them. With a hook on either module, another class in the place of one (an adapter, a
+    parametrization), or ``fused = False``, the two modules are called one after the other: whoever looks for
+    the features finds them, and second derivatives work (they do not where fused, which says so).
+
+    Raises:
+        TypeError, ValueError: `wide` is no WideLayer, or `head` does not take its m features.
+    """
+
+    wide: WideLayer
+    head: nn.Linear
+
+    def __init__(self, wide: WideLayer, head: nn.Linear) -> None:
+        if not isinstance(wide, WideLayer):
+            raise TypeError(f"wide must be a gcfast.WideLayer; got {type(wide).__name__}")
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head must be an nn.Linear; got {type(head).__name__}")
+        if head.in_features != wide.m:
+            raise ValueError(f"head must take the {wide.m} features of wide; it takes {head.in_features}")
+        super().__init__(OrderedDict[str, nn.Module](wide=wide, head=head))
+        self.fused = True
+
+    def forward(self, z: Tensor) -> Tensor:
+        if len(self) != 2:  # somebody appended to it
+            out: Tensor = super().forward(z)
+            return out
+        return through_head(self.wide, self.head, z, self.fused)
+
+
 def widen(
     model: nn.Module,
     n_samples: int,
@@ -88,7 +154,7 @@ def widen(
 ) -> nn.Module:
     """Put a wide analytic layer before the head of ``model``, in place, unless a wide enough layer is there.
 
-    The head ``nn.Linear(d, C)`` gives way to ``Sequential(wide=WideLayer(d, m), head=nn.Linear(m, C))``, of
+    The head ``nn.Linear(d, C)`` gives way to ``WideHead(WideLayer(d, m), nn.Linear(m, C))``, of
     its device, dtype and with a bias if it had one; both are drawn anew, so widen before training and before
     the optimizer is made.
 
@@ -102,7 +168,7 @@ def widen(
         generator: for the weights of both layers.
 
     Returns:
-        the same model (a new ``Sequential`` where the model is itself the head).
+        the same model (a new ``WideHead`` where the model is itself the head).
 
     Raises:
         HeadError: no head, or an ambiguous one. ValueError: naming the argument.
@@ -125,7 +191,7 @@ def widen(
         with torch.no_grad():  # as nn.Linear draws them
             for p in new.parameters():
                 p.uniform_(-1.0 / math.sqrt(m), 1.0 / math.sqrt(m), generator=generator)
-    pair = nn.Sequential(OrderedDict(wide=wide, head=new))
+    pair = WideHead(wide, new)
     pair.train(old.training)
     if old is root:
         return pair

@@ -70,7 +70,19 @@ def mlp(
         layers["wide"] = _wide(last, wide, activation)
         last = wide
     layers["head"] = nn.Linear(last, classes)
-    return nn.Sequential(layers)
+    return nn.Sequential(layers) if wide is None else _WideMlp(layers)
+
+
+class _WideMlp(nn.Sequential):
+    """Ends in a wide layer and its head, whose features between them are not stored."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from gcfast.wide import through_head
+
+        *body, wide, head = self
+        for layer in body:
+            x = layer(x)
+        return through_head(wide, head, x)
 
 
 class _Block(nn.Module):
@@ -130,9 +142,11 @@ class PreActivationResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.flatten(self.pool(self.activation(self.norm(self.blocks(self.stem(x))))))
-        if self.wide is not None:
-            out = self.wide(out)
-        return self.head(out)
+        if self.wide is None:
+            return self.head(out)
+        from gcfast.wide import through_head
+
+        return through_head(self.wide, self.head, out)
 
 
 def resnet18(
