@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,10 +63,22 @@ def _bf16(z: Tensor, precision: str) -> bool:
     return precision == "bf16" or z.dtype == torch.bfloat16
 
 
-def _triton(name: str) -> ModuleType:
-    import importlib
+def _triton(name: str) -> Any:
+    return getattr(importlib.import_module(f"gcfast.triton_kernels.{name}"), name)
 
-    return importlib.import_module(f"gcfast.triton_kernels.{name}")
+
+@contextmanager
+def _library_products(precision: str) -> Iterator[None]:
+    """Torch's own float32 products on panels no less exact than what the caller asked for."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    if precision in ("ieee", "tf32x3") and before != "ieee":
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if switch.fp32_precision != before:
+            switch.fp32_precision = before
 
 
 @torch.library.custom_op("gcfast::wide_forward", mutates_args=())
@@ -86,15 +100,16 @@ def wide_forward_op(
             z, weight, bias, head_weight, head_bias, activation=activation, beta=beta
         )
     if backend == "triton":
-        launch = _triton("wide_forward").wide_forward
-        out: Tensor = launch(z, weight, bias, head_weight, head_bias, _KINDS[activation], beta, precision)
+        layer = (z, weight, bias, head_weight, head_bias, _KINDS[activation], beta, precision)
+        with _library_products(precision):
+            out: Tensor = _triton("wide_forward")(*layer)
         return out
     x, w, b, h, hb = _working(z, weight, bias, head_weight, head_bias)
     assert x is not None and w is not None and b is not None and h is not None
     out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
-    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+    arguments = _layer(x, w, b, activation, beta, _bf16(z, precision))
     head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
-    _cpu("wide_forward", x.dtype)(*layer, *head)
+    _cpu("wide_forward", x.dtype)(*arguments, *head)
     return out.to(z.dtype)
 
 
@@ -121,11 +136,9 @@ def wide_backward_op(
         dz, dw, db, dh = (x if need else z.new_empty(0) for x, need in zip(grads, needs))
         return dz, dw, db, dh
     if backend == "triton":
-        launch = _triton("wide_backward").wide_backward
-        kind = _KINDS[activation]
-        dz, dw, db, dh = launch(
-            g, z, weight, bias, head_weight, kind, beta, precision, need_z, need_hidden, need_head
-        )
+        layer = (z, weight, bias, head_weight, _KINDS[activation], beta, precision)
+        with _library_products(precision):
+            dz, dw, db, dh = _triton("wide_backward")(g, *layer, need_z, need_hidden, need_head)
         return dz, dw, db, dh
     u, x, w, b, h = _working(g, z, weight, bias, head_weight)
     assert u is not None and x is not None and w is not None and b is not None and h is not None
@@ -156,8 +169,10 @@ def wide_head_grad_op(
     if backend == "reference":
         return reference.wide_head_grad(z, weight, bias, residual, activation=activation, beta=beta)
     if backend == "triton":
-        launch = _triton("wide_head_grad").wide_head_grad
-        out: Tensor = launch(z, weight, bias, residual, _KINDS[activation], beta, precision)
+        with _library_products(precision):
+            out: Tensor = _triton("wide_head_grad")(
+                z, weight, bias, residual, _KINDS[activation], beta, precision
+            )
         return out
     x, w, b, r = _working(z, weight, bias, residual)
     assert x is not None and w is not None and b is not None and r is not None
@@ -183,8 +198,10 @@ def wide_gram_product_op(
     if backend == "reference":
         return reference.wide_gram_product(z, weight, bias, r, activation=activation, beta=beta)
     if backend == "triton":
-        launch = _triton("wide_gram_product").wide_gram_product
-        out: Tensor = launch(z, weight, bias, r, _KINDS[activation], beta, precision)
+        with _library_products(precision):
+            out: Tensor = _triton("wide_gram_product")(
+                z, weight, bias, r, _KINDS[activation], beta, precision
+            )
         return out
     x, w, b, s = _working(z, weight, bias, r)
     assert x is not None and w is not None and b is not None and s is not None
@@ -203,7 +220,7 @@ def wide_panel_out_op(
     if backend == "reference" or out.numel() == 0:
         out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))
     elif backend == "triton":
-        _triton("wide_panel").wide_panel(z, weight, bias, _KINDS[activation], beta, out)
+        _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
     else:
         x, w, b = _rows(z), _rows(weight), bias.contiguous()
         if backend == "cpu":

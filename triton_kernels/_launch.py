@@ -90,9 +90,9 @@ def variants(s: Specialization) -> dict[str, Specialization]:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The row of a launch table that serves this device; the first one for the interpreter's CPU."""
+    """The row of a launch table that serves this device; that of the H100 for the interpreter's CPU."""
     if device.type != "cuda":
-        return ARCHITECTURES[0]
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
 

@@ -50,6 +50,7 @@ def mode_of(z: Tensor, precision: str) -> str:
 
 
 def launch_of(mode: str) -> Launch:
+    """The same on every architecture: nothing has been measured that would tell them apart."""
     return _TILES[mode]
 
 
@@ -193,25 +194,25 @@ def every(
     integers: tuple[str, ...],
     strides: tuple[str, ...],
     fixed: dict[str, Any],
-    launches: Any = launch_of,
-    modes: tuple[str, ...] = MODES,
-    doubles: tuple[str, ...] = (),
+    launch: Any = launch_of,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    sums: tuple[str, ...] = (),
 ) -> Iterator[Specialization]:
     """A kernel of the wide layer for each way of products, activation and architecture."""
-    for arch, mode in itertools.product(ARCHITECTURES, modes):
+    for arch, mode in itertools.product(architectures, MODES):
         dtype = _DTYPE.get(mode, torch.float32)
         scalar = "i64" if mode == "fp64" else "fp32"
         for kind, beta in ((0, 2.0), *((kind, 1.0) for kind in range(7))):
             yield Specialization(
                 kernel,
                 dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype])
-                | dict.fromkeys(doubles, "*fp64" if mode == "fp64" else "*fp32")
+                | dict.fromkeys(sums, "*fp64" if mode == "fp64" else "*fp32")
                 | dict.fromkeys((*integers, *strides), "i32")
                 | {"beta_hi": scalar, "beta_lo": "fp32", "beta_inv": scalar},
                 {**fixed, **constants(mode, kind, beta)},
-                launches(mode),
+                launch(mode),
                 (arch,),
-                frozenset((*pointers, *doubles, *strides)),
+                frozenset((*pointers, *sums, *strides)),
                 {k: v for k, v in INSTRUCTION.get(mode, {}).items() if k == arch},
             )
 

@@ -1,8 +1,8 @@
 """Gradients of the wide layer and its head, the op `wide_backward`: Phi and its slope by panels in L2.
 
 With D = act'(z weight^T + bias) o (g head), a panel of Phi and one of D come out of one product; dz = D
-weight, dweight = D^T z and dhead = g^T Phi are the library's products. 3 * 2 n m d FLOP, as many as eager torch with
-stored features needs without the first one; nothing of size n m is kept.
+weight, dweight = D^T z and dhead = g^T Phi are the library's products. 3 * 2 n m d FLOP, as many as
+eager torch with stored features needs for both passes; nothing of size n m is kept.
 """
 
 from __future__ import annotations

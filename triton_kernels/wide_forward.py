@@ -2,8 +2,8 @@
 
 A program owns BM rows and a share of the columns of Phi; the shares are summed in a fixed order. Where rows
 alone fill the device there is one share. The second product adds 2 n m max(C, 16) FLOP, 3 % at d = 512 and
-C = 10, and reads the head from L2. More than 128 outputs go by panels of Phi and the library's product:
-computing Phi again for each 128 of them would cost d / 128 times as much.
+C = 10, and reads the head from L2. More than 16 outputs go by panels of Phi and the library's product: their
+sums would take the registers that the tile of Phi needs.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Launch, Specialization, multiprocessors, run
+from ._launch import Launch, Specialization, architecture, multiprocessors, run
 from ._wide import (
     blocks,
     constants,
@@ -31,17 +31,22 @@ from ._wide import (
 )
 from .activations import scale_arguments
 
-MOST = 128  # outputs that a program holds sums of
+OUTPUTS = 16  # that a program holds sums of: a tensor core's least
 
 
-def launch(mode: str, sides: int) -> Launch:
-    """The tile, and the outputs at a time: 16 (classes of digits), or 128."""
+def fused(arch: int, sides: int) -> bool:
+    """Whether the second product is made from registers: on sm_90, whose wgmma has operands in shared memory.
+
+    With mma.sync and with tcgen05 every tile that was tried, down to 32 x 32, spilled; panels do not.
+    """
+    return arch == 90 and sides <= OUTPUTS
+
+
+def launch(mode: str) -> Launch:
+    """The shared tile, halved where it is the largest: the outputs' sums and the head want registers too."""
     tile = launch_of(mode)
-    wide = sides > 16
-    # Beside 128 outputs the tile of Phi is halved: both live in registers.
-    rows = tile.blocks["BM"] // (2 if wide else 1)
-    columns = min(64, tile.blocks["BN"]) if wide else tile.blocks["BN"]
-    size = {"BM": rows, "BN": columns, "BK": tile.blocks["BK"], "BC": MOST if wide else 16}
+    rows = 64 if mode in ("fp64", "ieee", "tf32x3") else 128
+    size = {"BM": rows, "BN": 64, "BK": 16 if mode == "fp64" else 32, "BC": OUTPUTS}
     return Launch(size, num_warps=tile.num_warps, num_stages=2)
 
 
@@ -89,7 +94,7 @@ def wide_forward(
     mode = mode_of(z, precision)
     (n, d), (c, m) = z.shape, head.shape
     dtype = torch.float64 if mode == "fp64" else torch.float32
-    if c > MOST:
+    if not fused(architecture(z.device), c):
         width = panel_columns(n, m, mode)
         sums = torch.zeros(n, c, dtype=dtype, device=z.device)
         for columns in blocks(m, width):
@@ -97,7 +102,7 @@ def wide_forward(
             panel(z, weight[columns], bias[columns], kind, beta, mode, phi)
             sums += phi @ head[:, columns].mT
     else:
-        tile = launch(mode, c)
+        tile = launch(mode)
         rows, all_columns = triton.cdiv(n, tile.blocks["BM"]), triton.cdiv(m, tile.blocks["BN"])
         share = triton.cdiv(all_columns, min(all_columns, triton.cdiv(2 * multiprocessors(z.device), rows)))
         splits = triton.cdiv(all_columns, share)
@@ -117,16 +122,8 @@ def wide_forward(
 
 
 def specializations() -> Iterator[Specialization]:
-    """Both numbers of outputs, each way of products and each activation."""
+    """Each way of products and each activation."""
     integers = ("n", "m", "d", "c", "steps", "share")
     strides = ("z_stride", "weight_stride", "head_stride")
-    for sides in (16, MOST):
-        yield from every(
-            wide_forward_kernel,
-            ("z", "weight", "bias", "head"),
-            integers,
-            strides,
-            {},
-            lambda mode, sides=sides: launch(mode, sides),
-            doubles=("out",),
-        )
+    pointers = ("z", "weight", "bias", "head")
+    yield from every(wide_forward_kernel, pointers, integers, strides, {}, launch, (90,), ("out",))

@@ -1,7 +1,7 @@
 """residual^T Phi, the op `wide_head_grad`: a tile of Phi goes from registers into the second product.
 
 A program owns BN columns and a share of the rows; the shares are summed in a fixed order. Counts and the
-limit of 128 outputs are those of wide_forward.
+limit of 16 outputs are those of wide_forward.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Specialization, multiprocessors, run
+from ._launch import Specialization, architecture, multiprocessors, run
 from ._wide import blocks, constants, every, features, mode_of, operand, panel, panel_columns, rows_of
 from .activations import scale_arguments
-from .wide_forward import MOST, launch
+from .wide_forward import fused, launch
 
 
 @triton.jit(do_not_specialize=["n", "m", "d", "c", "steps", "share", "beta_hi", "beta_lo", "beta_inv"])
@@ -56,14 +56,14 @@ def wide_head_grad(
     z, weight, bias, residual = rows_of(z), rows_of(weight), bias.contiguous(), rows_of(residual)
     mode = mode_of(z, precision)
     (n, d), m, c = z.shape, weight.shape[0], residual.shape[1]
-    if c > MOST:
+    if not fused(architecture(z.device), c):
         out = z.new_empty(c, m)
         for columns in blocks(m, panel_columns(n, m, mode)):
             phi = torch.empty(n, columns.stop - columns.start, dtype=z.dtype, device=z.device)
             panel(z, weight[columns], bias[columns], kind, beta, mode, phi)
             out[:, columns] = residual.mT @ phi
         return out
-    tile = launch(mode, c)
+    tile = launch(mode)
     all_rows, columns_ = triton.cdiv(n, tile.blocks["BM"]), triton.cdiv(m, tile.blocks["BN"])
     share = triton.cdiv(all_rows, min(all_rows, triton.cdiv(2 * multiprocessors(z.device), columns_)))
     splits = triton.cdiv(all_rows, share)
@@ -83,16 +83,8 @@ def wide_head_grad(
 
 
 def specializations() -> Iterator[Specialization]:
-    """Both numbers of outputs, each way of products and each activation."""
+    """Each way of products and each activation."""
     integers = ("n", "m", "d", "c", "steps", "share")
     strides = ("z_stride", "weight_stride", "residual_stride")
-    for sides in (16, MOST):
-        yield from every(
-            wide_head_grad_kernel,
-            ("z", "weight", "bias", "residual"),
-            integers,
-            strides,
-            {},
-            lambda mode, sides=sides: launch(mode, sides),
-            doubles=("out",),
-        )
+    pointers = ("z", "weight", "bias", "residual")
+    yield from every(wide_head_grad_kernel, pointers, integers, strides, {}, launch, (90,), ("out",))
