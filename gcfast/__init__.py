@@ -14,7 +14,16 @@ from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
 from gcfast.rank import RankEstimate, matrix_rank
-from gcfast.wide import WideHead, WideLayer, wide_forward, wide_gram_product, wide_head_grad, widen
+from gcfast.wide import (
+    WideGram,
+    WideHead,
+    WideLayer,
+    wide_forward,
+    wide_gram,
+    wide_gram_product,
+    wide_head_grad,
+    widen,
+)
 
 __all__ = [
     "Assumption",
@@ -26,6 +35,7 @@ __all__ = [
     "Progress",
     "RankEstimate",
     "TwoPhase",
+    "WideGram",
     "WideHead",
     "WideLayer",
     "__version__",
@@ -38,6 +48,7 @@ __all__ = [
     "softmax_residual",
     "solve_head",
     "wide_forward",
+    "wide_gram",
     "wide_gram_product",
     "wide_head_grad",
     "widen",

@@ -118,6 +118,7 @@ class StackedOnes:
     def __init__(self, features: Tensor, ones: bool = True):
         self.features, self.ones = features, ones
         self.n, self.columns = features.shape[0], features.shape[1] + int(ones)
+        self.dtype, self.device = features.dtype, features.device
 
     def panels(self, width: int = PANEL, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
         m = self.features.shape[1]
@@ -129,13 +130,43 @@ class StackedOnes:
 
     def abs_products(self, left: Tensor | None = None) -> tuple[Tensor, float]:
         """|H1| 1 (n,) and the largest entry of left |H1|, float64; ``left`` ones by default."""
-        rows = self.features.new_zeros(self.n, dtype=torch.float64)
+        rows = torch.zeros(self.n, dtype=torch.float64, device=self.device)
         largest = rows.new_zeros(())
-        for panel in self.panels(dtype=self.features.dtype):  # by rows, so that no bit depends on the layout
+        for panel in self.panels(dtype=self.dtype):  # by rows, so that no bit depends on the layout
             panel_rows, columns = ops.abs_products(panel, left)
             rows += panel_rows
             largest = torch.maximum(largest, columns.amax())  # unlike max(), it keeps a NaN
         return rows, float(largest)
+
+
+class WidePanels(StackedOnes):
+    """H1 of a wide layer by column panels that are computed again for every sweep, never stored.
+
+    What is proved of it is proved of the matrix of these float64 values: :func:`gcfast.ops.wide_panel` gives
+    the same bits each time, and panels begin at the same columns besides.
+    """
+
+    def __init__(
+        self, z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, ones: bool = True
+    ):
+        self.layer = tuple(t.detach().double() for t in (z, weight, bias))
+        self.settings: dict[str, Any] = {"activation": activation, "beta": beta}
+        self.ones = ones
+        self.n, self.columns = z.shape[0], weight.shape[0] + int(ones)
+        self.dtype, self.device = torch.float64, z.device
+
+    def panels(self, width: int = PANEL, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+        z, weight, bias = self.layer
+        m = len(weight)
+        for j in range(0, self.columns, width):
+            end = min(j + width, self.columns)
+            panel = torch.empty((self.n, end - j), dtype=torch.float64, device=self.device)
+            columns = slice(j, min(end, m))
+            ops.wide_panel(
+                z, weight[columns], bias[columns], **self.settings, out=panel[:, : columns.stop - j]
+            )
+            panel[:, columns.stop - j :] = 1.0
+            yield panel.to(dtype)
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, scratch: Tensor) -> None:
@@ -188,7 +219,7 @@ def lower_times(x: Tensor, b: Tensor) -> Tensor:
 
 def lower_gram(h1: StackedOnes) -> Tensor:
     """H1 H1^T (n x n, float64): its lower triangle, zeros above; within gram_error(h1) in the 2-norm."""
-    g = h1.features.new_zeros((h1.n, h1.n), dtype=torch.float64)
+    g = torch.zeros((h1.n, h1.n), dtype=torch.float64, device=h1.device)
     for panel in h1.panels():
         add_gram_(g, panel)
     return lower_triangle_(g)
@@ -209,11 +240,16 @@ def norm_upper(x: Tensor) -> float:
 def gram(h1: StackedOnes) -> Tensor:
     """H1 H1^T (n x n, float64), symmetric as stored, for those who need no bound of its error."""
     strip = 512
-    g = h1.features.new_zeros((h1.n, h1.n), dtype=torch.float64)
+    g = torch.zeros((h1.n, h1.n), dtype=torch.float64, device=h1.device)
     for panel in h1.panels():
         for i in range(0, h1.n, strip):
             g[i : i + strip, : i + strip].addmm_(panel[i : i + strip], panel[: i + strip].mT)
-    for i in range(0, h1.n, strip):
+    return mirror_(g, strip)
+
+
+def mirror_(g: Tensor, strip: int = 512) -> Tensor:
+    """The lower triangle of g above the diagonal as well, in place."""
+    for i in range(0, len(g), strip):
         diagonal = g[i : i + strip, i : i + strip]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
         g[:i, i : i + strip] = g[i : i + strip, :i].mT

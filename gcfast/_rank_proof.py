@@ -52,7 +52,7 @@ def proof_bytes(n: int, m: int) -> int:
 
 
 def prove_full_rank(
-    features: Tensor,
+    features: Tensor | StackedOnes,
     *,
     ones: bool = True,
     sharp: bool = True,
@@ -62,19 +62,21 @@ def prove_full_rank(
     """Prove that [features, 1] has full row rank n; see the module's docstring for the method.
 
     Args:
-        features: (n, m) float32 or float64, finite, n <= m + 1; float32 is taken exactly, as float64.
+        features: (n, m) float32 or float64, finite, n <= m + 1; float32 is taken exactly, as float64. Or
+            panels of features that are not stored (``_products.WidePanels``), which say themselves whether
+            a column of ones is appended.
         ones: append the column of ones (the head's bias).
         sharp: spend about a third more time on a bound of sigma_min within some per cent of the truth.
         max_passes: of whitening; each gains about six digits of the condition number.
         progress: called with a step's name and the fraction done.
     """
     tell = progress or (lambda step, fraction: None)
-    h1 = StackedOnes(features, ones)
+    h1 = features if isinstance(features, StackedOnes) else StackedOnes(features, ones)
     n = h1.n
     if n == 0:
         return RankProof(True, math.inf, 0.0, 1.0, 0, "no rows")
     with exact_products():
-        check_products(features.device)
+        check_products(h1.device)
         tell("Gram", 0.0)
         g = bounded_gram(h1)
         if not math.isfinite(g.error) or float(g.lower.diagonal().amin()) < 1e-290:

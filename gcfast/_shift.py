@@ -46,7 +46,7 @@ def bounded_gram(h1: StackedOnes) -> BoundedGram:
     rows = torch.zeros(h1.n, dtype=torch.float64, device=g.device)
     row_sums = torch.zeros_like(rows)
     # |P||P|^T 1 of the panels P add up to |H1||H1|^T 1
-    for panel in h1.panels(dtype=h1.features.dtype):
+    for panel in h1.panels(dtype=h1.dtype):
         columns = ops.abs_products(panel)
         rows += ops.abs_products(panel, right=columns[1])[0]
         row_sums += columns[0]
