@@ -15,12 +15,17 @@ import gcfast
 from gcfast import _dispatch, ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ROWS = {"small": 8, "large": 2048}  # x 100: on either side of the size where the policy changes
+ROWS = {"small": 64, "large": 2048}  # x 100: on either side of the size where the policy changes
+
+
+def _layer(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    w = torch.randn(64, x.shape[1], dtype=x.dtype, device=x.device)
+    return x, w, w[:, 0].contiguous()
 
 
 def _wide(x: torch.Tensor) -> object:
-    w = torch.randn(64, x.shape[1], dtype=x.dtype, device=x.device)
-    return ops.wide_forward(x, w, w[:, 0].contiguous(), w.mT.contiguous()[:10, :])
+    x, w, b = _layer(x)
+    return ops.wide_forward(x, w, b, w.mT.contiguous()[:10, :])
 
 
 # An op's call on x (n, 100); those that are missing here fail below, by name.
@@ -32,13 +37,25 @@ CALLS = {
     "softmax_curvature": lambda x: ops.softmax_curvature(x, x),
     "gram_error_bound": lambda x: (ops.gram_error_bound(x), ops.abs_products(x)),
     "wide_forward": _wide,
+    "wide_head_grad": lambda x: ops.wide_head_grad(*_layer(x), x[:, :3]),
+    "wide_gram_product": lambda x: ops.wide_gram_product(*_layer(x), x[:, :3]),
+    "wide_panel": lambda x: ops.wide_panel(*_layer(x)),
+    "batched_rank": lambda x: gcfast.matrix_rank(x[:64].reshape(4, 16, 100)),
     "gram_product": lambda x: ops.gram_product(x[:8] @ x[:8].mT, x[:8, :8].contiguous()),
 }
 
 
+# The dtype in which an op reaches its kernels, where that is not the caller's.
+SEEN = {
+    "wide_panel": dict.fromkeys(DTYPES, torch.float64),
+    "batched_rank": {torch.bfloat16: torch.float32, torch.float16: torch.float32},
+}
+
+
 def expected(op: str, x: torch.Tensor) -> str:
+    x = x.to(SEEN.get(op, {}).get(x.dtype, x.dtype))
     for backend in _dispatch.preferred(op, x):
-        served = backend == "reference" or x.dtype in _dispatch._DTYPES[backend]
+        served = backend == "reference" or x.dtype in _dispatch.dtypes_of(op, backend)
         if served and op in _dispatch._KERNELS[backend]:
             return backend
     raise AssertionError(f"no backend for {op}")

@@ -70,8 +70,18 @@ ROWS = (
     Row("`softmax_curvature`, {size}", "softmax_curvature"),
     Row("`gram_error_bound`, {size}", "gram_error_bound"),
     Row("`abs_products`, {size}", "abs_products"),
+    Row("`WideHead`, a training step, {size}", "WideHead training step"),
     Row("`wide_forward`, {size}", "wide_forward"),
     Row("`wide_forward` and its gradients, {size}", "wide_forward and gradients"),
+    Row("`wide_forward`, then `wide_head_grad`, {size}", "wide_forward and wide_head_grad"),
+    Row("`wide_gram_product`, {size}", "wide_gram_product"),
+    Row(
+        "the same with bf16 products allowed, {size}",
+        "wide_gram_product",
+        dtypes=("float32",),
+        ours=("gcfast, bf16",),
+    ),
+    Row("`wide_gram`, {size}", "wide_gram", kernels=False),
     Row("`gram_product`, {size}", "gram_product", ours=("cpu",), kernels=False),
 )
 
@@ -125,6 +135,9 @@ def _cell(result: dict[str, Any], ours: dict[str, Any], against: str, backend: b
     if "test_error" in ours.get("extra", {}) and "test_error" in peer.get("extra", {}):
         errors = [c["extra"]["test_error"] for c in (ours, peer)]
         text += f"; test error {errors[0]:.2f} % against {errors[1]:.2f} %"
+    if "memory" in ours.get("extra", {}) and "memory" in peer.get("extra", {}):
+        share = ours["extra"]["memory"] / peer["extra"]["memory"]
+        text += f" in {100 * share:.1f} % of the memory"
     return text
 
 

@@ -36,15 +36,8 @@ OPS = (
 _WIDE = ("wide_forward", "wide_head_grad", "wide_gram_product")
 _KERNELS = {
     "cpu": OPS,
-    "triton": (
-        "activation",
-        "softmax_residual",
-        "softmax_curvature",
-        "gram_error_bound",
-        *_WIDE,
-        "wide_panel",
-    ),
-    "cuda": ("activation", "wide_panel", "batched_rank"),
+    "triton": tuple(op for op in OPS if op not in ("gram_product", "batched_rank")),
+    "cuda": ("activation", "batched_rank"),
     "reference": OPS,
 }
 _ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -159,6 +152,11 @@ def _capability_reason(backend: str, device: torch.device) -> str:
     return f"was compiled for {', '.join(archs)} (GCFAST_CUDA_ARCHS), {found}"
 
 
+def dtypes_of(op: str, backend: str) -> tuple[torch.dtype, ...]:
+    """What a backend's kernels of an op take: the wide layer's, half precision everywhere."""
+    return _ALL if op in _WIDE else _DTYPES[backend]
+
+
 def _input_reason(op: str, backend: str, tensor: torch.Tensor) -> str:
     """Why `backend` cannot run `op` on inputs like `tensor`; "" if it can."""
     if backend == "reference":
@@ -168,7 +166,7 @@ def _input_reason(op: str, backend: str, tensor: torch.Tensor) -> str:
         kind = {"cpu": "CPU", "cuda": "CUDA"}[wanted]
         mode = " (Triton's interpreter is on)" if backend == "triton" and wanted == "cpu" else ""
         return f"serves {kind} tensors{mode}, got {tensor.device}"
-    dtypes = _ALL if op in _WIDE else _DTYPES[backend]  # the wide layer's take half precision everywhere
+    dtypes = dtypes_of(op, backend)
     if tensor.dtype not in dtypes:
         got = str(tensor.dtype).removeprefix("torch.")
         return f"serves {_dtype_names(dtypes)}, got {got}"
@@ -181,7 +179,7 @@ def preferred(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
     On the GPU the CUDA kernels come first for float64 (the same source as the CPU's; Triton's need about as
     many instructions an element) and for small inputs (a launch through the binding costs a fraction of one
     through Triton), and for batched_rank, which only they have; Triton's serve everything else. The wide
-    layer's own kernels are Triton's, but for its float64 panel.
+    layer's are Triton's alone.
     """
     if tensor.device.type == "cpu":
         return ("cpu", "reference")  # the interpreter runs on request only: it is for tests
@@ -201,8 +199,11 @@ def _triton_note() -> str:
 def backends() -> BackendTable:
     """Every op's backends: usable, or the reason why not. ``print(gcfast.backends())`` shows a table."""
     cuda = _native.cuda_status()
+    bf16 = _native.cpu.wide_bf16() if _native.cpu is not None else ""
+    products = f", bf16 products by {bf16}" if bf16 else ""
     notes = {
-        "cpu": f"{_native.cpu_instruction_set() or 'no kernels'}, {torch.get_num_threads()} threads",
+        "cpu": f"{_native.cpu_instruction_set() or 'no kernels'}, {torch.get_num_threads()} threads"
+        + products,
         "cuda": cuda["why"] or ", ".join(str(d["name"]) for d in cuda["devices"]),
         "triton": _triton_note(),
         "in force": forced() or "auto",

@@ -223,15 +223,7 @@ def wide_panel_out_op(
         _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
     else:
         x, w, b = _rows(z), _rows(weight), bias.contiguous()
-        if backend == "cpu":
-            _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
-            return
-        assert _native.cuda is not None
-        _native.cuda.wide_panel_f64(
-            *(x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr(), x.shape[0], w.shape[0], x.shape[1]),
-            *(x.stride(0), w.stride(0), out.stride(0), _KINDS[activation], beta),
-            *(x.device.index, torch.cuda.current_stream(x.device).cuda_stream),
-        )
+        _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
 
 
 @wide_forward_op.register_fake

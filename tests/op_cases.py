@@ -56,6 +56,10 @@ def _wide(n: int, c: int, dtype: torch.dtype, device: torch.device) -> tuple[Any
     return strided(n, 7, dtype, device), normal(c, 7), normal(c), normal(3, c) / c**0.5, normal(3)
 
 
+def _wide_sides(n: int, c: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return *_wide(n, c, dtype, device)[:3], strided(n, 3, dtype, device)
+
+
 def _softmax_residual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
@@ -116,7 +120,28 @@ CASES = [
         lambda *a: (_matrix_rank(*a),) * 3,
         ("cuda",),
     ),
-    Case("wide_forward", _wide, lambda *a: ops.wide_forward(*a), _wide_forward, BOTH),
+    Case("wide_forward", _wide, lambda *a: ops.wide_forward(*a), _wide_forward, ("triton",)),
+    Case(
+        "wide_head_grad",
+        _wide_sides,
+        lambda *a: ops.wide_head_grad(*a),
+        reference.wide_head_grad,
+        ("triton",),
+    ),
+    Case(
+        "wide_gram_product",
+        _wide_sides,
+        lambda *a: ops.wide_gram_product(*a),
+        reference.wide_gram_product,
+        ("triton",),
+    ),
+    Case(
+        "wide_panel",
+        lambda *a: _wide(*a)[:3],
+        lambda *a: ops.wide_panel(*a),
+        reference.wide_features,
+        ("triton",),
+    ),
 ]
 DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
