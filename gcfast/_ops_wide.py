@@ -320,8 +320,8 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 def _no_second(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "gcfast.ops.wide_forward can be differentiated once; for second derivatives compose "
-        "gcfast.ops.wide_features with torch.nn.functional.linear"
+        "gcfast.ops.wide_forward can be differentiated once; for second derivatives set fused = False on the "
+        "gcfast.WideHead, or compose gcfast.ops.wide_features with torch.nn.functional.linear"
     )
 
 

@@ -29,7 +29,10 @@ def test_mlp_wide_layer_is_before_the_head() -> None:
     assert isinstance(model[-2], wide.WideLayer)
     head = model[-1]
     assert isinstance(head, nn.Linear) and (head.in_features, head.out_features) == (1383, 10)
-    assert model(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(model(x), model[-1](model[:-1](x)))
+    assert model[:1](x).shape == (3, 64)
+    assert list(model.state_dict())[-4:] == ["wide.weight", "wide.bias", "head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])
