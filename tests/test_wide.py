@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from gcfast import ops, reference
 from gcfast.wide import WideHead, WideLayer
@@ -88,14 +89,49 @@ def test_autocast():
     assert layer.weight.grad.dtype == torch.float32 and layer.bias.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("activation", reference.ANALYTIC)
-@pytest.mark.parametrize("d, m", [(1, 700), (64, 8800)])
-def test_no_unit_is_dead_or_saturated(activation, d, m):
-    """Each has a slope of a thousandth or more somewhere among a few samples, at any width."""
-    layer = WideLayer(d, m, activation=activation)
-    pre = (torch.randn(200, d) @ layer.weight.mT + layer.bias).detach()
-    slope = reference.activation(pre, activation=activation, order=1).abs()
-    assert float(slope.amax(dim=0).min()) > 1e-3
+def dead_share(layer, n=256):
+    """The share of units whose slope is below a thousandth on all of n standard normal samples."""
+    z = torch.randn(n, layer.d)
+    slope = ops.activation(
+        z @ layer.weight.mT, layer.bias, activation=layer.activation, beta=layer.beta, order=1
+    )
+    return float((slope.abs() < 1e-3).all(dim=0).float().mean())
+
+
+@pytest.mark.parametrize("activation, beta", [*((a, 1.0) for a in reference.ANALYTIC), ("softplus", 4.0)])
+@pytest.mark.parametrize("d, m", [(1, 700), (1, 8800), (8, 8800), (64, 8800), (2048, 500)])
+@torch.no_grad()
+def test_no_unit_is_dead_or_saturated(activation, beta, d, m):
+    assert dead_share(WideLayer(d, m, activation=activation, beta=beta)) == 0
+
+
+@pytest.mark.parametrize("activation, beta", [("relu", 1.0), ("softplus", 20.0)])
+@pytest.mark.parametrize("d, low, high", [(1, 0.05, 0.15), (8, 0, 0.02), (64, 0, 0), (2048, 0, 0)])
+@torch.no_grad()
+def test_units_with_a_kink_beyond_all_samples(activation, beta, d, low, high):
+    """As many as the docstring says; what they are good for is the next test."""
+    assert low <= dead_share(WideLayer(d, 2000, activation=activation, beta=beta)) <= high
+
+
+@pytest.mark.parametrize("activation, beta", [("relu", 1.0), ("softplus", 20.0)])
+@torch.no_grad()
+def test_data_wider_than_the_standard_normal_are_told_apart(activation, beta):
+    z = torch.linspace(-4, 4, 12, dtype=torch.float64).unsqueeze(1)
+    layer = WideLayer(1, 400, activation=activation, beta=beta, dtype=torch.float64)
+    s = torch.linalg.svdvals(layer(z))
+    assert s[-1] > 1e-4 * s[0]
+    layer.bias.mul_(layer.weight.norm(dim=1))  # kinks in [-sqrt 3, sqrt 3] alone
+    s = torch.linalg.svdvals(layer(z))
+    assert s[-1] < 1e-4 * s[0]
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("d, least", [(8, 1e-6), (64, 1e-4), (2048, 3e-4)])
+@torch.no_grad()
+def test_smallest_singular_value_at_ten_per_cent_more_units_than_samples(activation, d, least):
+    layer = WideLayer(d, 220, activation=activation, dtype=torch.float64)
+    s = torch.linalg.svdvals(layer(torch.randn(200, d, dtype=torch.float64)))
+    assert s[-1] > least * s[0]
 
 
 def wide_head(activation="softplus", dtype=torch.float32, bias=True, device=None):
@@ -131,7 +167,7 @@ def test_second_derivatives_need_the_parts():
     model = wide_head(dtype=torch.float64)
     z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     (dz,) = torch.autograd.grad(model(z).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once"):
+    with pytest.raises(RuntimeError, match="once; for second derivatives set fused = False"):
         torch.autograd.grad(dz.sum(), z)
     model.fused = False
     assert torch.autograd.gradgradcheck(model, (z,))
@@ -189,12 +225,78 @@ def test_wide_head_compiles_whole_with_any_batch():
         assert compiled(z).dtype == torch.bfloat16
 
 
-def test_wide_head_under_autocast():
-    model, z = wide_head(), torch.randn(5, 4, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_other_calls_than_the_plain_one_are_kept():
+    model, z = wide_head(), torch.randn(5, 4)
+    launched = []
+    model.head.compile(backend=lambda graph, inputs: launched.append(1) or graph.forward)
+    model(z)
+    assert launched
+    model = wide_head()
+    model.head.weight = torch.nn.Parameter(TwoTensor(model.head.weight.data, model.head.weight.data))
+    assert type(model(z)) is TwoTensor  # wide_forward takes plain tensors alone
+
+
+def test_parts_of_a_wide_head_are_sequences():
+    model, z = wide_head(), torch.randn(5, 4)
+    torch.testing.assert_close(model[:1](z), model.wide(z))
+    assert type(model[:1]) is torch.nn.Sequential and model[-1] is model.head
+    torch.testing.assert_close(model[:](z), model(z))
+    model.append(torch.nn.Tanh())
+    torch.testing.assert_close(model(z), torch.tanh(model.head(model.wide(z))))
+
+
+@pytest.mark.parametrize("activation", ["softplus", "gelu"])
+def test_wide_head_is_deterministic(activation, device, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it where cuBLAS is used
+    options = {"device": device}
+    model = WideHead(WideLayer(16, 700, activation=activation, **options), torch.nn.Linear(700, 5, **options))
+    z = torch.randn(300, 16, device=device, requires_grad=True)
+    runs = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            out = model(z)
+            runs.append((out, *torch.autograd.grad(out.square().sum(), [z, *model.parameters()])))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def largest_allocations(step):
+    """Bytes of every allocation of tensor memory in a step, inside the ops as well."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
+        step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return sorted((e.nbytes() for e in events if e.nbytes() > 0), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_the_size_of_the_features_is_made(dtype):
+    n, d, m, c = 320, 256, 8800, 10  # n is not d: the gradient of weight (m, d) is no matter of n
+    model = WideHead(WideLayer(d, m), torch.nn.Linear(m, c))
+    z = torch.randn(n, d)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = model(z)
+        out.float().square().sum().backward()
+
+    step()
+    model.zero_grad()
+    of_weight = {4 * m * d, 2 * m * d}  # its gradient, and under autocast its cast
+    assert [b for b in largest_allocations(step) if b > 0.1 * n * m * 4 and b not in of_weight] == []
+    model.fused = False  # what is looked for is seen where it is
+    assert n * m * dtype.itemsize in largest_allocations(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_head_under_autocast(dtype, device):
+    model, z = wide_head(device=device), torch.randn(5, 4, device=device, requires_grad=True)
+    with torch.autocast(device.type, dtype=dtype):
         out = model(z)
         parts = model.head(model.wide(z))
-    assert out.dtype == parts.dtype == torch.bfloat16
+    assert out.dtype == parts.dtype == dtype
     torch.testing.assert_close(out, parts, rtol=0.05, atol=0.05)
     out.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in [z, *model.parameters()])
@@ -205,6 +307,7 @@ def test_wide_head_keeps_its_state(tmp_path):
     assert list(model.state_dict()) == ["wide.weight", "wide.bias", "head.weight", "head.bias"]
     pair = torch.nn.Sequential(OrderedDict(wide=WideLayer(4, 9), head=torch.nn.Linear(9, 3)))
     pair.load_state_dict(model.state_dict())
+    model.load_state_dict(copy.deepcopy(pair).state_dict())
     z = torch.randn(5, 4)
     torch.testing.assert_close(pair(z), model(z))
     torch.save(model, tmp_path / "model.pt")

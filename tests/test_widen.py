@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,44 @@ def test_widened_model_is_certified_and_trains():
     model(x.double()).sum().backward()
     assert model.classify.wide.weight.grad is not None
     assert gcfast.certify(model, (x.double(), y)).status == "holds"
+
+
+def test_widened_model_through_both_phases_and_the_solver():
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 16, dtype=torch.float64), torch.randint(0, 3, (40,))
+    model = gcfast.widen(_Net().double(), 40, inputs=x)
+    pair = model.classify
+    assert type(pair) is gcfast.WideHead
+    opt = gcfast.TwoPhase(torch.optim.SGD(model.parameters(), lr=0.01), model, switch_step=3)
+    frozen, losses = None, []
+    for step in range(8):
+        if step == 4:  # the switch is made by the third step
+            frozen = pair.wide.weight.detach().clone()
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert torch.equal(pair.wide.weight, frozen) and losses[-1] < losses[0]
+    assert gcfast.find_head(model, x).name == "classify.head"
+    found = gcfast.inspection.wide_activation(model, None, x)
+    assert found.module is pair.wide and found.analytic
+    h, out = gcfast.inspection.capture(model, "classify.head", x)
+    torch.testing.assert_close(h, pair.wide(model.body(x)))
+    torch.testing.assert_close(out, pair.head(h))
+    solution = gcfast.solve_head(model, (x, y), loss="cross_entropy", target_gap=1e-3)
+    assert solution.loss < losses[-1]
+
+
+def test_a_state_saved_before_there_was_a_wide_head_loads():
+    model = gcfast.widen(_Net(), 20, head="classify")
+    pair = model.classify
+    old = _Net()
+    old.classify = nn.Sequential(OrderedDict(wide=gcfast.WideLayer(7, 22), head=nn.Linear(22, 3, bias=False)))
+    assert list(old.state_dict()) == list(model.state_dict())
+    model.load_state_dict(old.state_dict())
+    z = torch.randn(5, 7)
+    torch.testing.assert_close(pair(z), old.classify(z))
 
 
 def test_a_wide_enough_layer_is_not_widened_again():
