@@ -62,16 +62,15 @@ print(peak() - before)
     )
 
 
-def with_memory(codes: dict[str, str], sizes: tuple[int, ...], device: torch.device):
-    """Extra bytes of each candidate for the record (on a GPU `compare` has them), printed as well."""
+def with_memory(codes: dict[str, str], sizes: tuple[int, ...], device: torch.device, results: int = 0):
+    """Bytes that each candidate takes beside its inputs and `results` bytes of results, printed as well."""
     if device.type != "cpu":
         return {}
     n, _, m, _ = sizes
-    found = {name: peak_bytes(code, sizes) for name, code in codes.items()}
+    found = {name: max(0, peak_bytes(code, sizes) - results) for name, code in codes.items()}
     for name, value in found.items():
-        print(
-            f"  {name}: {value / 2**20:.1f} MB beyond the inputs, {value / (4 * n * m):.1%} of the features"
-        )
+        share = value / (4 * n * m)
+        print(f"  {name}: {value / 2**20:.1f} MB beside inputs and results, {share:.1%} of the features")
     return {name: {"memory": value} for name, value in found.items()}
 
 
@@ -243,5 +242,6 @@ def bench_training_step_table(benchmark, device):
     codes = {"eager": STEP_CODE.format(EAGER_MODEL)}
     codes["gcfast"] = STEP_CODE.format("gcfast.WideHead(gcfast.WideLayer(d, m), nn.Linear(m, c))")
     title = f"WideHead training step, n={n} d={d} m={m} C={c}, {torch.float32}"
-    extra = with_memory(codes, sizes, device)
+    gradients = sum(p.nbytes for p in ours.parameters())
+    extra = with_memory(codes, sizes, device, gradients)
     show(title, timings, *limit(3 * 2 * n * m * (d + c), device, torch.float32), extra=extra)

@@ -37,7 +37,7 @@ _WIDE = ("wide_forward", "wide_head_grad", "wide_gram_product")
 _KERNELS = {
     "cpu": OPS,
     "triton": tuple(op for op in OPS if op not in ("gram_product", "batched_rank")),
-    "cuda": ("activation", "batched_rank"),
+    "cuda": ("activation", "wide_panel", "batched_rank"),
     "reference": OPS,
 }
 _ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -179,7 +179,8 @@ def preferred(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
     On the GPU the CUDA kernels come first for float64 (the same source as the CPU's; Triton's need about as
     many instructions an element) and for small inputs (a launch through the binding costs a fraction of one
     through Triton), and for batched_rank, which only they have; Triton's serve everything else. The wide
-    layer's are Triton's alone.
+    layer's are Triton's alone but for its float64 panel, on whose order of summation proofs rest: there the
+    CUDA kernel writes it out.
     """
     if tensor.device.type == "cpu":
         return ("cpu", "reference")  # the interpreter runs on request only: it is for tests

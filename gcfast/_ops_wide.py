@@ -223,7 +223,16 @@ def wide_panel_out_op(
         _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
     else:
         x, w, b = _rows(z), _rows(weight), bias.contiguous()
-        _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
+        if backend == "cpu":
+            _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
+            return
+        assert _native.cuda is not None
+        pointers = (x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr())
+        strides = (x.stride(0), w.stride(0), out.stride(0))
+        _native.cuda.wide_panel_f64(
+            *(*pointers, x.shape[0], w.shape[0], x.shape[1], *strides, _KINDS[activation], beta),
+            *(x.device.index, torch.cuda.current_stream(x.device).cuda_stream),
+        )
 
 
 @wide_forward_op.register_fake

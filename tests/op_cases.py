@@ -140,7 +140,7 @@ CASES = [
         lambda *a: _wide(*a)[:3],
         lambda *a: ops.wide_panel(*a),
         reference.wide_features,
-        ("triton",),
+        BOTH,
     ),
 ]
 DTYPES = (torch.float32, torch.float64)

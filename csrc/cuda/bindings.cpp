@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "batched_rank.h"
 #include "device.h"
+#include "wide_panel.h"
 
 namespace py = pybind11;
 using gcfast::cuda::ActivationArgs;
@@ -33,6 +34,15 @@ void batched_rank(uintptr_t a, int64_t batch, int64_t n, int64_t m, int64_t batc
       ptr<const T>(a), batch, n, m, batch_stride, row_stride, column_stride, ptr<const double>(atol),
       ptr<const double>(rtol), ptr<int64_t>(rank), ptr<int64_t>(lower), ptr<int64_t>(upper),
       ptr<double>(sigma_min_lower), ptr<double>(sigma_max_upper), ptr<int64_t>(scratch), device, ptr<void>(stream)});
+}
+
+void wide_panel(uintptr_t z, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t n, int64_t w, int64_t d,
+                int64_t z_stride, int64_t weight_stride, int64_t out_stride, int act, double beta, int device,
+                uintptr_t stream) {
+  gcfast::cuda::wide_panel(gcfast::cuda::WidePanelArgs{ptr<const double>(z), ptr<const double>(weight),
+                                                       ptr<const double>(bias), ptr<double>(out), n, w, d, z_stride,
+                                                       weight_stride, out_stride, act, beta, device,
+                                                       ptr<void>(stream)});
 }
 
 py::dict status() {
@@ -69,5 +79,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("batched_rank_f32", &batched_rank<float>, nogil);
   m.def("batched_rank_f64", &batched_rank<double>, nogil);
   m.def("batched_rank_limit", &gcfast::cuda::batched_rank_limit, "the longest shorter side that batched_rank takes");
+  m.def("wide_panel_f64", &wide_panel, nogil);
   m.attr("api") = 6;  // gcfast/_native.py refuses a module built from other sources
 }
