@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gcfast._head import Head, HeadError, check_output, observe_head
-from gcfast._trace import output_tensors, unwrap
+from gcfast._trace import OutputHook, output_tensors, unwrap
 
 __all__ = ["Freezer", "Watch", "fingerprint", "hidden_parameters", "plain_name"]
 
@@ -193,8 +193,8 @@ def _check_training_pass(root: nn.Module, head: Head, tell: Callable[[Head | Hea
     """Have the forward pass that is about to run checked as well: layers may act in training mode alone."""
     seen: list[tuple[Tensor, int]] = []
 
-    def at_head(module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and isinstance(output, Tensor):
+    def at_head(output: Any) -> None:
+        if isinstance(output, Tensor):
             seen.append((output, output._version))
 
     def at_end(module: nn.Module, args: Any, output: Any) -> None:
@@ -205,6 +205,6 @@ def _check_training_pass(root: nn.Module, head: Head, tell: Callable[[Head | Hea
                 check_output(head, output_tensors(output), *seen[-1], later=[], mode=" in training mode")
 
     handles = [
-        head.module.register_forward_hook(at_head),
+        head.module.register_forward_hook(OutputHook(at_head)),
         root.register_forward_hook(at_end, always_call=True),
     ]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from gcfast import _validate, ops
 from gcfast._products import WidePanels, check_products, exact_products, mirror_
 from gcfast._shift import bounded_gram
+from gcfast._trace import OutputHook
 from gcfast.inspection import Head, find_head, unwrap
 from gcfast.ops import wide_forward, wide_gram_product, wide_head_grad
 
@@ -99,11 +100,14 @@ class WideLayer(nn.Module):
 def through_head(wide: nn.Module, head: nn.Module, z: Tensor, fused: bool = True) -> Tensor:
     """head(wide(z)), without the features in between if nobody asks for them and both are what they seem."""
     known = type(wide) is WideLayer and type(head) is nn.Linear
-    if fused and known and not (_watched(wide) or _watched(head)):
+    if fused and known and not (wide._forward_hooks or _watched(wide) or _watched(head)):
         assert isinstance(wide, WideLayer) and isinstance(head, nn.Linear)
         weights = (wide.weight, wide.bias, head.weight, head.bias)
         if not any(is_traceable_wrapper_subclass(t) for t in (z, *weights)):
-            return ops.wide_forward(z, *weights, activation=wide.activation, beta=wide.beta)
+            fused_out = ops.wide_forward(z, *weights, activation=wide.activation, beta=wide.beta)
+            for hook in list(head._forward_hooks.values()):
+                hook(head, (), fused_out)
+            return fused_out
     out: Tensor = head(wide(z))
     return out
 
@@ -111,7 +115,8 @@ def through_head(wide: nn.Module, head: nn.Module, z: Tensor, fused: bool = True
 def _watched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, its own or everyone's, or a patch."""
     hooks = (
-        module._forward_hooks
+        # TwoPhase looks at the first pass: the pass it belongs to must not round differently for it
+        not all(isinstance(hook, OutputHook) for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

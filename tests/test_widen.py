@@ -60,6 +60,31 @@ def test_widened_model_through_both_phases_and_the_solver():
     assert solution.loss < losses[-1]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_phase_one_of_a_widened_model_is_the_base_optimizer_to_the_bit(compiled):
+    """TwoPhase looks at the first pass for the head; that pass is fused like any other."""
+    x, y = torch.randn(40, 16), torch.randint(0, 3, (40,))
+    ends, graphs = [], []
+    for two_phase in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        root = nn.Sequential(gcfast.widen(_Net(), 40, head="classify"))
+        seen = []
+        backend = lambda graph, inputs: seen.append(str(graph.graph)) or graph.forward  # noqa: B023, E731
+        model = torch.compile(root, backend=backend, fullgraph=True) if compiled else root
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        if two_phase:
+            opt = gcfast.TwoPhase(opt, model, switch_step=99)
+        for _ in range(3):
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+        ends.append([p.detach().clone() for p in root.parameters()])
+        graphs.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert all("wide_forward" in g for seen in graphs for g in seen)
+
+
 def test_a_state_saved_before_there_was_a_wide_head_loads():
     model = gcfast.widen(_Net(), 20, head="classify")
     pair = model.classify
