@@ -12,7 +12,7 @@ wide_gram_product. Device memory never sees it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,25 +20,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import ARCHITECTURES, TRITON_TYPES, Launch, Specialization, interpreted, run
+from ._launch import ARCHITECTURES, TRITON_TYPES, Launch, Specialization, architecture, interpreted, run
 from .activations import activate, scale, scale_arguments
 
 # How products are made: the dtype of the inputs and, for float32, the precision that is allowed.
 MODES = ("fp64", "ieee", "tf32x3", "tf32", "fp32 as bf16", "bf16", "fp16")
 _DTYPE = {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# A tile of Phi is BM x BN, made by steps of BK. fp64 and IEEE fp32 (FMAs on ordinary lanes) hold 32 sums a
-# thread, the others 64, of registers that the activation needs as well; 128 x 128 by 8 warps is what a
-# multiprocessor's tensor cores want, and it reads (128 + 128) / (2 * 128 * 128) numbers a FLOP: 128 FLOP a
-# byte in bf16, half of what L2 would feed at 800 TFLOP/s without caching in the first level.
-_TILES = {
+# A tile of Phi is BM x BN, made by steps of BK. fp64 and IEEE fp32 (FMAs on ordinary lanes) hold 16 sums a
+# thread, tf32x3 32, the others 64, of registers that the activation needs as well; 128 x 128 by 8 warps is
+# what a multiprocessor's tensor cores want, and it reads (128 + 128) / (2 * 128 * 128) numbers a FLOP: 128
+# FLOP a byte in bf16, half of what L2 would feed at 800 TFLOP/s without caching in the first level. BK and
+# stages are what no architecture, activation or alignment spilled with; twice the BK of tf32x3 and of halves
+# did where d is no multiple of 16.
+_PHI = {
     "fp64": Launch({"BM": 64, "BN": 64, "BK": 16}, num_warps=8, num_stages=3),
     "ieee": Launch({"BM": 64, "BN": 64, "BK": 32}, num_warps=8, num_stages=3),
-    "tf32x3": Launch({"BM": 128, "BN": 64, "BK": 32}, num_warps=8, num_stages=3),
+    "tf32x3": Launch({"BM": 128, "BN": 64, "BK": 16}, num_warps=8, num_stages=3),
     "tf32": Launch({"BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3),
     "fp32 as bf16": Launch({"BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3),
-    "bf16": Launch({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
-    "fp16": Launch({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
+    "bf16": Launch({"BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=4),
+    "fp16": Launch({"BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=4),
+}
+# sm_100 takes its sums from tensor memory all at once: gelu spilled with 64 of them from fp32.
+_NARROW = Launch({"BM": 128, "BN": 64, "BK": 32}, num_warps=8, num_stages=3)
+# With the slope there are two activations of each sum, and the gradient from above: fewer sums a thread.
+_SLOPE = {
+    "fp64": Launch({"BM": 64, "BN": 32, "BK": 16}, num_warps=8, num_stages=3),
+    "ieee": Launch({"BM": 64, "BN": 64, "BK": 32}, num_warps=8, num_stages=3),
+    "tf32x3": Launch({"BM": 128, "BN": 64, "BK": 16}, num_warps=8, num_stages=3),
+    "tf32": Launch({"BM": 64, "BN": 64, "BK": 32}, num_warps=8, num_stages=3),
+    "fp32 as bf16": Launch({"BM": 64, "BN": 64, "BK": 32}, num_warps=8, num_stages=3),
+    "bf16": Launch({"BM": 128, "BN": 64, "BK": 32}, num_warps=8, num_stages=4),
+    "fp16": Launch({"BM": 128, "BN": 64, "BK": 32}, num_warps=8, num_stages=4),
 }
 PANEL_BYTES = 24 << 20  # about half of an H100's L2
 
@@ -49,9 +63,12 @@ def mode_of(z: Tensor, precision: str) -> str:
     return next(mode for mode, dtype in _DTYPE.items() if dtype == z.dtype)
 
 
-def launch_of(mode: str) -> Launch:
-    """The same on every architecture: nothing has been measured that would tell them apart."""
-    return _TILES[mode]
+def phi_launch(mode: str, arch: int) -> Launch:
+    return _NARROW if arch == 100 and mode in ("tf32", "fp32 as bf16") else _PHI[mode]
+
+
+def slope_launch(mode: str, arch: int) -> Launch:
+    return _SLOPE[mode]
 
 
 def constants(mode: str, kind: int, beta: float) -> dict[str, Any]:
@@ -109,7 +126,7 @@ def features(
     return tl.where((row[:, None] < n) & (col[None, :] < m), phi, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "m", "d", "steps", "beta_hi", "beta_lo", "beta_inv"])
+@triton.jit(do_not_specialize=["n", "m", "steps", "beta_hi", "beta_lo", "beta_inv"])
 def panel_kernel(
     z, weight, bias, up, phi, slope, n, m, d, steps, z_stride, weight_stride, out_stride,
     beta_hi, beta_lo, beta_inv,
@@ -153,7 +170,7 @@ def panel(
 ) -> None:
     """phi (n, w) = act(z weight^T + bias) for the w rows of weight that are given; slope likewise."""
     (n, d), m = z.shape, weight.shape[0]
-    launch = launch_of(mode)
+    launch = (phi_launch if slope is None else slope_launch)(mode, architecture(z.device))
     tile = launch.blocks
     run(
         panel_kernel,
@@ -194,11 +211,15 @@ def every(
     integers: tuple[str, ...],
     strides: tuple[str, ...],
     fixed: dict[str, Any],
-    launch: Any = launch_of,
+    launch: Callable[[str, int], Launch],
     architectures: tuple[int, ...] = ARCHITECTURES,
     sums: tuple[str, ...] = (),
 ) -> Iterator[Specialization]:
-    """A kernel of the wide layer for each way of products, activation and architecture."""
+    """A kernel of the wide layer for each way of products, activation and architecture.
+
+    Listed for d divisible by 16: the masks of the loads are then known to be the same for 16 bytes at a time,
+    and they are wide and asynchronous. Any other d gets loads of single elements, and no pipeline in halves.
+    """
     for arch, mode in itertools.product(architectures, MODES):
         dtype = _DTYPE.get(mode, torch.float32)
         scalar = "i64" if mode == "fp64" else "fp32"
@@ -210,9 +231,9 @@ def every(
                 | dict.fromkeys((*integers, *strides), "i32")
                 | {"beta_hi": scalar, "beta_lo": "fp32", "beta_inv": scalar},
                 {**fixed, **constants(mode, kind, beta)},
-                launch(mode),
+                launch(mode, arch),
                 (arch,),
-                frozenset((*pointers, *sums, *strides)),
+                frozenset((*pointers, *sums, "d", *strides)),
                 {k: v for k, v in INSTRUCTION.get(mode, {}).items() if k == arch},
             )
 
@@ -221,5 +242,6 @@ def specializations() -> Iterator[Specialization]:
     """Panels of Phi, alone and with the slope that the backward pass needs."""
     integers, strides = ("n", "m", "d", "steps"), ("z_stride", "weight_stride", "out_stride")
     pointers = ("z", "weight", "bias", "phi")
-    yield from every(panel_kernel, pointers, integers, strides, {"up": None, "slope": None})
-    yield from every(panel_kernel, (*pointers, "up", "slope"), integers, strides, {})
+    alone = {"up": None, "slope": None}
+    yield from every(panel_kernel, pointers, integers, strides, alone, phi_launch)
+    yield from every(panel_kernel, (*pointers, "up", "slope"), integers, strides, {}, slope_launch)

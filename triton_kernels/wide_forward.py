@@ -22,7 +22,6 @@ from ._wide import (
     constants,
     every,
     features,
-    launch_of,
     mode_of,
     operand,
     panel,
@@ -42,15 +41,15 @@ def fused(arch: int, sides: int) -> bool:
     return arch == 90 and sides <= OUTPUTS
 
 
-def launch(mode: str) -> Launch:
-    """The shared tile, halved where it is the largest: the outputs' sums and the head want registers too."""
-    tile = launch_of(mode)
+def launch(mode: str, arch: int = 90) -> Launch:
+    """Smaller than the panels' tile: the outputs' sums and the head want registers too."""
     rows = 64 if mode in ("fp64", "ieee", "tf32x3") else 128
-    size = {"BM": rows, "BN": 64, "BK": 16 if mode == "fp64" else 32, "BC": OUTPUTS}
-    return Launch(size, num_warps=tile.num_warps, num_stages=2)
+    double = mode == "fp64"
+    size = {"BM": rows, "BN": 64, "BK": 16 if double else 32, "BC": OUTPUTS}
+    return Launch(size, num_warps=8, num_stages=3 if double else 2)  # fp64 spilled with two stages
 
 
-@triton.jit(do_not_specialize=["n", "m", "d", "c", "steps", "share", "beta_hi", "beta_lo", "beta_inv"])
+@triton.jit(do_not_specialize=["n", "m", "c", "steps", "share", "beta_hi", "beta_lo", "beta_inv"])
 def wide_forward_kernel(
     z, weight, bias, head, out, n, m, d, c, steps, share, z_stride, weight_stride, head_stride,
     beta_hi, beta_lo, beta_inv,

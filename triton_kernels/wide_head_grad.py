@@ -20,7 +20,7 @@ from .activations import scale_arguments
 from .wide_forward import fused, launch
 
 
-@triton.jit(do_not_specialize=["n", "m", "d", "c", "steps", "share", "beta_hi", "beta_lo", "beta_inv"])
+@triton.jit(do_not_specialize=["n", "m", "c", "steps", "share", "beta_hi", "beta_lo", "beta_inv"])
 def wide_head_grad_kernel(
     z, weight, bias, residual, out, n, m, d, c, steps, share, z_stride, weight_stride, residual_stride,
     beta_hi, beta_lo, beta_inv,
