@@ -155,7 +155,7 @@ def wide_gram(
         H is computed by column panels, twice, and is the same to the bit each time. With slices of length k
         and s of them the bound is gamma_(k+s+2) || |H||H|^T ||, plus what underflow may have cost (Higham,
         *Accuracy and Stability of Numerical Algorithms*, section 3.5); inf where the Gram overflows. Memory
-        beside the result: a panel of 1,024 columns. Work: n^2 m + 4 n m d, half of a full product.
+        beside the result: about three panels of 1,024 columns. Work: n^2 m + 4 n m d, half of a full product.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.

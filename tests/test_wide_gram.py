@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -100,3 +102,24 @@ def test_a_proof_needs_no_stored_features(d, n):
     assert proof.proved and (proof.route, proof.sigma_min_lower) == (same.route, same.sigma_min_lower)
     args[0][7] = args[0][3]
     assert not _rank_proof.prove_full_rank(_products.WidePanels(*args, "softplus", 4.0)).proved
+
+
+MEMORY = """
+import torch, gcfast
+n, m, d = 5000, 6000, 16
+z, w, b = torch.randn(n, d), torch.randn(m, d), torch.randn(m)
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+gcfast.wide_gram(z[:60], w, b)
+before = peak()
+gcfast.wide_gram(z, w, b)
+print((peak() - before - 8 * n * n) / (8 * n * 1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_beside_the_result_is_a_few_panels():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4  # a second n x n matrix would be 4.9 panels, the features 5.9
