@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gcfast import _dispatch, _native, reference
 from gcfast._ops_activation import _KINDS
+from gcfast._rows import as_rows
 
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -34,15 +34,10 @@ def _backend(op: str, *tensors: Tensor) -> str:
     return backend if all(t.numel() for t in tensors) else "reference"
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with a unit column stride, copied only if it has none."""
-    return x if x.stride(1) == 1 and (x.shape[0] == 1 or x.stride(0) >= x.shape[1]) else x.contiguous()
-
-
 def _working(*tensors: Tensor | None) -> list[Tensor | None]:
     """What the CPU's kernels take: half precision in float32, unit column strides."""
     wide = [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
-    return [t if t is None else (_rows(t) if t.dim() == 2 else t.contiguous()) for t in wide]
+    return [t if t is None else as_rows(t) if t.dim() == 2 else t.contiguous() for t in wide]
 
 
 def _cpu(name: str, dtype: torch.dtype) -> Any:
@@ -153,6 +148,34 @@ def wide_backward_op(
     return dz, dw, db, dh
 
 
+def _with_sides(
+    op: str,
+    shape: tuple[int, int],
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sides: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    """An op on the layer and `sides` (n, C), with a result of `shape`, on the backend chosen for it."""
+    precision = chosen_precision(precision, z)
+    backend = _backend(op, z, weight, sides)
+    if backend == "reference":
+        out: Tensor = getattr(reference, op)(z, weight, bias, sides, activation=activation, beta=beta)
+    elif backend == "triton":
+        with _library_products(precision):
+            out = _triton(op)(z, weight, bias, sides, _KINDS[activation], beta, precision)
+    else:
+        x, w, b, r = _working(z, weight, bias, sides)
+        assert x is not None and w is not None and b is not None and r is not None
+        out = torch.empty(shape, dtype=x.dtype)
+        layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+        _cpu(op, x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
+    return out.to(z.dtype)
+
+
 @torch.library.custom_op("gcfast::wide_head_grad", mutates_args=())
 def wide_head_grad_op(
     z: Tensor,
@@ -164,22 +187,8 @@ def wide_head_grad_op(
     precision: str | None,
 ) -> Tensor:
     """residual^T Phi (C, m) for residual (n, C)."""
-    precision = chosen_precision(precision, z)
-    backend = _backend("wide_head_grad", z, weight, residual)
-    if backend == "reference":
-        return reference.wide_head_grad(z, weight, bias, residual, activation=activation, beta=beta)
-    if backend == "triton":
-        with _library_products(precision):
-            out: Tensor = _triton("wide_head_grad")(
-                z, weight, bias, residual, _KINDS[activation], beta, precision
-            )
-        return out
-    x, w, b, r = _working(z, weight, bias, residual)
-    assert x is not None and w is not None and b is not None and r is not None
-    out = torch.empty(r.shape[1], w.shape[0], dtype=x.dtype)
-    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
-    _cpu("wide_head_grad", x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
-    return out.to(z.dtype)
+    shape = (residual.shape[1], weight.shape[0])
+    return _with_sides("wide_head_grad", shape, z, weight, bias, residual, activation, beta, precision)
 
 
 @torch.library.custom_op("gcfast::wide_gram_product", mutates_args=())
@@ -193,22 +202,8 @@ def wide_gram_product_op(
     precision: str | None,
 ) -> Tensor:
     """Phi (Phi^T r) (n, C) for r (n, C)."""
-    precision = chosen_precision(precision, z)
-    backend = _backend("wide_gram_product", z, weight, r)
-    if backend == "reference":
-        return reference.wide_gram_product(z, weight, bias, r, activation=activation, beta=beta)
-    if backend == "triton":
-        with _library_products(precision):
-            out: Tensor = _triton("wide_gram_product")(
-                z, weight, bias, r, _KINDS[activation], beta, precision
-            )
-        return out
-    x, w, b, s = _working(z, weight, bias, r)
-    assert x is not None and w is not None and b is not None and s is not None
-    out = torch.empty(s.shape, dtype=x.dtype)
-    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
-    _cpu("wide_gram_product", x.dtype)(*layer, s.data_ptr(), out.data_ptr(), s.shape[1], s.stride(0))
-    return out.to(z.dtype)
+    shape = (z.shape[0], r.shape[1])
+    return _with_sides("wide_gram_product", shape, z, weight, bias, r, activation, beta, precision)
 
 
 @torch.library.custom_op("gcfast::wide_panel_out", mutates_args=("out",))
@@ -222,7 +217,7 @@ def wide_panel_out_op(
     elif backend == "triton":
         _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
     else:
-        x, w, b = _rows(z), _rows(weight), bias.contiguous()
+        x, w, b = as_rows(z), as_rows(weight), bias.contiguous()
         if backend == "cpu":
             _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
             return

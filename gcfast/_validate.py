@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gcfast import reference
 
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")  # of float32 products, the most exact first
+
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -148,13 +150,19 @@ def wide(
 
 def wide_sides(op: str, z: Tensor, weight: Tensor, bias: Tensor, name: str, sides: Tensor) -> None:
     """z (n, d), weight, bias and `sides` (n, C) of an op on the wide layer that has no gradient."""
-    wide(z, weight, bias)
-    if z.dim() != 2:
-        raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
+    wide_rows(op, z, weight, bias)
     matches(name, sides, "z", z)
     if sides.dim() != 2 or sides.shape[0] != z.shape[0]:
         raise ValueError(f"{name} must have shape ({z.shape[0]}, C), n from z; got {tuple(sides.shape)}")
-    without_gradient(op, z=z, weight=weight, bias=bias, **{name: sides})
+    without_gradient(op, **{name: sides})
+
+
+def wide_rows(op: str, z: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """z (n, d), weight and bias of an op on the wide layer that has no gradient."""
+    wide(z, weight, bias)
+    if z.dim() != 2:
+        raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
+    without_gradient(op, z=z, weight=weight, bias=bias)
 
 
 def without_gradient(op: str, **tensors: Tensor) -> None:
@@ -170,9 +178,8 @@ def without_gradient(op: str, **tensors: Tensor) -> None:
 def precision(value: str | None, dtype: torch.dtype) -> None:
     if value is None:
         return
-    known = ("ieee", "tf32x3", "tf32", "bf16")
-    if value not in known:
-        raise ValueError(f"precision must be None or one of {', '.join(known)}; got {value!r}")
+    if value not in PRECISIONS:
+        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}; got {value!r}")
     if value != "ieee" and dtype != torch.float32:
         raise ValueError(
             f"precision says how float32 products may be made: {_short(dtype)} takes None or 'ieee' only; "

@@ -2,8 +2,8 @@
 
 Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
 ``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
-the ``cpu`` backend (C++; float32 and float64), on ``triton`` or ``cuda`` (CUDA tensors, on their device and
-its current stream), or on ``reference`` (plain PyTorch; anything else). All kernels are deterministic.
+the ``cpu`` backend (C++; float32 and float64, for the wide layer half precision too), on ``triton`` or
+``cuda`` (CUDA tensors, on their device and its current stream), or on ``reference`` (plain PyTorch; anything else). All kernels are deterministic.
 ``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
 ``last_backend(op)`` tells which one ran.
 """
@@ -312,11 +312,8 @@ def wide_panel(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    _validate.wide(z, weight, bias)
-    if z.dim() != 2:
-        raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
+    _validate.wide_rows("wide_panel", z, weight, bias)
     _validate.is_activation(activation, beta)
-    _validate.without_gradient("wide_panel", z=z, weight=weight, bias=bias)
     shape = (z.shape[0], weight.shape[0])
     if out is None:
         out = torch.empty(shape, dtype=torch.float64, device=z.device)

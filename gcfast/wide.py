@@ -160,11 +160,8 @@ def wide_gram(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    _validate.wide(z, weight, bias)
-    if z.dim() != 2:
-        raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
+    _validate.wide_rows("wide_gram", z, weight, bias)
     _validate.is_activation(activation, beta)
-    _validate.without_gradient("wide_gram", z=z, weight=weight, bias=bias)
     for name, value in (("z", z), ("weight", weight), ("bias", bias)):
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -88,3 +89,14 @@ def test_without_nvcc(mode, code, tmp_path):
     if not code:
         assert "outputs []" in done.stdout
         assert sum("without CUDA" in line for line in done.stderr.splitlines()) == 1
+
+
+@needs_source
+@pytest.mark.parametrize("folder", ["csrc", "triton_kernels", "tests", "bench"])
+def test_a_source_distribution_leaves_nothing_out(folder):
+    """MANIFEST.in has a pattern for every file: what it misses breaks the build of an sdist alone."""
+    lines = (line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines())
+    (patterns,) = [words[2:] for words in lines if words[:2] == ["recursive-include", folder]]
+    files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert files
+    assert not [str(p) for p in files if not any(fnmatch(p.name, pattern) for pattern in patterns)]

@@ -1,7 +1,7 @@
-"""The wide layer's kernels that only sm_90 is given, in the interpreter, which is given what sm_80 is.
+"""The wide layer's fused kernels with sums split over programs, as on a device of several multiprocessors.
 
-`fused` and the number of multiprocessors are pretended; everything else is what the launchers do. The other
-launchers are tested through the ops in test_wide_ops.py.
+The number of these is pretended; everything else is what the launchers do. With one, which is what the
+interpreter has, these kernels and the other launchers are tested through the ops in test_wide_ops.py.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The two modules as on an sm_90 device of three multiprocessors: both kernels split their sums."""
+    """The two launchers as on a device of three multiprocessors: both kernels split their sums."""
     pytest.importorskip("triton")
-    from gcfast.triton_kernels import _launch, wide_forward, wide_head_grad
+    from gcfast.triton_kernels import wide_forward, wide_head_grad
 
     for module in (wide_forward, wide_head_grad):
-        monkeypatch.setattr(module, "architecture", lambda device: 90)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
         monkeypatch.setattr(module, "panel", None)  # whoever falls back to panels fails
-    monkeypatch.setattr(_launch, "architecture", lambda device: 90)  # the row that launches are looked up in
     return wide_forward.wide_forward, wide_head_grad.wide_head_grad
 
 

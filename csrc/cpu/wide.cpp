@@ -50,7 +50,7 @@ namespace baseline {
 #define GCFAST_VECTOR 16
 #define GCFAST_ROWS 4
 #define GCFAST_VECTORS 2
-#include "wide_tiles.inc"
+#include "wide_tiles.h"
 #undef GCFAST_VECTOR
 #undef GCFAST_ROWS
 #undef GCFAST_VECTORS
@@ -64,7 +64,7 @@ namespace v3 {
 #define GCFAST_VECTOR 32
 #define GCFAST_ROWS 6
 #define GCFAST_VECTORS 2
-#include "wide_tiles.inc"
+#include "wide_tiles.h"
 #undef GCFAST_VECTOR
 #undef GCFAST_ROWS
 #undef GCFAST_VECTORS
@@ -76,7 +76,7 @@ namespace v4 {
 #define GCFAST_VECTOR 64
 #define GCFAST_ROWS 6
 #define GCFAST_VECTORS 4
-#include "wide_tiles.inc"
+#include "wide_tiles.h"
 #undef GCFAST_VECTOR
 #undef GCFAST_ROWS
 #undef GCFAST_VECTORS
@@ -436,7 +436,7 @@ template <class T> void backward(const WideBackward<T>& f) {
   const int threads = team(blocks, a.threads);
   // Rows in runs, so that the shares of dz take no more than `run` rows a thread.
   const int64_t run = f.dz ? std::min<int64_t>(a.n, 2048) : a.n;
-  Buffer<T> shares(f.dz ? threads * run * d : 0), z(run * d);
+  Buffer<T> shares(f.dz ? threads * run * d : 0), z(f.dweight ? run * d : 0);
   if (f.dweight) std::fill_n(f.dweight, a.m * a.d, T(0));
   if (f.dbias) std::fill_n(f.dbias, a.m, T(0));
   if (f.dhead) std::fill_n(f.dhead, f.c * a.m, T(0));
