@@ -3,7 +3,8 @@
 Each function checks its arguments, then calls an op registered with ``torch.library`` under the namespace
 ``gcfast`` (with fake kernel and gradient, so ``torch.compile(fullgraph=True)`` sees one node). The op runs on
 the ``cpu`` backend (C++; float32 and float64, for the wide layer half precision too), on ``triton`` or
-``cuda`` (CUDA tensors, on their device and its current stream), or on ``reference`` (plain PyTorch; anything else). All kernels are deterministic.
+``cuda`` (CUDA tensors, on their device and its current stream), or on ``reference`` (plain PyTorch; anything
+else). All kernels are deterministic.
 ``backends()`` says which are usable and why not, ``backend(...)`` and ``GCFAST_BACKEND`` force one, and
 ``last_backend(op)`` tells which one ran.
 """
