@@ -104,7 +104,7 @@ EAGER_PHI = "(lambda phi: phi @ (phi.mT @ r[:n]))(F.softplus(F.linear(z[:n], w, 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16", None], ids=["float32", "bf16", "float64"])
 def bench_gram_product_table(benchmark, device, precision):
-    """None: float64. With bf16 allowed eager stays what it is: its own bf16 products would store Phi in bf16."""
+    """None: float64. With bf16 allowed eager stays in float32: its own bf16 would round Phi as well."""
     dtype = torch.float64 if precision is None else torch.float32
     (z, w, b, _, _, r), sizes = layer(device, dtype)
     n, d, m, c = sizes
