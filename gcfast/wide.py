@@ -185,7 +185,7 @@ class WideHead(nn.Sequential):
     ``Sequential`` of these names.
 
     Forward and backward pass make the features tile by tile (:func:`gcfast.wide_forward`), the backward pass
-    anew: it costs one product more and saves memory of 4 batch m numbers. Under autocast operands are cast as
+    anew: it costs one product more and saves some 3 batch m numbers of memory. Under autocast operands are cast as
     ``nn.Linear`` casts them. With a hook on either module, another class in the place of one (an adapter, a
     parametrization), weights that are tensor subclasses (quantised, sharded), or ``fused = False``, the two
     modules are called one after the other: whoever looks for the features finds them, and second derivatives

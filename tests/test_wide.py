@@ -178,8 +178,16 @@ class Half(torch.nn.Module):
         return w / 2
 
 
+class Halved(torch.nn.Linear):
+    """An adapter by inheritance."""
+
+    def forward(self, h):
+        return super().forward(h) / 2
+
+
 @pytest.mark.parametrize(
-    "change", ["hook", "pre-hook", "backward hook", "global", "adapter", "parametrized", "patched"]
+    "change",
+    ["hook", "pre-hook", "backward hook", "global", "adapter", "subclass", "parametrized", "patched"],
 )
 def test_whoever_watches_or_changes_a_module_is_served(change):
     model, z, seen = wide_head(), torch.randn(5, 4, requires_grad=True), []
@@ -196,6 +204,8 @@ def test_whoever_watches_or_changes_a_module_is_served(change):
         handle = torch.nn.modules.module.register_module_forward_hook(note)
     elif change == "adapter":
         model.head = torch.nn.Sequential(model.head, Half())
+    elif change == "subclass":
+        model.head.__class__ = Halved
     elif change == "parametrized":
         torch.nn.utils.parametrize.register_parametrization(model.head, "weight", Half())
     else:
@@ -206,7 +216,7 @@ def test_whoever_watches_or_changes_a_module_is_served(change):
         if handle is not None:
             handle.remove()
     after.sum().backward()
-    if change in ("adapter", "parametrized"):
+    if change in ("adapter", "subclass", "parametrized"):
         assert not torch.allclose(after, before)
     else:
         torch.testing.assert_close(after, before)

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from conftest import TARGETS
 from torch import Tensor
 
 from gcfast import _dispatch, _native, ops, reference
 
+TRITON_TARGETS = [p for p in TARGETS if p.values[0][0] == "triton"]
 OPS = ("wide_forward", "wide_head_grad", "wide_backward", "wide_gram_product")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -92,6 +94,23 @@ def test_ragged_sizes(op, n, m, d, c, target, poison):
     check(op, layer(n, m, d, c, device=target.device))
 
 
+def test_more_rows_than_the_backward_pass_takes_at_a_time():
+    """On the CPU the shares of dz are added after each 2,048 rows, and the other gradients go on."""
+    check("wide_backward", layer(2100, 70, 5, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c", [3, 20])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("target", TRITON_TARGETS, indirect=True)
+def test_several_panels(op, c, dtype, target, monkeypatch):
+    """On a GPU, where they stay in the second-level cache: here of 128 columns."""
+    from gcfast.triton_kernels import _wide
+
+    monkeypatch.setattr(_wide, "PANEL_BYTES", 1)
+    check(op, layer(20, 300, 9, c, dtype, device=target.device))
+
+
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("op", OPS)
 def test_every_activation(op, activation, target):
@@ -153,6 +172,31 @@ def test_nan_and_infinity_are_not_lost(op, target):
         got, want = run(op, args, ops), run(op, args, reference)
         for g, t in zip(got, want):
             assert torch.equal(g.isfinite(), t.isfinite())
+
+
+@pytest.mark.parametrize("op", ["wide_head_grad", "wide_gram_product"])
+def test_an_infinite_unit_makes_no_nan_of_rows_that_are_not_there(op, target):
+    """Tiles reach beyond the last row; infinity times the zeros there must not come in."""
+    serves(op, target)
+    z, w, b, r, h, hb = layer(5, 7, 3, 2, device=target.device)
+    b[2] = float("inf")
+    got, want = (run(op, (z, w, b, r.abs(), h, hb), f)[0] for f in (ops, reference))
+    assert torch.equal(got.isinf(), want.isinf()) and want.isinf().any() and not got.isnan().any()
+
+
+def test_library_products_are_as_exact_as_asked():
+    """Panels meet torch's own products, which the user may have allowed TF32."""
+    from gcfast._ops_wide import _library_products
+
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    try:
+        for precision, inside in (("ieee", "ieee"), ("tf32x3", "ieee"), ("tf32", "tf32"), ("bf16", "tf32")):
+            with _library_products(precision):
+                assert switch.fp32_precision == inside
+            assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before
 
 
 @pytest.mark.parametrize("op", OPS)

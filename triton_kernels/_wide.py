@@ -4,8 +4,8 @@ Counts for an H100 (nominal 400 TFLOP/s TF32, 800 bf16, 60 fp64 and fp32; 5.5 TB
 multiprocessors; nothing here has been timed). An element of Phi costs 2 d FLOP: at d = 512 2.6 ps in TF32,
 1.3 ps in bf16, 17 ps in fp64 or fp32, and two special-function-free activations of 31 instructions, 1.9 ps,
 on pipes that are idle meanwhile. Moved through L2 and back it costs 1.5 ps in fp32: worth avoiding for
-wide_forward and wide_head_grad, whose second product is made from registers, and paid once, not twice, by
-wide_gram_product. Device memory never sees it.
+wide_forward and wide_head_grad, whose second product is made from registers; wide_gram_product, which needs
+it twice, pays half as much again. Device memory never sees it.
 """
 
 # mypy: disable-error-code=no-untyped-def
