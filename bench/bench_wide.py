@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -56,9 +57,10 @@ before = peak()
 call(n)
 print(peak() - before)
 """
-    return int(
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    )
+    command = [sys.executable, "-c", program]
+    with tempfile.TemporaryDirectory() as folder:  # the source tree would shadow the installed package
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    return int(done.stdout)
 
 
 def with_memory(codes: dict[str, str], sizes: tuple[int, ...], device: torch.device, results: int = 0):

@@ -185,12 +185,12 @@ class WideHead(nn.Sequential):
     ``Sequential`` of these names.
 
     Forward and backward pass make the features tile by tile (:func:`gcfast.wide_forward`), the backward pass
-    anew: it costs one product more and saves some 3 batch m numbers of memory. Under autocast operands are cast as
-    ``nn.Linear`` casts them. With a hook on either module, another class in the place of one (an adapter, a
-    parametrization), weights that are tensor subclasses (quantised, sharded), or ``fused = False``, the two
-    modules are called one after the other: whoever looks for the features finds them, and second derivatives
-    work (they do not where fused, which says so). So it is in ``TwoPhase``'s second phase, whose hooks freeze
-    the wide layer: the features are stored there, for the head's gradient.
+    anew: it costs one product more and saves some 3 batch m numbers of memory. Under autocast operands are
+    cast as ``nn.Linear`` casts them. With a hook on either module, another class in the place of one (an
+    adapter, a parametrization), weights that are tensor subclasses (quantised, sharded), or
+    ``fused = False``, the two modules are called one after the other: whoever looks for the features finds
+    them, and second derivatives work (they do not where fused, which says so). So it is in ``TwoPhase``'s
+    second phase, whose hooks freeze the wide layer: the features are stored there, for the head's gradient.
 
     Raises:
         TypeError, ValueError: `wide` is no WideLayer, or `head` does not take its m features.
