@@ -14,6 +14,7 @@ from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
 from gcfast.rank import RankEstimate, matrix_rank
+from gcfast.sources import WideFeatures
 from gcfast.wide import (
     WideGram,
     WideHead,
@@ -35,6 +36,7 @@ __all__ = [
     "Progress",
     "RankEstimate",
     "TwoPhase",
+    "WideFeatures",
     "WideGram",
     "WideHead",
     "WideLayer",

@@ -15,8 +15,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gcfast._products import UNIT, StackedOnes, exact_products, lower_gram
+from gcfast._products import UNIT, StackedOnes, exact_products
 from gcfast._rank_proof import RankProof, prove_full_rank
+from gcfast._tiles import Tiles, add_gram_
+from gcfast.sources import Features, StoredFeatures
 
 BLOCK = 128  # rows among which pivots are sought; one step costs about as much as its arithmetic
 EXACT = 32  # rows of the largest dependency that is tried in exact arithmetic
@@ -91,12 +93,21 @@ def row_basis(g: Tensor, tolerance: float) -> RowBasis:
     return RowBasis(first, second, factor[:, :rank])
 
 
+def lower_gram(h1: StackedOnes) -> Tensor:
+    """H1 H1^T (n x n, float64): its lower triangle, zeros above."""
+    g = torch.zeros((h1.n, h1.n), dtype=torch.float64, device=h1.device)
+    tiles = Tiles.of(g)
+    for panel in h1.panels():
+        add_gram_(tiles, panel)
+    return g
+
+
 def first_tolerance(h1: StackedOnes) -> float:
     return 10.0 * (h1.n + h1.columns) * UNIT[torch.float64]
 
 
 def near_dependency(
-    features: Tensor, *, ones: bool = True, vectors: int = 32, basis: RowBasis | None = None
+    features: Tensor | Features, *, ones: bool = True, vectors: int = 32, basis: RowBasis | None = None
 ) -> Dependency | None:
     """A small near-dependency among the rows of [features, 1], or None where they are far from dependent.
 
@@ -104,6 +115,7 @@ def near_dependency(
     fewest rows is returned, or the first that exact arithmetic confirms, of those of at most 32 rows: then
     ``exact`` is a proof that the rank is below n.
     """
+    features = StoredFeatures(features) if isinstance(features, Tensor) else features
     h1 = StackedOnes(features, ones)
     with exact_products():
         basis = basis or row_basis(lower_gram(h1), first_tolerance(h1))
@@ -144,12 +156,12 @@ def _combinations(h1: StackedOnes, basis: RowBasis, vectors: int) -> tuple[Tenso
     return c, dropped
 
 
-def _rows(features: Tensor, ones: bool, samples: list[int]) -> Tensor:
-    rows = features[samples].to(torch.float64).cpu()
+def _rows(features: Features, ones: bool, samples: list[int]) -> Tensor:
+    rows = features.exact_rows(torch.tensor(samples, device=features.device)).cpu()
     return torch.cat([rows, rows.new_ones(len(samples), 1)], 1) if ones else rows
 
 
-def _sparse(features: Tensor, ones: bool, c: Tensor, row: int, kept: Tensor) -> Dependency:
+def _sparse(features: Features, ones: bool, c: Tensor, row: int, kept: Tensor) -> Dependency:
     """Row ``row`` minus c over the rows ``kept``, without coefficients that the residual does not miss."""
     largest = max(1.0, float(c.abs().amax())) if len(c) else 1.0
     for negligible in (1e-5, 1e-8, 0.0):
@@ -213,7 +225,7 @@ def _left_null(rows: list[list[Fraction]]) -> list[Fraction] | None:
 
 
 def prove_rank_of_basis(
-    features: Tensor,
+    features: Tensor | Features,
     *,
     ones: bool = True,
     basis: RowBasis | None = None,
@@ -223,6 +235,7 @@ def prove_rank_of_basis(
 
     Where the rows kept at one tolerance cannot be proved independent, fewer are tried.
     """
+    features = StoredFeatures(features) if isinstance(features, Tensor) else features
     h1 = StackedOnes(features, ones)
     tolerance = first_tolerance(h1)
     for _ in range(4):
@@ -234,7 +247,8 @@ def prove_rank_of_basis(
         if len(kept) == 0:
             return 0, None
         if len(kept) < h1.n:
-            proof = prove_full_rank(features[kept], ones=ones, sharp=False, progress=progress)
+            part = StackedOnes(features.select(kept), ones)
+            proof = prove_full_rank(part, sharp=False, progress=progress)
             if proof.proved:
                 return len(kept), proof
         tolerance *= 1e3

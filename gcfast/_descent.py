@@ -9,9 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gcfast import _tiles
+from gcfast._grams import TiledGram, form
 from gcfast._solution import HeadSolution, Progress, finish
 from gcfast._task import Task
+from gcfast._tiles import Tiles
 from gcfast.memory import require
+from gcfast.sources import Features
 
 
 def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
@@ -20,16 +24,18 @@ def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: fl
         raise ValueError(f"method: 'exact' is for loss='mse'; got loss {task.loss.name!r} (use 'nearest')")
     if weight_decay:
         raise ValueError("weight_decay: 'exact' has none; use method='nearest'")
-    n, m = task.features.shape
+    n, m = task.n, task.features.m
     if n > m + int(task.bias is not None):
         raise ValueError(
             f"method: 'exact' needs n <= m + 1; got n = {n}, m = {m}: "
             "gcfast.widen the model, or use 'nearest'"
         )
-    need = 2 * n * n * 8 + n * 1024 * 8
-    require("solve_head(method='exact')", need, max_bytes, task.features.device, "use method='gd'")
-    low, info = torch.linalg.cholesky_ex(task.gram())
-    if int(info) != 0:
+    need = 2 * 8 * Tiles.count(n, task.device) + 2 * n * 1024 * 8
+    require("solve_head(method='exact')", need, max_bytes, task.device, "use method='gd'")
+    gram = form(task.features, task.bias is not None, torch.float64, dense=False)
+    assert isinstance(gram, TiledGram)
+    low = Tiles(n, torch.float64, task.device)
+    if not _tiles.cholesky(gram.tiles, 0.0, low):
         raise ValueError(
             "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
             "to see which samples"
@@ -44,7 +50,7 @@ def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: fl
         if size == 0 or size > 0.5 * before:
             break
         before = size
-        a = a + torch.cholesky_solve(gap, low)
+        a = a + _tiles.solve(low, _tiles.solve(low, gap), transposed=True)
         du, db = task.transpose(a)
         weight, bias = task.weight + du, None if task.bias is None or db is None else task.bias + db
     return finish(
@@ -82,21 +88,22 @@ def descent(
         )
     n = task.n
     weight, bias = task.weight.clone(), None if task.bias is None else task.bias.clone()
-    h = task.features.to(torch.float64)
+    h = task.features
     best, interrupted, done = (math.inf, weight, bias), False, 0
     path: list[tuple[float, float]] = []
     limit = max_iterations if max_iterations is not None else (10_000 if method == "gd" else 200)
     if method == "gd":
         step = 1.0 / (curvature * _sigma_max(h, bias is not None) ** 2 / n + weight_decay)
     else:
-        step = 1.0 / (curvature * float((h * h).sum(1).amax() + 1) + weight_decay)
+        squares, _ = h.square_norms(torch.zeros(h.m, device=h.device))
+        step = 1.0 / (curvature * (float(squares.amax()) * (1 + 1e-5) + 1) + weight_decay)
         order = generator or torch.Generator().manual_seed(0)
 
-    def advance(rows: Tensor, y: Tensor, eta: float) -> None:
+    def advance(rows: Features, y: Tensor, eta: float) -> None:
         nonlocal weight, bias
-        z = rows @ weight.mT
-        r = task.loss.residual(z if bias is None else z + bias, y) / len(rows)
-        weight = weight - eta * (r.mT @ rows + weight_decay * weight)
+        z = rows.times(weight)
+        r = task.loss.residual(z if bias is None else z + bias, y) / rows.n
+        weight = weight - eta * (rows.transposed_times(r) + weight_decay * weight)
         if bias is not None:
             bias = bias - eta * (r.sum(0) + weight_decay * bias)
 
@@ -111,11 +118,11 @@ def descent(
                 for i, batch in enumerate(batches):
                     t = done + i / len(batches)
                     # sum eta = inf, sum eta^2 < inf
-                    advance(h[batch], task.targets[batch], step / (1 + t / limit) ** 0.6)
+                    advance(h.select(batch), task.targets[batch], step / (1 + t / limit) ** 0.6)
             done += 1
             if done % every and done < limit:
                 continue
-            value = task.mean_loss(h @ weight.mT if bias is None else h @ weight.mT + bias)
+            value = task.mean_loss(task.logits(weight, bias))
             norm2 = float((weight**2).sum()) + (0.0 if bias is None else float((bias**2).sum()))
             path.append((weight_decay, value))
             if value + 0.5 * weight_decay * norm2 < best[0]:
@@ -142,21 +149,21 @@ def descent(
         interrupted=interrupted,
         iterations=done,
         products=0,
-        peak_bytes=h.numel() * 8,
+        peak_bytes=8 * 4096 * h.m + 40 * n * len(weight),
         reason=reason,
         path=path,
     )
 
 
-def _sigma_max(h: Tensor, ones: bool) -> float:
+def _sigma_max(h: Features, ones: bool) -> float:
     """Largest singular value of H1 by power iteration, enlarged by 2 %."""
-    v = torch.ones(h.shape[0], dtype=torch.float64, device=h.device)
+    v = torch.ones((h.n, 1), dtype=torch.float64, device=h.device)
     sigma = 0.0
     for _ in range(100):
         v = v / torch.linalg.vector_norm(v)
-        u = h.mT @ v
+        u = h.transposed_times(v)
         new = float(torch.sqrt((u**2).sum() + (v.sum() ** 2 if ones else 0.0)))
-        v = h @ u + (v.sum() if ones else 0.0)
+        v = h.times(u) + (v.sum() if ones else 0.0)
         if new <= sigma * (1 + 1e-6):
             break
         sigma = new

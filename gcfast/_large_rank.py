@@ -22,11 +22,17 @@ from gcfast._products import (
     add_product_,
     check_products,
     exact_products,
-    symmetric_row_sums,
     tiling,
 )
 from gcfast._rank_proof import prove_full_rank
 from gcfast._shift import BoundedGram, bounded_gram, prove_by_shift
+from gcfast._tiles import Tiles
+
+
+def _symmetric_row_sums(low: Tensor) -> Tensor:
+    """Row sums of |S| for the symmetric S whose lower triangle is ``low``, zero above the diagonal."""
+    rows, columns = ops.abs_products(low)
+    return rows + columns - low.diagonal().abs()
 
 
 def _unpack(factor: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -83,19 +89,19 @@ def count_above(lower: Tensor, shift: float) -> tuple[int, float]:
     scaled[:, :-1] += low[:, 1:] * below[:-1]
     scaled[:, 1:] += low[:, :-1] * below[:-1]
     full = full[order][:, order]
-    scratch = tile.scratch(full)
+    spans = tile.spans(n)
     sums = torch.zeros(n, dtype=torch.float64, device=full.device)
-    for i0, i1, j0, j1 in tile.lower(n):
-        product = torch.zeros((i1 - i0, j1 - j0), dtype=full.dtype, device=full.device)
-        end = min(j1 + 1, n)  # a pair may straddle the tile
-        add_product_(product, scaled[i0:i1, :end], low[j0:j1, :end].mT, tile.inner, scratch)
-        product = full[i0:i1, j0:j1] - product
-        if i0 == j0:
-            sums[i0:i1] += symmetric_row_sums(product.tril_())
+    for r, c in ((r, c) for i, r in enumerate(spans) for c in spans[: i + 1]):
+        product = torch.zeros_like(full[r, c])
+        end = min(c.stop + 1, n)  # a pair may straddle the tile
+        add_product_(product, scaled[r, :end], low[c, :end].mT, tile.inner)
+        product = full[r, c] - product
+        if r == c:
+            sums[r] += _symmetric_row_sums(product.tril_())
         else:
             rows, columns = ops.abs_products(product)
-            sums[i0:i1] += rows
-            sums[j0:j1] += columns
+            sums[r] += rows
+            sums[c] += columns
     # |L||D||L|^T 1, from the right; |L D| <= |L||D| (1 + 2u), and so are the rounding errors of L D
     right = ops.abs_products(low)[1]
     middle = diagonal.abs() * right
@@ -103,7 +109,7 @@ def count_above(lower: Tensor, shift: float) -> tuple[int, float]:
     middle[1:] += below[:-1].abs() * right[:-1]
     magnitude = _up(float(ops.abs_products(low, right=middle)[0].amax()), 4 * n)
     residual = _up(float(sums.amax()), 2 * n)
-    size = _up(float(symmetric_row_sums(lower).amax()), 2 * n) + abs(shift)
+    size = _up(float(_symmetric_row_sums(lower).amax()), 2 * n) + abs(shift)
     tiny = 8 * n * n * TINY[torch.float64] * (2.0 + magnitude)
     lost = (tile.gamma(n) + 4 * unit) * magnitude + residual * (1 + 4 * unit) + 4 * unit * size + tiny
     # a pair's block is indefinite, one eigenvalue of each sign; rounding must not have hidden another case
@@ -119,9 +125,9 @@ def count_above(lower: Tensor, shift: float) -> tuple[int, float]:
     return (positive, _up(lost)) if math.isfinite(lost) else (0, math.inf)
 
 
-def _top(g: BoundedGram) -> tuple[float, float]:
+def _top(g: BoundedGram, low: Tensor) -> tuple[float, float]:
     """Proved bounds of the largest eigenvalue of H H^T: Rayleigh's quotient, and a norm."""
-    low, n = g.lower, len(g.lower)
+    n = len(low)
     v = low.new_ones(n) + 0.5 * torch.arange(n, device=low.device).cos()  # of no particular direction
     quotient = 0.0
     for _ in range(6):
@@ -134,17 +140,17 @@ def _top(g: BoundedGram) -> tuple[float, float]:
     return max(least, 0.0), min(g.norm, frobenius) + g.error
 
 
-def _by_counts(g: BoundedGram, below: float, above: float) -> tuple[int, int]:
+def _by_counts(g: BoundedGram, low: Tensor, below: float, above: float) -> tuple[int, int]:
     """(lower, upper): at least so many eigenvalues of H H^T exceed ``above``, at most so many ``below``."""
-    n = len(g.lower)
-    lost = 4 * (g.error + tiling(g.lower.device).gamma(n) * g.largest)
+    n = len(low)
+    lost = 4 * (g.error + tiling(low.device).gamma(n) * g.largest)
     shift = above + lost
-    count, error = count_above(g.lower, shift)
+    count, error = count_above(low, shift)
     lower = count if shift - _up(error + g.error + 4 * UNIT[torch.float64] * shift) >= above else 0
     if lower == n or below <= lost:
         return lower, n
     shift = below - lost
-    count, error = count_above(g.lower, shift)
+    count, error = count_above(low, shift)
     return lower, count if shift + _up(error + g.error) <= below * (1 - 8 * UNIT[torch.float64]) else n
 
 
@@ -164,9 +170,10 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
     lower, upper, largest = 0, n, math.inf
     with exact_products():
         check_products(x.device)
-        g = bounded_gram(StackedOnes(h, ones=False))
+        low = torch.zeros((n, n), dtype=torch.float64, device=h.device)
+        g = bounded_gram(StackedOnes(h, ones=False), Tiles.of(low))
         if math.isfinite(g.error) and 1e-250 < g.norm < 1e250:
-            bottom, top = _top(g)
+            bottom, top = _top(g, low)
             largest = math.sqrt(top) * (1 + 1e-15)
             least_tolerance = tolerance(math.sqrt(bottom) * (1 - 1e-15))
             if least_tolerance >= largest:
@@ -175,12 +182,12 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
             short = prove_by_shift(g, True, lambda step, fraction: None)
             if short is not None and short.lower > above:
                 return outcome(n, n, n, math.sqrt(short.lower) * (1 - 1e-15), largest)
-            lower, upper = _by_counts(g, least_tolerance**2, above)
+            lower, upper = _by_counts(g, low, least_tolerance**2, above)
             if lower == upper:
                 return outcome(
                     lower, lower, upper, math.sqrt(above) * (1 - 1e-15) if lower == n else 0.0, largest
                 )
-    del g
+    del g, low
     values = torch.linalg.svdvals(h.to(torch.float64))
     rank = int((values > tolerance(float(values[0]))).sum())
     if rank == n:

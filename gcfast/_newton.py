@@ -20,17 +20,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from gcfast import ops
+from gcfast._grams import Gram, Nystrom
 from gcfast.losses import ConvexLoss, CrossEntropy
 
 TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
 PAIRS = 500  # most pairs coupled by one softmax factorisation: more save products, fewer save the factor
-BLOCK = 8192  # most samples in one separable block
+BLOCK = 4096  # most samples in one separable block
+CLASSES = 16  # beyond, one Nystrom factor serves all outputs
+MANY = 8  # times as many pairs carry curvature: a subspace serves better than the largest of them
 CG_STEPS = 40
 CG_TOLERANCE = 0.4  # of the preconditioned residual: more exact steps cost more products than they save
 NEWTON_STEPS = 30
@@ -51,11 +53,12 @@ class State:
 @dataclass
 class Problem:
     """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64.
+    ``rank`` is that of the Nystrom preconditioner, for when more samples carry curvature than can be factored.
 
     The rows may be a part of the training set: ``n`` is the number of samples that losses are averaged over.
     """
 
-    gram: Tensor
+    gram: Gram
     offset: Tensor  # z0 (n, C)
     loss: ConvexLoss
     targets: Tensor
@@ -63,13 +66,14 @@ class Problem:
     steps: int = 0
     n: int = 0  # default: the rows of the Gram
     newest: State | None = None  # last finished point of the path, for an interruption
+    rank: int = 512
     diagonal: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        n = len(self.gram)
+        n = self.gram.n
         self.n = self.n or n
-        mean = self.gram.mean(1).to(torch.float64)
-        diagonal = self.gram.diagonal().to(torch.float64)
+        mean = self.gram.mean()
+        diagonal = self.gram.diagonal()
         # of the centred K: the common mean of all features is one direction and misleads about the rest
         self.diagonal = torch.maximum(diagonal - 2 * mean + mean.mean(), diagonal / n).clamp(min=1e-300)
 
@@ -82,7 +86,13 @@ class Problem:
         # to size one, and without what is 1e-30 of it: subnormals would slow the product tenfold
         y = x / scale
         y[y.abs() < 1e-30] = 0.0
-        return ops.gram_product(self.gram, y.to(self.gram.dtype)).to(torch.float64) * scale
+        return self.gram.product(y.to(self.gram.dtype)).to(torch.float64) * scale
+
+    @cached_property
+    def nystrom(self) -> Nystrom:
+        found = Nystrom(self.gram, self.rank, torch.Generator().manual_seed(0))
+        self.products += found.products
+        return found
 
     def evaluate(self, a: Tensor, f: Tensor, lam: float) -> tuple[float, float]:
         """(P, mean loss)."""
@@ -107,12 +117,16 @@ Preconditioner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Preconditioner:
     n, c = p.shape
+    if problem.gram.n > PAIRS:
+        d = p * (1 - p)
+        if int((d * problem.diagonal[:, None] > TAU * problem.n * lam).sum()) > MANY * PAIRS:
+            return _nystrom_preconditioner(problem, d, lam)
     sample, cls, reference = _softmax_pairs(problem, p, lam)
     if len(sample) == 0:
         return lambda r, kr: (r / lam, kr / lam)
     ref = reference[sample]
     rows, inverse = torch.unique_consecutive(sample, return_inverse=True)
-    k_rows = problem.gram[rows]  # (active samples, n)
+    k_rows = problem.gram.rows(rows)  # (active samples, n)
     pairs = torch.arange(len(sample), device=p.device)
     e = torch.zeros((len(sample), c), dtype=problem.gram.dtype, device=p.device)
     e[pairs, cls] += 1
@@ -142,22 +156,43 @@ def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Precondi
     return apply
 
 
+def _nystrom_preconditioner(problem: Problem, d: Tensor, lam: float) -> Preconditioner:
+    """On the subspace of :class:`Nystrom` the Hessian's inverse a class, for curvatures d (n, C)."""
+    space, n, c = problem.nystrom, problem.n, d.shape[1]
+    if c > CLASSES:
+        d, c = d.mean(1, keepdim=True), 1  # one factor for all
+    same = c == 1 or all(torch.equal(d[:, 0], d[:, k]) for k in range(1, c))
+    factors = [space.inverse(d[:, k], n, lam) for k in range(1 if same else c)]
+
+    def apply(r: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
+        t = space.w.mT @ kr
+        if same:
+            x = torch.cholesky_solve(t, factors[0])
+        else:
+            x = torch.cat([torch.cholesky_solve(t[:, k : k + 1], factors[k]) for k in range(c)], 1)
+        x -= t / lam
+        return r / lam + space.w @ x, kr / lam + space.f @ x
+
+    return apply
+
+
 def _separable_preconditioner(problem: Problem, d: Tensor, lam: float) -> Preconditioner:
     """One block a class, over the samples whose curvature d_ic counts; equal blocks are factored once."""
     n = problem.n
+    block = min(BLOCK, problem.gram.most_rows)
+    if int(((d * problem.diagonal[:, None]).amax(1) > TAU * n * lam).sum()) > block:
+        return _nystrom_preconditioner(problem, d, lam)
     blocks: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, factor, K[rows]
     previous: tuple[Tensor, Tensor] | None = None
     for c in range(d.shape[1]):
         weight = d[:, c] * problem.diagonal
         rows = (weight > TAU * n * lam).nonzero()[:, 0]
-        if len(rows) > BLOCK:
-            rows = weight.topk(BLOCK).indices.sort().values
         values = d[rows, c]
         if previous is not None and torch.equal(previous[0], rows) and torch.equal(previous[1], values):
             blocks.append(blocks[-1])
             continue
         previous = (rows, values)
-        k_rows = problem.gram if len(rows) == n else problem.gram[rows]
+        k_rows = problem.gram.rows(rows)
         system = k_rows[:, rows].to(torch.float64)
         system.diagonal().add_(n * lam / values)
         blocks.append((rows, _factor(system), k_rows))

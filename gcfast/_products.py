@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
+from gcfast.sources import Features, StoredFeatures
 
 PANEL = 1024  # columns of H1 in flight
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
@@ -24,9 +25,8 @@ TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero al
 
 
 class Tiling(NamedTuple):
-    """Tiles of ``rows`` x ``block``, summed over slices of length ``inner``, which divides ``block``."""
+    """Square tiles of ``block`` rows, products summed over slices of length ``inner``, which divides it."""
 
-    rows: int
     block: int
     inner: int
 
@@ -37,21 +37,13 @@ class Tiling(NamedTuple):
         """Of a product of inner length k added up by slices, with two roundings to spare."""
         return gamma(min(k, self.inner) + self.slices(k) + 2, dtype)
 
-    def lower(self, n: int) -> Iterator[tuple[int, int, int, int]]:
-        """(i0, i1, j0, j1) of the tiles on and below the diagonal, by columns, the diagonal one first."""
-        for j0 in range(0, n, self.block):
-            j1 = min(j0 + self.block, n)
-            yield j0, j1, j0, j1
-            for i0 in range(j1, n, self.rows):
-                yield i0, min(i0 + self.rows, n), j0, j1
-
-    def scratch(self, like: Tensor) -> Tensor:
-        return torch.empty(self.rows * self.block, dtype=like.dtype, device=like.device)
+    def spans(self, n: int) -> list[slice]:
+        return [slice(i, min(i + self.block, n)) for i in range(0, n, self.block)]
 
 
 def tiling(device: torch.device) -> Tiling:
-    """On a CPU a tile and its scratch stay in cache, so that adding slices costs a few per cent."""
-    return Tiling(1024, 256, 128) if device.type == "cpu" else Tiling(4096, 2048, 512)
+    """Tiles large enough that their products run at full speed, and slices that keep errors small."""
+    return Tiling(512, 128) if device.type == "cpu" else Tiling(2048, 512)
 
 
 def _up(x: float, terms: int = 8) -> float:
@@ -113,68 +105,50 @@ def check_products(device: torch.device) -> None:
 
 
 class StackedOnes:
-    """H1 = [H, 1] by column panels in float64; H float32 or float64, any strides, never copied whole."""
+    """H1 = [H, 1] by column panels in float64; H any :class:`gcfast.sources.Features`, or a tensor."""
 
-    def __init__(self, features: Tensor, ones: bool = True):
-        self.features, self.ones = features, ones
-        self.n, self.columns = features.shape[0], features.shape[1] + int(ones)
-        self.dtype, self.device = features.dtype, features.device
+    def __init__(self, features: Tensor | Features, ones: bool = True):
+        self.features = StoredFeatures(features) if isinstance(features, Tensor) else features
+        self.ones = ones
+        self.n, self.columns = self.features.n, self.features.m + int(ones)
+        self.device = self.features.device
 
-    def panels(self, width: int = PANEL, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
-        m = self.features.shape[1]
-        for j in range(0, self.columns, width):
-            panel = self.features[:, j : min(j + width, m)].to(dtype)
-            if self.ones and j + width >= self.columns:
-                panel = torch.cat([panel, panel.new_ones(self.n, 1)], 1)
-            yield panel if panel.stride(1) == 1 else panel.contiguous()
+    def panels(self, start: int = 0, width: int = PANEL) -> Iterator[Tensor]:
+        """(n, at most ``width``) from column ``start`` on, each in memory of its own or read only."""
+        m = self.columns - int(self.ones)
+        for j in range(start, self.columns, width):
+            end = min(j + width, self.columns)
+            panel = self.features.panel(j, min(end, m)) if j < m else None
+            if end > m:
+                ones = torch.ones((self.n, 1), dtype=torch.float64, device=self.device)
+                panel = ones if panel is None else torch.cat([panel, ones], 1)
+            assert panel is not None
+            yield panel
 
     def abs_products(self, left: Tensor | None = None) -> tuple[Tensor, float]:
         """|H1| 1 (n,) and the largest entry of left |H1|, float64; ``left`` ones by default."""
         rows = torch.zeros(self.n, dtype=torch.float64, device=self.device)
         largest = rows.new_zeros(())
-        for panel in self.panels(dtype=self.dtype):  # by rows, so that no bit depends on the layout
+        for panel in self.panels():
             panel_rows, columns = ops.abs_products(panel, left)
             rows += panel_rows
             largest = torch.maximum(largest, columns.amax())  # unlike max(), it keeps a NaN
         return rows, float(largest)
 
 
-class WidePanels(StackedOnes):
-    """H1 of a wide layer by column panels that are computed again for every sweep, never stored.
-
-    What is proved of it is proved of the matrix of these float64 values: :func:`gcfast.ops.wide_panel` gives
-    the same bits each time, and panels begin at the same columns besides.
-    """
-
-    def __init__(
-        self, z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, ones: bool = True
-    ):
-        self.layer = tuple(t.detach().double() for t in (z, weight, bias))
-        self.settings: dict[str, Any] = {"activation": activation, "beta": beta}
-        self.ones = ones
-        self.n, self.columns = z.shape[0], weight.shape[0] + int(ones)
-        self.dtype, self.device = torch.float64, z.device
-
-    def panels(self, width: int = PANEL, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
-        z, weight, bias = self.layer
-        m = len(weight)
-        for j in range(0, self.columns, width):
-            end = min(j + width, self.columns)
-            panel = torch.empty((self.n, end - j), dtype=torch.float64, device=self.device)
-            columns = slice(j, min(end, m))
-            ops.wide_panel(
-                z, weight[columns], bias[columns], **self.settings, out=panel[:, : columns.stop - j]
-            )
-            panel[:, columns.stop - j :] = 1.0
-            yield panel.to(dtype)
+def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, *, lower: bool = False) -> None:
+    """out += a b by slices of length ``inner``, each rounded by itself; ``lower``: on and below the diagonal."""
+    _add(out, a, b, 1.0, inner)
 
 
-def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, scratch: Tensor) -> None:
-    """out += a b for one tile, by slices of length ``inner``, each rounded by itself."""
-    part = scratch[: out.numel()].view(out.shape)
+def subtract_product_(out: Tensor, a: Tensor, b: Tensor, inner: int) -> None:
+    """out -= a b, likewise."""
+    _add(out, a, b, -1.0, inner)
+
+
+def _add(out, a, b, alpha, inner):  # stopgap
     for k in range(0, a.shape[1], inner):
-        torch.mm(a[:, k : k + inner], b[k : k + inner], out=part)
-        out += part
+        out += alpha * torch.mm(a[:, k : k + inner], b[k : k + inner])
 
 
 def panel_slices(columns: int, inner: int) -> int:
@@ -182,69 +156,10 @@ def panel_slices(columns: int, inner: int) -> int:
     return columns // PANEL * -(-PANEL // inner) + -(-(columns % PANEL) // inner)
 
 
-def add_gram_(g: Tensor, q: Tensor, inner: int | None = None, triangular: bool = False) -> None:
-    """g += q q^T on the lower triangle of tiles, in q's dtype; ``triangular``: q is lower triangular."""
-    tile = tiling(g.device)
-    scratch = tile.scratch(g)
-    for i0, i1, j0, j1 in tile.lower(len(g)):
-        end = j1 if triangular else q.shape[1]
-        add_product_(g[i0:i1, j0:j1], q[i0:i1, :end], q[j0:j1, :end].mT, inner or tile.inner, scratch)
-
-
-def lower_triangle_(g: Tensor) -> Tensor:
-    """Zero above the diagonal in the diagonal tiles: all of a g whose lower triangle of tiles was written."""
-    block = tiling(g.device).block
-    for j in range(0, len(g), block):
-        g[j : j + block, j : j + block].tril_()
-    return g
-
-
-def row_tiles(x: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """(rows, columns, end) of the tiles of x b for lower triangular x, zero from column ``end`` on."""
-    tile = tiling(x.device)
-    for i in range(0, len(x), tile.block):
-        end = min(i + tile.block, len(x))
-        for j in range(0, b.shape[1], tile.rows):
-            yield slice(i, end), slice(j, min(j + tile.rows, b.shape[1])), end
-
-
-def lower_times(x: Tensor, b: Tensor) -> Tensor:
-    """x b for lower triangular x, by tiles and slices: within tiling.gamma(n) |x||b|."""
-    tile = tiling(x.device)
-    out, scratch = torch.zeros_like(b), tile.scratch(b)
-    for rows, columns, end in row_tiles(x, b):
-        add_product_(out[rows, columns], x[rows, :end], b[:end, columns], tile.inner, scratch)
-    return out
-
-
-def lower_gram(h1: StackedOnes) -> Tensor:
-    """H1 H1^T (n x n, float64): its lower triangle, zeros above; within gram_error(h1) in the 2-norm."""
-    g = torch.zeros((h1.n, h1.n), dtype=torch.float64, device=h1.device)
-    for panel in h1.panels():
-        add_gram_(g, panel)
-    return lower_triangle_(g)
-
-
-def symmetric_row_sums(low: Tensor) -> Tensor:
-    """Row sums of |S| for the symmetric S whose lower triangle is ``low``, zero above the diagonal."""
-    rows, columns = ops.abs_products(low)
-    return rows + columns - low.diagonal().abs()
-
-
 def norm_upper(x: Tensor) -> float:
     """Proved upper bound of ||x||_2: sqrt(||x||_1 ||x||_inf), float64."""
     rows, columns = ops.abs_products(x)
     return _up(math.sqrt(float(rows.amax()) * float(columns.amax())), sum(x.shape))
-
-
-def gram(h1: StackedOnes) -> Tensor:
-    """H1 H1^T (n x n, float64), symmetric as stored, for those who need no bound of its error."""
-    strip = 512
-    g = torch.zeros((h1.n, h1.n), dtype=torch.float64, device=h1.device)
-    for panel in h1.panels():
-        for i in range(0, h1.n, strip):
-            g[i : i + strip, : i + strip].addmm_(panel[i : i + strip], panel[: i + strip].mT)
-    return mirror_(g, strip)
 
 
 def mirror_(g: Tensor, strip: int = 512) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcfast import ops
+from gcfast import _tiles, ops
 from gcfast._products import (
     TINY,
     UNIT,
@@ -22,108 +22,131 @@ from gcfast._products import (
     _up,
     add_product_,
     gamma,
-    lower_gram,
     panel_slices,
-    symmetric_row_sums,
     tiling,
 )
+from gcfast._tiles import Tiles
+from gcfast.memory import Scratch
 
 
 @dataclass
 class BoundedGram:
-    """G (n x n, float64, lower triangle, zeros above) with ||G - H1 H1^T||_2 <= ``error``."""
+    """G (n x n, float64, lower triangle) with ||G - H1 H1^T||_2 <= ``error``."""
 
-    lower: Tensor
+    lower: Tiles
     error: float
     norm: float  # ||G||_inf, rounded up
     largest: float  # of |H1||H1|^T: its largest row sum, rounded up
 
 
-def bounded_gram(h1: StackedOnes) -> BoundedGram:
-    """H1 H1^T with a proved bound of its error; inf where it is not finite."""
-    g = lower_gram(h1)
-    tile, terms = tiling(g.device), h1.n + h1.columns
-    rows = torch.zeros(h1.n, dtype=torch.float64, device=g.device)
-    row_sums = torch.zeros_like(rows)
-    # |P||P|^T 1 of the panels P add up to |H1||H1|^T 1
-    for panel in h1.panels(dtype=h1.dtype):
-        columns = ops.abs_products(panel)
-        rows += ops.abs_products(panel, right=columns[1])[0]
-        row_sums += columns[0]
-    largest = _up(float(rows.amax()), terms)
-    slices = panel_slices(h1.columns, tile.inner)
-    # a flushed operand is at most TINY, its partner at most the largest row sum
-    tiny = h1.n * h1.columns * TINY[torch.float64] * (2.0 + float(row_sums.amax()))
-    error = _up(gamma(min(tile.inner, h1.columns) + slices + 2) * largest + tiny)
-    norm = _up(float(symmetric_row_sums(g).amax()), 2 * h1.n)
-    if not all(map(math.isfinite, (error, norm, largest))):
-        error = norm = math.inf
-    return BoundedGram(g, error, norm, largest)
+@dataclass
+class GramSweep:
+    """One sweep over the panels of H1: the Gram, and what bounds its error. It may stop between two panels."""
+
+    lower: Tiles
+    rows: Tensor  # |H1||H1|^T 1 so far
+    row_sums: Tensor  # |H1| 1 so far
+    column: int = 0  # where the next panel begins
+
+    @classmethod
+    def begin(cls, h1: StackedOnes, lower: Tiles | None = None, scratch: Scratch | None = None) -> GramSweep:
+        zero = torch.zeros(h1.n, dtype=torch.float64, device=h1.device)
+        lower = Tiles(h1.n, torch.float64, h1.device, scratch) if lower is None else lower
+        return cls(lower, zero, zero.clone())
+
+    def run(self, h1: StackedOnes, after: Callable[[float], None] = lambda fraction: None) -> BoundedGram:
+        """The rest of the sweep; ``after`` is told the fraction done, after each panel."""
+        for panel in h1.panels(self.column):
+            _tiles.add_gram_(self.lower, panel)
+            # |P||P|^T 1 of the panels P add up to |H1||H1|^T 1
+            row_sums, columns = ops.abs_products(panel)
+            self.rows += ops.abs_products(panel, right=columns)[0]
+            self.row_sums += row_sums
+            self.column += panel.shape[1]
+            after(self.column / h1.columns)
+        tile, terms = tiling(h1.device), h1.n + h1.columns
+        largest = _up(float(self.rows.amax()), terms)
+        slices = panel_slices(h1.columns, tile.inner)
+        # a flushed operand is at most TINY, its partner at most the largest row sum
+        tiny = h1.n * h1.columns * TINY[torch.float64] * (2.0 + float(self.row_sums.amax()))
+        error = _up(gamma(min(tile.inner, h1.columns) + slices + 2) * largest + tiny)
+        norm = _up(float(_tiles.symmetric_row_sums(self.lower).amax()), 2 * h1.n)
+        if not all(map(math.isfinite, (error, norm, largest))):
+            error = norm = math.inf
+        return BoundedGram(self.lower, error, norm, largest)
+
+
+def bounded_gram(h1: StackedOnes, lower: Tiles | None = None) -> BoundedGram:
+    """H1 H1^T with a proved bound of its error; inf where it is not finite. ``lower``: zeros, for the result."""
+    return GramSweep.begin(h1, lower).run(h1)
 
 
 def verified_cholesky(
-    a: Tensor, shift: float = 0.0, out: Tensor | None = None
-) -> tuple[Tensor, float] | None:
-    """L, lower triangular, and a proved bound of ||A - shift I - L L^T||_2; None where a pivot fails.
+    a: Tiles, shift: float, low: Tiles, tell: Callable[[float], None] = lambda fraction: None
+) -> float | None:
+    """Puts L into ``low``; a proved bound of ||A - shift I - L L^T||_2, or None where a pivot fails.
 
     Args:
-        a: (n, n) float32 or float64, its lower triangle; only the lower triangle is read.
+        a: symmetric, float32 or float64.
         shift: taken off the diagonal.
-        out: (n, n) of a's dtype, zero above the diagonal, for L.
+        low: of a's size and dtype, zeros above the diagonal.
 
-    Left-looking, by tiles. Of tile (i, j), with W = sum_(k<j) L_ik L_jk^T computed by slices,
-    S = fl(A_ij - W) gives L_ij, whatever its quality, and R = fl(S - L_ij L_jj^T) is what is left. The slices
-    and their sums err by gamma_(inner + slices) |L||L|^T; S and R are rounded once, by u |S| and u |R|, where
-    |S| <= |R| + |L_ij||L_jj|^T but for second order; on the diagonal the shift is rounded once more.
+    By rows, so that a hopeless matrix is found out early. Of tile (i, j), with W = sum_(k<j) L_ik L_jk^T
+    computed by slices, S = fl(A_ij - W) gives L_ij, whatever its quality, and R = fl(S - L_ij L_jj^T) is what
+    is left. The slices and their sums err by gamma_(inner + slices) |L||L|^T; S and R are rounded once, by
+    u |S| and u |R|, where |S| <= |R| + |L_ij||L_jj|^T but for second order; on the diagonal the shift is rounded
+    once more.
     """
-    n, tile, unit = len(a), tiling(a.device), UNIT[a.dtype]
-    low = torch.zeros_like(a) if out is None else out
-    scratch = tile.scratch(a)
+    n, tile, unit = a.n, tiling(a.device), UNIT[a.dtype]
     row_sums = torch.zeros(n, dtype=torch.float64, device=a.device)
-    for i0, i1, j0, j1 in tile.lower(n):
-        s = torch.zeros((i1 - i0, j1 - j0), dtype=a.dtype, device=a.device)
-        add_product_(s, low[i0:i1, :j0], low[j0:j1, :j0].mT, tile.inner, scratch)
-        torch.sub(a[i0:i1, j0:j1], s, out=s)
-        if i0 == j0:
-            s.diagonal().sub_(shift)
-            factor, info = torch.linalg.cholesky_ex(s)
-            if int(info) != 0:
-                return None
-            low[i0:i1, j0:j1] = factor.tril_()
-        else:
-            low[i0:i1, j0:j1] = torch.linalg.solve_triangular(factor.mT, s, upper=True, left=False)
-        product = torch.zeros_like(s)
-        add_product_(product, low[i0:i1, j0:j1], low[j0:j1, j0:j1].mT, tile.inner, scratch)
-        s -= product
-        if i0 == j0:
-            row_sums[i0:i1] += symmetric_row_sums(s.tril_())
-        else:
-            rows, columns = ops.abs_products(s)
-            row_sums[i0:i1] += rows
-            row_sums[j0:j1] += columns
+    for i, span in enumerate(a.spans):
+        for j in range(i + 1):
+            s = torch.zeros_like(a[i, j])
+            for k in range(j):
+                add_product_(s, low[i, k], low[j, k].mT, tile.inner)
+            torch.sub(a[i, j], s, out=s)
+            if i == j:
+                s.diagonal().sub_(shift)
+                factor, info = torch.linalg.cholesky_ex(s)
+                if int(info) != 0:
+                    return None
+                low[i, i].copy_(factor.tril_())
+            else:
+                low[i, j].copy_(torch.linalg.solve_triangular(low[j, j].mT, s, upper=True, left=False))
+            product = torch.zeros_like(s)
+            add_product_(product, low[i, j], low[j, j].mT, tile.inner)
+            s -= product
+            if i == j:
+                rows, columns = ops.abs_products(s.tril_())
+                row_sums[span] += rows + columns - s.diagonal().abs()
+            else:
+                rows, columns = ops.abs_products(s)
+                row_sums[span] += rows
+                row_sums[a.spans[j]] += columns
+        tell((span.stop / n) ** 3)
     residual = _up(float(row_sums.amax()), 2 * n)
-    products = _up(float(ops.gram_error_bound(low).amax()), 2 * n)  # ||  |L||L|^T  ||
+    products = _up(float(_tiles.abs_gram_sums(low).amax()), 2 * n)  # ||  |L||L|^T  ||
     # entries of L are at most the largest of |L||L|^T or 1: that covers a flushed operand's partner
     tiny = 4 * n * n * TINY[a.dtype] * (2.0 + products)
     bound = _up(tile.gamma(n, a.dtype) * products + residual * (1 + 4 * unit) + 4 * unit * abs(shift) + tiny)
-    return (low, bound) if math.isfinite(bound) else None
+    return bound if math.isfinite(bound) else None
 
 
-def least_eigenvalue(low: Tensor, vectors: int = 8, steps: int = 8) -> float:
+def least_eigenvalue(low: Tiles, vectors: int = 8, steps: int = 8) -> float:
     """Estimate, from above, of the least eigenvalue of L L^T: inverse iteration on a subspace."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn((len(low), min(vectors, len(low))), generator=generator, dtype=torch.float64)
+    v = torch.randn((low.n, min(vectors, low.n)), generator=generator, dtype=torch.float64)
     v = v.to(low.device, low.dtype)
     largest = 0.0
     for step in range(steps):
         v = torch.linalg.qr(v)[0]
-        w = torch.linalg.solve_triangular(low, v, upper=False)
+        w = _tiles.solve(low, v)
         # ||L^-1 v||: Rayleigh's quotient of the inverse
         new = float(torch.linalg.matrix_norm(w, 2)) ** 2
         if step > 1 and new <= 1.02 * largest:
             return 1.0 / new
         largest = max(largest, new)
-        v = torch.linalg.solve_triangular(low.mT, w, upper=True)
+        v = _tiles.solve(low, w, transposed=True)
     return 1.0 / largest if largest > 0 and math.isfinite(largest) else 0.0
 
 
@@ -136,32 +159,36 @@ class ShiftProof:
     margin: float
 
 
-def prove_by_shift(g: BoundedGram, sharp: bool, tell: Callable[[str, float], None]) -> ShiftProof | None:
+def prove_by_shift(
+    g: BoundedGram, sharp: bool, tell: Callable[[str, float], None], scratch: Scratch | None = None
+) -> ShiftProof | None:
     """Prove lambda_min(H1 H1^T) > 0, or None where that is beyond these bounds.
 
     The first shift is about twice what the proof will lose. ``sharp`` adds a second factorisation, shifted by
-    most of the estimated lambda_min.
+    most of the estimated lambda_min. ``tell``: told a step and its fraction done.
     """
     if not math.isfinite(g.error):
         return None
-    tile, n = tiling(g.lower.device), len(g.lower)
-    lost = g.error + tile.gamma(n) * g.largest
+    a = g.lower
+    lost = g.error + tiling(a.device).gamma(a.n) * g.largest
     shift = 2.2 * lost
-    tell("Cholesky", 0.4)
-    found = verified_cholesky(g.lower, shift)
-    if found is None:
+    low = Tiles(a.n, a.dtype, a.device, scratch)
+    residual = verified_cholesky(a, shift, low, lambda fraction: tell("Cholesky", fraction))
+    if residual is None:
         return None
-    low, residual = found
     lower = _down(shift, g.error, residual)
     best = ShiftProof(lower, shift, lower / shift)
     if sharp:
-        tell("Cholesky, sharp", 0.7)
         estimate = shift + least_eigenvalue(low)
         best.estimate = estimate
         for share in (0.94, 0.8):  # the estimate is from above
-            found = verified_cholesky(g.lower, share * estimate, low) if share * estimate > shift else None
+            if not share * estimate > shift:
+                continue
+            found = verified_cholesky(
+                a, share * estimate, low, lambda fraction: tell("Cholesky, sharp", fraction)
+            )
             if found is not None:
-                lower = _down(share * estimate, g.error, found[1])
+                lower = _down(share * estimate, g.error, found)
                 if lower > best.lower:
                     best = ShiftProof(lower, estimate, lower / (share * estimate))
                 break

@@ -32,7 +32,7 @@ class HeadSolution:
     theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
     loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
     ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|.
-    ``residual`` is the Frobenius norm of the loss's gradient in the head. ``path`` lists (lambda, loss).
+    ``form`` says how K = H1 H1^T was held. ``residual`` is the Frobenius norm of the loss's gradient in the head. ``path`` lists (lambda, loss).
     """
 
     weight: Tensor
@@ -52,6 +52,7 @@ class HeadSolution:
     seconds: float
     peak_bytes: int
     reason: str
+    form: str = ""
     path: list[tuple[float, float]] = field(default_factory=list)
 
     def __str__(self) -> str:

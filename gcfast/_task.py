@@ -9,15 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gcfast._products import StackedOnes, gram
 from gcfast.losses import ConvexLoss
+from gcfast.sources import Features
 
 
 @dataclass
 class Task:
-    """The problem in float64 terms, whatever the features' dtype."""
+    """The problem in float64 terms, whatever the features' dtype and wherever they come from."""
 
-    features: Tensor
+    features: Features
     targets: Tensor
     loss: ConvexLoss
     weight: Tensor  # V_tau (C, m), float64
@@ -27,12 +27,15 @@ class Task:
 
     @property
     def n(self) -> int:
-        return len(self.features)
+        return self.features.n
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
 
     def logits(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """H W^T + b (n, C) in float64, by row chunks."""
-        w = weight.to(torch.float64).mT.contiguous()
-        z = torch.cat([rows.to(torch.float64) @ w for rows in self.features.split(4096)])
+        """H W^T + b (n, C) in float64."""
+        z = self.features.times(weight.to(torch.float64))
         return z if bias is None else z + bias.to(torch.float64)
 
     @cached_property
@@ -49,10 +52,7 @@ class Task:
         return self._transposed[1]
 
     def _transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        total = torch.zeros((a.shape[1], self.features.shape[1]), dtype=torch.float64, device=a.device)
-        for rows, part in zip(self.features.split(4096), a.split(4096), strict=True):
-            total += part.mT @ rows.to(torch.float64)
-        return total, (None if self.bias is None else a.sum(0))
+        return self.features.transposed_times(a), (None if self.bias is None else a.sum(0))
 
     def mean_loss(self, z: Tensor) -> float:
         return float(self.loss.value(z, self.targets).mean())
@@ -64,7 +64,3 @@ class Task:
             return -math.inf  # nothing is rounded
         bias = None if self.bias is None or db is None else (self.bias + db).to(dtype)
         return self.mean_loss(self.logits((self.weight + du).to(dtype), bias))
-
-    def gram(self) -> Tensor:
-        """K = H1 H1^T (n, n), float64."""
-        return gram(StackedOnes(self.features, self.bias is not None))

@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gcfast._grams import DenseGram
 from gcfast._newton import Problem, State, minimise
 from gcfast._solution import Progress
 from gcfast._task import Task
+from gcfast.sources import StoredFeatures
 
 ROUGH, FINE = 1e-2, 1e-4  # thresholds on the way and at the end
 MOST, GROWTH = 1280, 384  # samples of S at first, and joining at a time; the end has no such limit
@@ -28,31 +31,39 @@ MAX_PATH = 60
 FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
 
 
-class WorkingSet:
-    """Features (n, m) in float32, the Gram of a set S of rows, and passes over all of them."""
+class TooMany(Exception):
+    """More samples matter than there is room for."""
 
-    def __init__(self, task: Task):
-        self.h = task.features.to(torch.float32)
-        self.given = task.features.data_ptr()
+
+class WorkingSet:
+    """Features (n, m) in float32, the Gram of a set S of rows, and passes over all of them.
+
+    ``most``: the largest S allowed; beyond it :class:`TooMany` is raised.
+    """
+
+    def __init__(self, task: Task, most: int | None = None):
+        given = task.features
+        self.own = isinstance(given, StoredFeatures) and given.dtype != torch.float32
+        self.h = StoredFeatures(given.matrix.to(torch.float32)) if self.own else given  # type: ignore[attr-defined]
+        self.most = task.n if most is None else most
         self.bias, self.start = task.bias is not None, task.start_logits
         self.targets, self.loss = task.targets, task.loss
-        self.n = task.n
-        mean = self.h.mean(0)
+        self.n, device = task.n, task.device
+        mean = self.h.transposed_times(torch.full((self.n, 1), 1.0 / self.n, device=device))[0]
         # squared distance from the mean row: the diagonal of the centred Gram
-        square = torch.linalg.vector_norm(self.h, dim=1).to(torch.float64) ** 2
-        cross = (self.h @ mean).to(torch.float64)
+        square, cross = self.h.square_norms(mean)
         centred = square - 2 * cross + float(mean @ mean)
         self.diagonal = torch.maximum(centred, (square + float(self.bias)) / self.n).clamp(min=1e-300)
-        self.rows = torch.zeros(0, dtype=torch.long, device=self.h.device)
-        self.gram = self.h.new_zeros((0, 0))
-        self.chosen = self.h[:0]
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)
+        self.gram = torch.zeros((0, 0), dtype=torch.float32, device=device)
+        self.chosen = self.h.select(self.rows)
         self.products = self.steps = 0
         self.newest: Tensor | None = None
 
     def held_bytes(self) -> int:
         """Bytes held: features in float32, S's rows of them, their Gram, half a dozen (n, C)."""
-        own = 0 if self.h.data_ptr() == self.given else self.h.numel()
-        return 4 * (own + self.chosen.numel() + 2 * self.gram.numel()) + 6 * 8 * self.start.numel()
+        own = self.h.nbytes if self.own else 0
+        return own + self.chosen.nbytes + 8 * self.gram.numel() + 6 * 8 * self.start.numel()
 
     def everywhere(self, a: Tensor) -> Tensor:
         """K a (n, C) for a that is zero outside S: two passes over the features, in float32."""
@@ -62,8 +73,8 @@ class WorkingSet:
             return torch.zeros_like(a)
         part = part / scale
         part[part.abs() < 1e-30] = 0.0
-        u = self.chosen.mT @ part.to(torch.float32)
-        f = (self.h @ u).to(torch.float64)
+        u = self.chosen.transposed_times(part.to(torch.float32))
+        f = self.h.times(u).to(torch.float64)
         if self.bias:
             f += part.sum(0)
         return f * scale
@@ -81,15 +92,20 @@ class WorkingSet:
         room = max(most - len(self.rows), GROWTH)
         if len(new) > room:
             new = pull.topk(room).indices
-        if len(new) == 0:
-            return
+        if len(new):
+            self.add(new)
+
+    def add(self, new: Tensor) -> None:
+        """Samples to S."""
         k = len(self.rows)
+        if k + len(new) > self.most:
+            raise TooMany
         self.rows = torch.cat([self.rows, new])
-        self.chosen = torch.cat([self.chosen, self.h[new]])
-        block = self.chosen[k:] @ self.chosen.mT
+        self.chosen = self.h.select(self.rows)
+        block = self.h.block(new, self.chosen, torch.float32)
         if self.bias:
             block += 1.0
-        gram = self.h.new_empty((len(self.rows), len(self.rows)))
+        gram = block.new_empty((len(self.rows), len(self.rows)))
         gram[:k, :k] = self.gram
         gram[k:] = block
         gram[:k, k:] = block[:, :k].mT
@@ -98,7 +114,7 @@ class WorkingSet:
     def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> tuple[Tensor, State]:
         """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
         rows = self.rows
-        problem = Problem(self.gram, self.start[rows], self.loss, self.targets[rows], n=self.n)
+        problem = Problem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
         part = a[rows]
         own = problem.product(part)
         problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
@@ -134,6 +150,19 @@ def _extrapolate(
     return (ahead_a, ahead_f) if value(ahead_a, ahead_f) < value(a, f) else (a, f)
 
 
+@dataclass
+class Point:
+    """Where the path is: what the next point needs of the ones before."""
+
+    index: int
+    lam: float
+    a: Tensor
+    f: Tensor
+    previous: tuple[float, Tensor, Tensor] | None = None
+    flat: int = 0
+    attempts: int = 0
+
+
 def follow(
     working: WorkingSet,
     task: Task,
@@ -141,16 +170,22 @@ def follow(
     path: list[tuple[float, float]],
     say: Callable[[Progress], None],
     began: float,
+    point: Point | None = None,
+    keep: Callable[[Point], None] = lambda point: None,
 ) -> tuple[Tensor, float] | None:
-    """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found."""
+    """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
+
+    ``point``: where to take the path up; ``keep`` is called with it before each point.
+    """
     target = task.infimum + target_gap
-    a = torch.zeros_like(working.start)
-    f = torch.zeros_like(a)
-    lam = FIRST * float(working.diagonal.mean()) / task.n
-    span = math.log(max(_mean_loss(working, f) - task.infimum, 10 * target_gap) / target_gap)
-    previous: tuple[float, Tensor, Tensor] | None = None
-    flat = attempts = 0
-    for index in range(MAX_PATH):
+    if point is None:
+        zero = torch.zeros_like(working.start)
+        point = Point(0, FIRST * float(working.diagonal.mean()) / task.n, zero, zero.clone())
+    initial = _mean_loss(working, torch.zeros_like(working.start))
+    span = math.log(max(initial - task.infimum, 10 * target_gap) / target_gap)
+    while point.index < MAX_PATH:
+        keep(point)
+        a, f, lam = point.a, point.f, point.lam
         working.choose(a, f, lam, ROUGH, MOST)
         a, _ = working.minimise(a, f, lam, LOOSE)
         f = working.everywhere(a)
@@ -159,9 +194,10 @@ def follow(
             return None
         working.newest = a
         path.append((lam, loss))
+        point.index += 1
         excess = max(loss - task.infimum, 1e-300)
         fraction = min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
-        say(Progress(index + 1, lam, loss, excess, time.perf_counter() - began, fraction))
+        say(Progress(point.index, lam, loss, excess, time.perf_counter() - began, fraction))
         if loss <= target:
             polished = _polish(working, task, a, f, lam, target)
             if polished is None:
@@ -170,18 +206,18 @@ def follow(
             path[-1] = (lam, loss)
             if inside:
                 return a, lam
-            attempts += 1
-            if attempts > 6:
+            point.attempts += 1
+            if point.attempts > 6:
                 return None
-            lam, previous = 0.7 * lam, None
+            point.lam, point.a, point.f, point.previous = 0.7 * lam, a, f, None
             continue
-        flat = flat + 1 if path[1:] and excess > 0.95 * (path[-2][1] - task.infimum) else 0
-        if flat >= 4:
+        stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - task.infimum)
+        point.flat = point.flat + 1 if stalls else 0
+        if point.flat >= 4:
             return None
         following = lam * max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
-        here = (lam, a, f)
-        a, f = _extrapolate(working, previous, a, f, lam, following)
-        previous, lam = here, following
+        point.a, point.f = _extrapolate(working, point.previous, a, f, lam, following)
+        point.previous, point.lam = (lam, a, f), following
     return None
 
 

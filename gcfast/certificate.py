@@ -12,19 +12,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gcfast._analytic_ops import activation_verdict
+from gcfast._checkpoint import Checkpoint, fingerprint
 from gcfast._dependency import near_dependency, prove_rank_of_basis
+from gcfast._products import StackedOnes
 from gcfast._rank_proof import proof_bytes, prove_full_rank
-from gcfast.features import TrainingSet, check_features, collect, equal_rows
-from gcfast.inspection import Head, analyticity
+from gcfast.features import TrainingSet, checked, collect, equal_rows
+from gcfast.inspection import Head, WideLayerFound, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
-from gcfast.memory import require
+from gcfast.memory import limit, require
+from gcfast.sources import Features, WideFeatures
+
+SHARP = 4096  # samples up to which the bound of sigma_min is sharpened without being asked
 
 Status = Literal["holds", "fails", "unknown", "not needed"]
 
@@ -172,32 +180,41 @@ class Certificate:
 
 
 def certify(
-    model_or_features: nn.Module | Tensor,
+    model_or_features: nn.Module | Tensor | Features | Any,
     data: Any = None,
     *,
     loss: str | nn.Module | ConvexLoss | None = None,
     head: Head | nn.Module | str | None = None,
     route: Literal["direct", "theorem"] | None = None,
-    sharp: bool = True,
+    sharp: bool | None = None,
     max_bytes: int | None = None,
     callback: Callable[[str, float], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 120.0,
 ) -> Certificate:
     """Prove, or refute, that phase two reaches the global minimum for this model and training set.
 
     Args:
-        model_or_features: the model with its frozen weights, or its features (n, m) without the ones column.
+        model_or_features: the model with its frozen weights, or its features (n, m) without the ones column:
+            a tensor, a numpy array (memory-mapped too), blocks of rows, or :class:`gcfast.WideFeatures`,
+            which are never stored.
         data: (inputs, targets), inputs alone, a Dataset, or a DataLoader in a fixed order; with features,
             the targets or None.
         loss: as for ``solve_head``; needed for L, L*, the gap and ``steps_to``.
         head: module or name, where it is not the last Linear applied.
         route: only this one; by default the direct route, and the theorem where that does not decide.
-        sharp: spend about a third more time for a sigma_min bound within a few per cent of the truth.
-        max_bytes: memory the direct route may use beyond the features (default: what is free).
-        callback: called with (step, fraction done).
+        sharp: spend about a third more time, and half as much memory, for a sigma_min bound within a few per
+            cent of the truth. Default: where n <= 4,096, which takes seconds.
+        max_bytes: memory the direct route may use beyond the features (default: what is free). n x n matrices
+            that do not fit go to files without names in TMPDIR, checksummed.
+        callback: called with (step, fraction done), the fraction by operations counted.
+        checkpoint: a file in which the direct route keeps its state every ``checkpoint_seconds``; a run that
+            was killed takes up from it, and it is removed when the work is done.
 
     Raises:
         ValueError, TypeError: naming the argument; MemoryError: the direct route does not fit and the theorem
-        route does not decide, with the bytes and the way out.
+        route does not decide, with the bytes and the way out; OSError: the disk has no room for tiles or for
+        the checkpoint; CheckpointError: the checkpoint is torn, or of something else.
     """
     if route not in (None, "direct", "theorem"):
         raise ValueError(f"route: expected 'direct', 'theorem' or None; got {route!r}")
@@ -205,24 +222,29 @@ def certify(
     if isinstance(model_or_features, nn.Module):
         if data is None:
             raise ValueError("data: a model needs its training set")
-        seen = collect(model_or_features, data, head)
+        seen = collect(model_or_features, data, head, max_bytes=max_bytes)
         features, targets, ones = seen.features, seen.targets, seen.head.bias is not None
     else:
-        check_features(model_or_features)
-        if route == "theorem":
-            raise ValueError("route: the theorem needs the model; features alone admit the direct route only")
+        features = checked(model_or_features)
+        if route == "theorem" and not isinstance(features, WideFeatures):
+            raise ValueError(
+                "route: the theorem needs the model, or gcfast.WideFeatures; features alone admit the direct "
+                "route only"
+            )
+        if isinstance(data, np.ndarray):
+            data = torch.from_numpy(np.array(data))
         if data is not None and not isinstance(data, Tensor):
             raise TypeError(
                 f"data: with features, expected the targets as a tensor; got {type(data).__name__}"
             )
-        features, targets, ones = model_or_features, data, True
+        targets, ones = data, True
         if targets is not None and targets.device != features.device:
             raise ValueError(f"data: expected targets on {features.device}, got {targets.device}")
     if loss is not None and targets is None:
         raise ValueError("data: a loss needs targets")
     return _Examiner(
         model_or_features, seen, features, targets, ones, loss, route, sharp, max_bytes, callback
-    ).run()
+    ).run(checkpoint, checkpoint_seconds)
 
 
 class _Examiner:
@@ -230,20 +252,21 @@ class _Examiner:
 
     def __init__(
         self,
-        model: nn.Module | Tensor,
+        model: Any,
         seen: TrainingSet | None,
-        features: Tensor,
+        features: Features,
         targets: Tensor | None,
         ones: bool,
         loss: str | nn.Module | ConvexLoss | None,
         route: str | None,
-        sharp: bool,
+        sharp: bool | None,
         max_bytes: int | None,
         callback: Callable[[str, float], None] | None,
     ):
         self.model, self.seen, self.features, self.targets, self.ones = model, seen, features, targets, ones
-        self.route, self.sharp, self.max_bytes, self.callback = route, sharp, max_bytes, callback
-        self.n, self.m = features.shape
+        self.n, self.m = features.n, features.m
+        self.route, self.max_bytes, self.callback = route, max_bytes, callback
+        self.sharp = self.n <= SHARP if sharp is None else sharp
         self.assumptions: list[Assumption] = []
         self.offenders: list[Offender] = []
         self.rank_lower, self.sigma_min, self.sigma_max = 0, 0.0, math.inf
@@ -254,9 +277,18 @@ class _Examiner:
             self.y = self.convex.prepare(targets, self.n, c)
             if seen is not None:
                 check_convex(self.convex, seen.outputs[:256].to(torch.float64), self.y[:256])
-        self.copies = seen.copies if seen is not None else equal_rows(features)
+        self.copies = seen.copies if seen is not None else equal_rows(features.keys())
 
-    def run(self) -> Certificate:
+    def run(self, checkpoint: str | os.PathLike[str] | None, seconds: float) -> Certificate:
+        if checkpoint is None or self.route == "theorem":
+            return self._run(None)
+        parts = (*self.features.identity(), self.ones, bool(self.sharp))
+        with Checkpoint(checkpoint, "certify", fingerprint(*parts), seconds) as keeper:
+            certificate = self._run(keeper)
+            keeper.remove()
+        return certificate
+
+    def _run(self, checkpoint: Checkpoint | None) -> Certificate:
         kind = "equal inputs" if self.seen is not None else "equal features"
         for group in self.copies:
             self.offenders.append(self._offender(kind, group))
@@ -283,7 +315,7 @@ class _Examiner:
                 "rank(H1) = n is impossible; gcfast.widen the model"
             )
             return self._verdict("fails", None, reason)
-        direct = self._direct() if self.route != "theorem" else None
+        direct = self._direct(checkpoint) if self.route != "theorem" else None
         if self.copies:
             conflicts = sum(bool(o.conflicting) for o in self.offenders)
             reason = f"{len(self.copies)} groups of equal samples make rank(H1) < n" + (
@@ -298,7 +330,8 @@ class _Examiner:
                 "direct",
                 f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included",
             )
-        theorem = self._theorem() if self.seen is not None and self.route != "direct" else False
+        wide = self.seen is not None or isinstance(self.features, WideFeatures)
+        theorem = self._theorem() if wide and self.route != "direct" else False
         if theorem:
             reason = (
                 "the theorem's assumptions hold: almost every choice of hidden weights gives rank(H1) = n"
@@ -336,22 +369,26 @@ class _Examiner:
                 conflicting = any(t != targets[0] for t in targets)
         return Offender(kind, list(samples), targets, conflicting, coefficients or [], residual)
 
-    def _direct(self) -> bool | MemoryError | None:
+    def _direct(self, checkpoint: Checkpoint | None) -> bool | MemoryError | None:
         """True: proved; False: refuted; None: undecided; MemoryError: does not fit."""
         name = "rank at the frozen weights"
         features = self.features
-        groups = self.copies or equal_rows(features)
+        groups = self.copies or equal_rows(features.keys())
         if groups:
             if not self.copies:
                 for group in groups:
                     self.offenders.append(self._offender("equal features", group))
-            drop = {i for g in groups for i in g[1:]}
-            features = features[[i for i in range(self.n) if i not in drop]]
-        needed = proof_bytes(len(features), self.m)
+            kept = torch.ones(self.n, dtype=torch.bool, device=features.device)
+            for group in groups:
+                kept[group[1:]] = False
+            features = features.select(kept.nonzero()[:, 0])
+        n = features.n
+        # n x n matrices may go to disk, panels may not
+        on_disk = features.device.type == "cpu"
         try:
             require(
-                f"certify's direct route for n = {len(features)}",
-                needed,
+                f"certify's direct route for n = {n}",
+                proof_bytes(n, self.m, disk=on_disk),
                 self.max_bytes,
                 features.device,
                 "fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer "
@@ -360,29 +397,41 @@ class _Examiner:
         except MemoryError as refused:
             self._note(name, "unknown", str(refused))
             return False if groups else refused
-        proof = prove_full_rank(features, ones=self.ones, sharp=self.sharp, progress=self.callback)
+        proof = prove_full_rank(
+            StackedOnes(features, self.ones),
+            sharp=self.sharp,
+            progress=self.callback,
+            max_bytes=self.max_bytes,
+            checkpoint=checkpoint,
+        )
         self.sigma_max = proof.sigma_max_upper if not groups else math.inf
         if proof.proved:
-            self.rank_lower = len(features)
+            self.rank_lower = n
             if groups:
                 self._note(
                     name,
                     "fails",
-                    f"samples repeat: one row of each has proved rank {len(features)}, the others add none",
+                    f"samples repeat: one row of each has proved rank {n}, the others add none",
                 )
                 return False
             self.sigma_min = proof.sigma_min_lower
-            self._note(name, "holds", f"proved in floating point: {proof.reason}")
+            what = f"proved in floating point: {proof.reason}"
+            if isinstance(features, WideFeatures):
+                rounded = ", rounded to float32" if features.dtype == torch.float32 else ""
+                what += f"; of the wide layer evaluated in float64{rounded}, its features never stored"
+            self._note(name, "holds", what)
             return True
         if groups:
             self._note(
                 name,
                 "fails",
-                f"samples repeat: only {len(features)} of {self.n} rows can be independent"
-                + self._independent(features),
+                f"samples repeat: only {n} of {self.n} rows can be independent" + self._independent(features),
             )
             return False
-        found = near_dependency(features, ones=self.ones)
+        room = limit(self.max_bytes, features.device)
+        found = None
+        if room is None or 24 * n * n < room:
+            found = near_dependency(features, ones=self.ones)
         independent = self._independent(features)
         if found is not None:
             kind = "dependency" if found.exact else "near-dependency"
@@ -403,11 +452,11 @@ class _Examiner:
         )
         return None
 
-    def _independent(self, features: Tensor) -> str:
+    def _independent(self, features: Features) -> str:
         """Sets ``rank_lower`` from rows that are proved independent; a clause that says so, or nothing."""
-        copy = len(features) * self.m * features.element_size()
+        copy = features.nbytes
         try:
-            needed = proof_bytes(len(features), self.m) + copy
+            needed = max(proof_bytes(features.n, self.m), 24 * features.n**2) + copy
             require("a lower bound of the rank", needed, self.max_bytes, features.device, "more memory")
         except MemoryError:
             return ""
@@ -417,11 +466,9 @@ class _Examiner:
         return f"; {self.rank_lower} rows are proved independent ({proof.route})"
 
     def _theorem(self) -> bool:
-        seen, model = self.seen, self.model
-        assert seen is not None and isinstance(model, nn.Module)
-        forced = self.route == "theorem"
-        wide = seen.wide
-        if wide is None:
+        seen, forced = self.seen, self.route == "theorem"
+        wide, below = self._wide()
+        if wide is None or below is None:
             self._note(
                 "wide layer",
                 "fails",
@@ -447,26 +494,31 @@ class _Examiner:
                 f"m = {wide.m} < n = {self.n}; the theorem needs m >= n (gcfast.widen)",
             )
             ok = False
-        bad = [f for f in analyticity(model, seen.head, seen.first_batch) if f.verdict != "analytic"]
+        if seen is None:
+            bad = [] if wide.analytic else [f"{wide.activation_name} is not analytic"]
+            certain = True
+        else:
+            assert isinstance(self.model, nn.Module)
+            found = analyticity(self.model, seen.head, seen.first_batch)
+            bad = [str(f) for f in found if f.verdict != "analytic"]
+            certain = any(f.verdict == "not analytic" for f in found)
         if bad:
-            worst: Status = "fails" if any(f.verdict == "not analytic" for f in bad) else "unknown"
+            worst: Status = "fails" if certain else "unknown"
             self._note(
                 "analytic in the hidden weights",
                 worst,
-                "; ".join(str(f) for f in bad[:5]) + ("; ..." if len(bad) > 5 else ""),
+                "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else ""),
             )
             if forced:
                 raise ValueError(
                     "route: the theorem needs features that are real analytic in the hidden weights; "
-                    f"{'; '.join(str(f) for f in bad[:5])}. Use route='direct'"
+                    f"{'; '.join(bad[:5])}. Use route='direct'"
                 )
             ok = False
         else:
-            self._note(
-                "analytic in the hidden weights", "holds", "every operator before the head is real analytic"
-            )
-        assert seen.below is not None
-        equal = equal_rows(seen.below)
+            what = "every operator before the head" if seen is not None else "the wide layer, in its weights,"
+            self._note("analytic in the hidden weights", "holds", f"{what} is real analytic")
+        equal = self.copies if seen is None else equal_rows(below)
         if equal:
             for group in equal:
                 self.offenders.append(self._offender("equal rows below the wide layer", group))
@@ -483,6 +535,16 @@ class _Examiner:
                 f"all {self.n} stored rows of width {wide.d} are pairwise distinct, exactly",
             )
         return ok
+
+    def _wide(self) -> tuple[WideLayerFound | None, Tensor | None]:
+        """The wide layer and what enters it."""
+        if self.seen is not None:
+            return self.seen.wide, self.seen.below
+        h = self.features
+        assert isinstance(h, WideFeatures)
+        name = h.settings["activation"]
+        analytic = activation_verdict(name)[0] == "analytic"
+        return WideLayerFound("wide", "wide", h.d, h.m, name, analytic, False, nn.Identity()), h.z
 
     def _verdict(
         self,

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from gcfast.inspection import FeatureTap, Head, WideLayerFound, find_head, wide_activation
+from gcfast.memory import limit
+from gcfast.sources import Features, StoredFeatures, WideFeatures, as_features
+from gcfast.wide import WideLayer
 
 BATCH = 512
 
@@ -20,12 +23,13 @@ BATCH = 512
 class TrainingSet:
     """What certify and solve_head know of a model's training set.
 
-    ``features`` (n, m) enter the head; ``below`` (n, d) enter the wide layer (None where there is none);
+    ``features`` (n, m) enter the head: stored, or recomputed from what enters a :class:`gcfast.WideLayer`
+    where storing them would take too much; ``below`` (n, d) enter the wide layer (None where there is none);
     ``outputs`` (n, C) are the model's; ``copies`` lists groups of samples whose inputs are equal, number for
     number.
     """
 
-    features: Tensor
+    features: Features
     targets: Tensor | None
     outputs: Tensor
     head: Head
@@ -197,8 +201,35 @@ def check_features(features: Tensor, name: str = "features") -> None:
             raise ValueError(f"{name}: not finite: {float(features[i, j])} at sample {i}, unit {j}")
 
 
-def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = True) -> TrainingSet:
+def checked(data: Any, name: str = "features") -> Features:
+    """:class:`Features` of what a user gave, finite and not empty; TypeError and ValueError naming it."""
+    if isinstance(data, Features):
+        if isinstance(data, WideFeatures):
+            check_features(data.z, "z")
+            for part, value in (("weight", data.weight), ("bias", data.bias)):
+                if not bool(value.isfinite().all()):
+                    raise ValueError(f"{part}: the wide layer's {part} is not finite")
+        elif isinstance(data, StoredFeatures):
+            check_features(data.matrix, name)
+        return data
+    found = as_features(data, name)
+    assert isinstance(found, StoredFeatures)
+    check_features(found.matrix, name)
+    return found
+
+
+def collect(
+    model: nn.Module,
+    data: Any,
+    head: Any = None,
+    *,
+    inspect: bool = True,
+    max_bytes: int | None = None,
+) -> TrainingSet:
     """Run the model over the data once, in evaluation mode, and look at a few rows a second time.
+
+    The features of a :class:`gcfast.WideLayer` are stored where they take no more than a quarter of
+    ``max_bytes`` (default: of what is free), and recomputed from what enters it otherwise.
 
     Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or
     the features are not finite; HeadError where the model has no head.
@@ -212,16 +243,23 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
     targets: list[Tensor] = []
     digests: list[bytes] = []
     wide: WideLayerFound | None = None
+    layer: nn.Module | None = None
+    streams = False
+    tapped: Any = None
     for x, y in _batches(loader):
         x = _to_device(x, device)
         if first is None:
             first = (x, y)
             head = _head_by_forward(model, x, head)
-            wide = wide_activation(model, head, x) if inspect else None
-            tap = FeatureTap(model, head)
+            wide = wide_activation(model, head, x)
+            layer = wide.module if wide is not None and type(wide.module) is WideLayer else None
+            size = _sample_count(loader), head.in_features * head.module.weight.element_size()
+            streams = layer is not None and _too_much(*size, max_bytes, device)
+            tapped = layer if streams else head
+            tap = FeatureTap(model, tapped)
         with tap:
             h, out = tap(x)
-        if wide is not None:
+        if inspect and wide is not None and not streams:
             with FeatureTap(model, wide.module) as below_tap:
                 below.append(below_tap(x)[0])
         features.append(h)
@@ -236,19 +274,40 @@ def collect(model: nn.Module, data: Any, head: Any = None, *, inspect: bool = Tr
         raise ValueError("data: the training set is empty")
     h = torch.cat(features)
     del features
-    check_features(h, "features")
+    check_features(h, "what enters the wide layer" if streams else "features")
     again, y = next(iter(_batches(loader)))
-    _same_again(model, head, first, (_to_device(again, device), y), h)
+    _same_again(model, tapped, first, (_to_device(again, device), y), h)
+    found: Features
+    if streams:
+        assert layer is not None
+        found, below = WideFeatures(h, layer), [h]
+    else:
+        found = StoredFeatures(h)
     return TrainingSet(
-        features=h,
+        features=found,
         targets=torch.cat(targets) if targets else None,
         outputs=torch.cat(outputs),
         head=head,
-        wide=wide,
+        wide=wide if inspect else None,
         below=torch.cat(below) if below else None,
         copies=_copies(digests, loader) if inspect else [],
         first_batch=first[0],
     )
+
+
+def _sample_count(loader: Any) -> int | None:
+    """The samples a loader will give, None where it does not say."""
+    try:
+        if isinstance(loader, DataLoader):
+            return len(loader.dataset)  # type: ignore[arg-type]
+        return sum(len(batch if isinstance(batch, Tensor) else batch[0]) for batch in loader)
+    except TypeError:
+        return None
+
+
+def _too_much(n: int | None, row_bytes: int, max_bytes: int | None, device: torch.device) -> bool:
+    most = limit(max_bytes, device)
+    return n is None or (most is not None and n * row_bytes > most // 4)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -271,7 +330,7 @@ def _head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
         raise
 
 
-def _same_again(model: nn.Module, head: Head, first: Any, again: Any, features: Tensor) -> None:
+def _same_again(model: nn.Module, head: Any, first: Any, again: Any, features: Tensor) -> None:
     (x, y), (x2, y2) = first, again
     same = len(_tensors(x)) == len(_tensors(x2)) and all(
         a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gcfast._checkpoint import Checkpoint, fingerprint
+from gcfast._choice import Option, Sizes, options, rank_of
 from gcfast._descent import descent, exact
-from gcfast._newton import PAIRS, Problem, State, minimise
+from gcfast._grams import FreeGram, Gram
+from gcfast._grams import form as form_gram
+from gcfast._newton import Problem, State, minimise
+from gcfast._path_keeper import PathKeeper
 from gcfast._products import exact_products
 from gcfast._solution import HeadSolution, Progress, finish
 from gcfast._task import Task
-from gcfast._working_set import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, WorkingSet, follow
-from gcfast.features import check_features, collect, equal_rows
+from gcfast._working_set import (
+    LOOSE,
+    MAX_PATH,
+    PATH_FACTOR,
+    TIGHT,
+    Point,
+    TooMany,
+    WorkingSet,
+    follow,
+)
+from gcfast.features import checked, collect, equal_rows
 from gcfast.inspection import Head
 from gcfast.losses import (
     ConvexLoss,
@@ -26,13 +43,14 @@ from gcfast.losses import (
     output_count,
     resolve_loss,
 )
-from gcfast.memory import require
+from gcfast.memory import limit, require
+from gcfast.sources import Features, WideFeatures
 
 METHODS = ("nearest", "exact", "gd", "sgd")
 
 
 def solve_head(
-    model_or_features: nn.Module | Tensor,
+    model_or_features: nn.Module | Tensor | Features | Any,
     data_or_targets: Any,
     *,
     loss: str | nn.Module | ConvexLoss = "cross_entropy",
@@ -45,12 +63,15 @@ def solve_head(
     head: Head | nn.Module | str | None = None,
     max_iterations: int | None = None,
     generator: torch.Generator | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 120.0,
 ) -> HeadSolution:
     """Solve phase two: minimise L over the head (W, b) with the hidden weights frozen.
 
     Args:
         model_or_features: a model, whose head is updated in place, or features (n, m) without the ones
-            column.
+            column: a tensor, a numpy array (memory-mapped too), blocks of rows, or
+            :class:`gcfast.WideFeatures`, which are never stored.
         data_or_targets: the training set (inputs, targets), a Dataset or DataLoader with a fixed order; with
             features, the targets: class labels (n,), probabilities (n, C), or real (n, C), by the loss.
         loss: "cross_entropy", "mse", "bce_with_logits", "huber", a ``torch.nn`` loss, or a
@@ -64,13 +85,17 @@ def solve_head(
             batches of 256.
         weight_decay: wd >= 0 adds (wd/2)|V|^2, bias included, as in ``torch.optim``; ``nearest``, ``gd``,
             ``sgd``.
-        max_bytes: refuse beforehand what needs more memory than this (default: what the machine has free).
+        max_bytes: memory that may be used beyond the features (default: what the machine has free). The form
+            of K = H1 H1^T is chosen by it, see :func:`gcfast.plan`; refused beforehand where none fits.
         callback: called with a :class:`Progress`. Ctrl-C ends the work with the best head so far.
         head: module or name, where the model's head is not the last Linear applied.
         max_iterations: of gd (default 10,000) and sgd (epochs, default 200).
+        checkpoint: a file in which ``nearest`` keeps its state every ``checkpoint_seconds``; a run that was
+            killed takes up from it, and it is removed when the work is done.
 
     Raises:
         ValueError, TypeError: naming the argument. MemoryError: with the bytes it would take and the way out.
+        CheckpointError: the checkpoint is torn, or of another problem. OSError: no room for it on the disk.
     """
     began = time.perf_counter()
     if method not in METHODS:
@@ -81,24 +106,33 @@ def solve_head(
     if isinstance(model_or_features, nn.Module):
         if start is not None:
             raise ValueError("start: the model's own head is the start; give features to start elsewhere")
-        seen = collect(model_or_features, data_or_targets, head, inspect=False)
+        seen = collect(model_or_features, data_or_targets, head, inspect=False, max_bytes=max_bytes)
         if seen.targets is None:
             raise ValueError("data: expected (inputs, targets); got inputs alone")
         module = seen.head.module
         task = _task(seen.features, seen.targets, convex, (module.weight, module.bias))
     else:
-        check_features(model_or_features)
+        features = checked(model_or_features)
+        if isinstance(data_or_targets, np.ndarray):
+            data_or_targets = torch.from_numpy(np.array(data_or_targets))
         if not isinstance(data_or_targets, Tensor):
             raise TypeError(f"targets: expected a tensor; got {type(data_or_targets).__name__}")
         module = None
-        task = _task(model_or_features, data_or_targets, convex, start)
+        task = _task(features, data_or_targets, convex, start)
     say = callback or (lambda progress: None)
-    with exact_products():
+    keeper = None
+    if checkpoint is not None:
+        if method != "nearest":
+            raise ValueError(f"checkpoint: only method='nearest' keeps one; got method={method!r}")
+        settings = (repr(convex), float(target_gap), float(weight_decay))
+        parts = (*task.features.identity(), task.targets, task.weight, task.bias, settings)
+        keeper = Checkpoint(checkpoint, "solve_head", fingerprint(*parts), checkpoint_seconds)
+    with exact_products(), keeper or contextlib.nullcontext():
         check_convex(convex, task.start_logits[:256], task.targets[:256])
         if method == "exact":
             solution = exact(task, max_bytes, weight_decay, target_gap)
         elif method == "nearest":
-            solution = _nearest(task, target_gap, weight_decay, max_bytes, say, began)
+            solution = _nearest(task, target_gap, weight_decay, max_bytes, say, began, keeper)
         else:
             solution = descent(task, method, target_gap, weight_decay, max_iterations, generator, say, began)
     if module is not None:
@@ -106,6 +140,8 @@ def solve_head(
             module.weight.copy_(solution.weight)
             if module.bias is not None and solution.bias is not None:
                 module.bias.copy_(solution.bias)
+    if keeper is not None and not solution.interrupted:
+        keeper.remove()
     solution.seconds = time.perf_counter() - began
     return solution
 
@@ -124,9 +160,9 @@ def _number(name: str, value: float, positive: bool = False) -> None:
 
 
 def _task(
-    features: Tensor, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
+    features: Features, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
 ) -> Task:
-    n, m = features.shape
+    n, m = features.n, features.m
     if targets.device != features.device:
         raise ValueError(
             f"targets: expected on the device of the features, {features.device}; got {targets.device}"
@@ -155,7 +191,29 @@ def _task(
         ):
             raise ValueError("start: the weights are not finite")
     y = loss.prepare(targets, n, len(weight))
-    return Task(features, y, loss, weight, bias, infimum_with_copies(loss, y, equal_rows(features)))
+    copies = equal_rows(features.keys())
+    return Task(features, y, loss, weight, bias, infimum_with_copies(loss, y, copies))
+
+
+def sizes_of(features: Features, c: int) -> Sizes:
+    d = features.d if isinstance(features, WideFeatures) else None
+    return Sizes(features.n, features.m, c, d, features.dtype, features.device)
+
+
+def _options(task: Task, weight_decay: float, max_bytes: int | None) -> list[Option]:
+    """The forms of K that fit, best first; MemoryError where none does."""
+    hard = isinstance(task.loss, CrossEntropy) and task.targets.dim() == 1 and not weight_decay
+    room = limit(max_bytes, task.device)
+    found = options(sizes_of(task.features, len(task.weight)), hard, room)
+    least = min(found, key=lambda o: o.bytes)
+    require(
+        f"solve_head(method='nearest'), in its smallest form ({least.name}),",
+        least.bytes,
+        max_bytes,
+        task.device,
+        "use method='sgd', or fewer samples",
+    )
+    return [o for o in found if room is None or o.bytes <= room]
 
 
 def _nearest(
@@ -165,20 +223,12 @@ def _nearest(
     max_bytes: int | None,
     say: Callable[[Progress], None],
     began: float,
+    checkpoint: Checkpoint | None,
 ) -> HeadSolution:
     n, c = task.n, len(task.weight)
-    bytes_needed = n * n * 8 + n * 1024 * 8 + 40 * n * c * 8 + 3 * PAIRS**2 * 8
-    if task.loss.separable:
-        bytes_needed += 2 * min(n, 8192) ** 2 * 8
-    require(
-        "solve_head(method='nearest')",
-        bytes_needed,
-        max_bytes,
-        task.features.device,
-        "use method='sgd', or fewer samples",
-    )
+    forms = _options(task, weight_decay, max_bytes)
     if weight_decay:
-        offset = torch.zeros((n, c), dtype=torch.float64, device=task.features.device)
+        offset = torch.zeros((n, c), dtype=torch.float64, device=task.device)
     else:
         offset = task.start_logits
     target = task.infimum + target_gap
@@ -190,8 +240,9 @@ def _nearest(
         "interrupted": False,
         "iterations": 0,
         "products": 0,
-        "peak_bytes": bytes_needed,
+        "peak_bytes": forms[0].bytes,
         "path": path,
+        "form": forms[0].name,
     }
     if not weight_decay and initial <= target:
         return finish(
@@ -208,25 +259,44 @@ def _nearest(
     lam, reason = 0.0, ""
     problem: Problem | None = None
     working: WorkingSet | None = None
+    keeper = PathKeeper(checkpoint, task, path)
     try:
         # hard labels leave few samples near their margin: work on those, and look at all
-        if n > 1024 and isinstance(task.loss, CrossEntropy) and task.targets.dim() == 1 and not weight_decay:
-            working = WorkingSet(task)
-            found = follow(working, task, target_gap, path, say, began)
-            known |= {"iterations": working.steps, "products": working.products}
-            if found is not None:
-                known["peak_bytes"] = working.held_bytes()
-                best, lam = State(found[0], zero), found[1]
-                return _arrive(task, best, lam, target_gap, weight_decay, ARRIVED, known)
-            path.clear()  # all samples at once, in float64, decides
+        if forms[0].form == "set":
+            if keeper.form in (None, "set"):
+                working = WorkingSet(task, forms[0].most_rows)
+                try:
+                    found = follow(
+                        working, task, target_gap, path, say, began, keeper.point(working), keeper.keep_set
+                    )
+                except TooMany:
+                    found = None
+                known |= {"iterations": working.steps, "products": working.products}
+                if found is not None:
+                    best, lam = State(found[0], zero), found[1]
+                    return _arrive(task, best, lam, target_gap, weight_decay, ARRIVED, known)
+            path.clear()  # all samples at once decide
             working = None
-        problem = Problem(task.gram(), offset, task.loss, task.targets)
-        lam = 3e-3 * float(problem.diagonal.mean()) / n
-        if weight_decay:
-            lam = max(lam, weight_decay)
-        best, lam, reason = _follow(
-            problem, task, best, lam, target, target_gap, weight_decay, path, say, began, initial
-        )
+            forms.pop(0)
+            if not forms:
+                raise MemoryError(
+                    "solve_head: more samples matter than the memory allowed has room for; raise max_bytes"
+                )
+        while True:
+            known |= {"peak_bytes": forms[0].bytes, "form": forms[0].name}
+            rank = rank_of(sizes_of(task.features, c))
+            problem = Problem(_gram(task, forms[0]), offset, task.loss, task.targets, rank=rank)
+            lam = 3e-3 * float(problem.diagonal.mean()) / n
+            if weight_decay:
+                lam = max(lam, weight_decay)
+            best, lam, reason = _follow(
+                problem, task, best, lam, target, target_gap, weight_decay, path, say, began, initial, keeper
+            )
+            exact = [o for o in forms[1:] if o.dtype == torch.float64]
+            if reason in (ARRIVED, REGULARISED) or forms[0].dtype == torch.float64 or not exact:
+                break
+            forms, best = exact, State(zero, zero, initial)  # float32 lost too many digits
+            path.clear()
     except KeyboardInterrupt:
         known["interrupted"] = True
         reason = "interrupted; the best head so far"
@@ -240,6 +310,14 @@ def _nearest(
     return _arrive(task, best, lam, target_gap, weight_decay, reason, known)
 
 
+def _gram(task: Task, form: Option) -> Gram:
+    ones = task.bias is not None
+    if form.form == "free":
+        return FreeGram(task.features, ones, form.dtype, form.most_rows)
+    return form_gram(task.features, ones, form.dtype, form.form == "dense")
+
+
+REGULARISED = "minimiser of the regularised problem, certified by duality"
 ARRIVED = "nearest minimiser within the target gap, certified by duality"
 
 
@@ -272,14 +350,17 @@ def _follow(
     say: Callable[[Progress], None],
     began: float,
     initial: float,
+    keeper: PathKeeper,
 ) -> tuple[State, float, str]:
     """Follow the path down in lambda to the target; the last point is polished and checked in float64."""
-    previous: tuple[float, State] | None = None
-    flat, corrections = 0, 0
+    point = keeper.point(None) or Point(0, lam, state.a, state.f)
     span = math.log(max(initial - task.infimum, 10 * target_gap) / target_gap)
-    for index in range(MAX_PATH):
+    state, lam = State(point.a, point.f), point.lam
+    while point.index < MAX_PATH:
+        keeper.keep_all(point)
+        lam = point.lam
         last = weight_decay > 0 and lam <= weight_decay
-        state = minimise(problem, state, lam, TIGHT if last else LOOSE)
+        state = minimise(problem, State(point.a, point.f), lam, TIGHT if last else LOOSE)
         if not last and not weight_decay and state.loss <= target:
             state = minimise(problem, state, lam, TIGHT)
         if last:
@@ -287,39 +368,32 @@ def _follow(
                 if state.gap <= target_gap:
                     break
                 state = minimise(problem, state, lam, 0.5 * target_gap / max(state.quadratic, 1e-300))
+            state = _settle(problem, task, state, lam, target_gap)
         path.append((lam, state.loss))
         problem.newest = state
+        point.index += 1
         excess = max(state.loss - task.infimum, 1e-300)
         fraction = 1.0 if last else min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
-        say(
-            Progress(
-                index + 1,
-                lam,
-                state.loss,
-                state.gap if weight_decay else excess,
-                time.perf_counter() - began,
-                fraction,
-            )
-        )
+        gap = state.gap if weight_decay else excess
+        say(Progress(point.index, lam, state.loss, gap, time.perf_counter() - began, fraction))
         if last:
-            return state, lam, "minimiser of the regularised problem, certified by duality"
+            return state, lam, REGULARISED
         if not weight_decay and state.loss <= target:
             state, inside = _correct(problem, task, state, lam, target)
             if inside:
                 path[-1] = (lam, state.loss)
                 return state, lam, ARRIVED
-            corrections += 1
-            if corrections > 6:
+            point.attempts += 1
+            if point.attempts > 6:
                 return state, lam, "rounding in the dtype of the features keeps the loss above the target"
-            lam *= 0.7
-            previous = None
+            point.lam, point.a, point.f, point.previous = 0.7 * lam, state.a, state.f, None
             continue
-        if path[1:] and state.loss - task.infimum > 0.95 * (path[-2][1] - task.infimum):
-            flat += 1
-            if flat >= 4:
+        if len(path) > 1 and state.loss - task.infimum > 0.95 * (path[-2][1] - task.infimum):
+            point.flat += 1
+            if point.flat >= 4:
                 return state, lam, _stuck(task, target_gap)
         else:
-            flat = 0
+            point.flat = 0
         if not math.isfinite(state.value):
             return state, lam, "the loss overflowed along the path"
         shrink = (
@@ -328,9 +402,24 @@ def _follow(
             else max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
         )
         following = max(lam * shrink, weight_decay) if weight_decay else lam * shrink
-        before, state = state, _extrapolate(problem, previous, state, lam, following)
-        previous, lam = (lam, before), following
+        ahead = _extrapolate(problem, point.previous, state, lam, following)
+        point.previous, point.lam = (lam, state.a, state.f), following
+        point.a, point.f = ahead.a, ahead.f
     return state, lam, _stuck(task, target_gap)
+
+
+def _settle(problem: Problem, task: Task, state: State, lam: float, target_gap: float) -> State:
+    """With weight decay and a float32 Gram: true logits become the offset until the gap is there in float64."""
+    if problem.gram.dtype == torch.float64:
+        return state
+    for _ in range(4):
+        du, db = task.transpose(state.a)
+        problem.offset = task.logits(du, None if task.bias is None else db) - state.f
+        steps = problem.steps
+        state = minimise(problem, state, lam, 0.5 * target_gap / max(state.quadratic, 1e-300))
+        if problem.steps == steps:
+            break
+    return state
 
 
 def _correct(problem: Problem, task: Task, state: State, lam: float, target: float) -> tuple[State, bool]:
@@ -347,7 +436,7 @@ def _correct(problem: Problem, task: Task, state: State, lam: float, target: flo
 
 
 def _stuck(task: Task, target_gap: float) -> str:
-    n, m = task.features.shape
+    n, m = task.n, task.features.m
     if n > m + int(task.bias is not None):
         return (
             f"L* + {target_gap:g} is out of reach: n = {n} samples exceed m + 1 = {m + 1}; "
@@ -360,13 +449,17 @@ def _stuck(task: Task, target_gap: float) -> str:
 
 
 def _extrapolate(
-    problem: Problem, previous: tuple[float, State] | None, state: State, lam: float, following: float
+    problem: Problem,
+    previous: tuple[float, Tensor, Tensor] | None,
+    state: State,
+    lam: float,
+    following: float,
 ) -> State:
     """Go on linearly in log lambda where that beats standing still: late on the path it is nearly exact."""
     if previous is None:
         return state
     w = math.log(following / lam) / math.log(lam / previous[0])
-    a, f = state.a + w * (state.a - previous[1].a), state.f + w * (state.f - previous[1].f)
+    a, f = state.a + w * (state.a - previous[1]), state.f + w * (state.f - previous[2])
     ahead, _ = problem.evaluate(a, f, following)
     here, _ = problem.evaluate(state.a, state.f, following)
     return State(a, f) if ahead < here else state

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def available(device: torch.device) -> int | None:
@@ -20,14 +28,55 @@ def available(device: torch.device) -> int | None:
     return None
 
 
+def limit(max_bytes: int | None, device: torch.device) -> int | None:
+    """``max_bytes``, or what is free on the device, or None where nobody knows. ValueError for nonsense."""
+    if max_bytes is not None and (
+        not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0
+    ):
+        raise ValueError(f"max_bytes: expected a positive number of bytes; got {max_bytes!r}")
+    return max_bytes if max_bytes is not None else available(device)
+
+
 def require(what: str, needed: int, max_bytes: int | None, device: torch.device, way_out: str) -> None:
     """Raise MemoryError if ``needed`` exceeds ``max_bytes``, or what is free where that is None."""
-    if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes <= 0):
-        raise ValueError(f"max_bytes: expected a positive number of bytes; got {max_bytes!r}")
-    limit = max_bytes if max_bytes is not None else available(device)
-    if limit is not None and needed > limit:
+    most = limit(max_bytes, device)
+    if most is not None and needed > most:
         source = "max_bytes allows" if max_bytes is not None else f"{device} has free"
         raise MemoryError(
-            f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB); {source} {limit:,}. "
+            f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB); {source} {most:,}. "
             f"Way out: {way_out}."
         )
+
+
+def reserve_file(file: Any, size: int, what: str) -> None:
+    """Give ``file`` at least ``size`` bytes of disk; OSError that says what for where there is no room."""
+    try:
+        if os.fstat(file.fileno()).st_size < size:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            error.errno,
+            f"{what}: {size:,} bytes do not fit on the disk of {folder}, which has {free:,} free; "
+            "set TMPDIR to a folder with more room",
+        ) from error
+
+
+class Scratch:
+    """Memory that is a file without a name: it goes when nobody looks at it any more, and with the process."""
+
+    def __init__(self, folder: str | None = None):
+        self.folder = folder
+
+    def map(self, count: int, dtype: torch.dtype) -> Tensor:
+        """``count`` zeros on disk, as a tensor. Raises OSError where the disk has no room for them."""
+        if count == 0:
+            return torch.zeros(0, dtype=dtype)
+        with tempfile.TemporaryFile(dir=self.folder, prefix="gcfast-") as file:
+            size = count * dtype.itemsize
+            reserve_file(file, size, "scratch tiles")
+            buffer = mmap.mmap(file.fileno(), size)
+        return torch.frombuffer(buffer, dtype=dtype, count=count)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gcfast import _validate, ops
-from gcfast._products import WidePanels, check_products, exact_products, mirror_
+from gcfast._products import StackedOnes, check_products, exact_products, mirror_
 from gcfast._shift import bounded_gram
+from gcfast._tiles import Tiles
 from gcfast._trace import OutputHook
 from gcfast.inspection import Head, find_head, unwrap
 from gcfast.ops import wide_forward, wide_gram_product, wide_head_grad
+from gcfast.sources import WideFeatures
 
 __all__ = [
     "WideGram",
@@ -165,13 +167,15 @@ def wide_gram(
     for name, value in (("z", z), ("weight", weight), ("bias", bias)):
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")
-    h = WidePanels(z, weight, bias, activation, beta, ones)
+    layer = (weight.double(), bias.double())  # the Gram is that of features in float64
+    h = StackedOnes(WideFeatures(z.double(), layer, activation=activation, beta=beta), ones)
     if h.n == 0 or h.columns == 0:
         return WideGram(torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device), 0.0)
     with exact_products():
         check_products(z.device)
-        bounded = bounded_gram(h)
-    return WideGram(mirror_(bounded.lower), bounded.error)
+        gram = torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device)
+        bounded = bounded_gram(h, Tiles.of(gram))
+    return WideGram(mirror_(gram), bounded.error)
 
 
 class WideHead(nn.Sequential):

@@ -1,0 +1,131 @@
+"""Which form of K = H1 H1^T the solver uses: counted in bytes and operations before any work.
+
+Rates are of the order of what a machine does; only their ratios decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gcfast._tiles import Tiles
+
+PRODUCTS = 200  # with K that a path takes, roughly
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one problem: samples, features, outputs; ``d``: width below the wide layer where H is recomputed."""
+
+    n: int
+    m: int
+    c: int
+    d: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of products in float32 and float64, bytes a second of memory."""
+
+    f32: float
+    f64: float
+    memory: float
+
+    def flops(self, dtype: torch.dtype) -> float:
+        return self.f64 if dtype == torch.float64 else self.f32
+
+
+CPU, GPU = Rates(3e11, 1.5e11, 2e10), Rates(4e13, 4e13, 2.5e12)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One form: ``bytes`` at its peak beyond the features given, ``seconds`` of order."""
+
+    name: str
+    bytes: int
+    seconds: float
+    dtype: torch.dtype
+    form: str  # "set", "dense", "tiles", "free"
+    most_rows: int = 0  # of the working set, or of K's rows in the cache
+
+
+def typical(device: torch.device) -> Rates:
+    return CPU if device.type == "cpu" else GPU
+
+
+def _pass(s: Sizes, rates: Rates, dtype: torch.dtype, sides: int) -> float:
+    """Seconds of H^T a and H u."""
+    work = 4.0 * s.n * s.m * sides / rates.flops(dtype)
+    if s.d is not None:
+        return work + 2.0 * s.n * s.m * s.d / rates.flops(dtype)
+    return max(work, 2.0 * s.n * s.m * dtype.itemsize / rates.memory)
+
+
+def common_bytes(s: Sizes) -> int:
+    """Of any form: some dozens of (n, C), and Z in float32 and float64 where features are recomputed."""
+    held = 24 * s.n * s.c * 8 + (1 << 26)
+    return held + (0 if s.d is None else 12 * (s.n + s.m) * s.d)
+
+
+def rank_of(s: Sizes) -> int:
+    """Of the Nystrom preconditioner."""
+    return max(1, min(512, s.n // 4))
+
+
+def options(s: Sizes, hard: bool, room: int | None, rates: Rates | None = None) -> list[Option]:
+    """Every form, in order of preference among those that fit ``room``, then those that do not.
+
+    ``hard``: cross-entropy of class labels without weight decay, which lets a working set do.
+    """
+    rates = rates or typical(s.device)
+    common = common_bytes(s)
+    left = (1 << 62) if room is None else room - common
+    whole: list[Option] = []
+    own = s.d is None and s.dtype != torch.float32
+    if hard and s.n > 1024:
+        fixed = 4 * s.n * s.m if own else 0
+        row = 0 if s.d is not None else 4 * s.m
+        # of S rows: their features where these are stored, their Gram twice while it grows
+        most = 0
+        if left > fixed:
+            most = int(((row * row / 4 + 12.0 * (left - fixed)) ** 0.5 - row / 2) / 12)
+        wanted = min(s.n, max(2048, s.n // 4))
+        size = fixed + wanted * row + 12 * wanted * wanted
+        seconds = 40 * _pass(s, rates, torch.float32, s.c) + wanted**2 * s.m / rates.f32
+        name = "K of the samples that matter, float32"
+        whole.append(Option(name, common + size, seconds, torch.float32, "set", min(most, s.n)))
+    nystrom = 16 * s.n * rank_of(s)
+    panel = 2 * 1024 * s.n
+    for dtype, word in ((torch.float64, "float64"), (torch.float32, "float32")):
+        size = dtype.itemsize
+        # what float32 forms compute is corrected by residuals in float64
+        again = 1.0 if dtype == torch.float64 else 2.0
+        formed = s.n * s.n * s.m / rates.flops(dtype)
+        product = max(s.n * s.n * size / 2 / rates.memory, 2.0 * s.n * s.n * s.c / rates.flops(dtype))
+        most = min(s.n, max(1024, s.n // 8))
+        block = size * most * s.n + 8 * most * most
+        need = common + nystrom + panel * size + block
+        seconds = formed + again * PRODUCTS * product
+        whole.append(Option(f"K whole, {word}", need + size * s.n**2, seconds, dtype, "dense"))
+        half = size * Tiles.count(s.n, s.device)
+        whole.append(Option(f"K, lower half, {word}", need + half, 1.3 * seconds, dtype, "tiles"))
+        if s.d is None and dtype == torch.float64 and s.dtype != torch.float64:
+            continue
+        rows = min(s.n, 2048)
+        if room is not None:
+            rows = max(256, min(rows, (left - nystrom) // 2 // (size * s.n + 1)))
+        free = common + nystrom + size * rows * s.n + 8 * rows * rows
+        seconds = again * PRODUCTS * _pass(s, rates, dtype, s.c)
+        name = f"K never stored, features {'recomputed' if s.d is not None else 'read'}, {word}"
+        whole.append(Option(name, free, seconds, dtype, "free", rows))
+
+    def order(o: Option) -> tuple[bool, bool, float]:
+        fits = room is None or o.bytes <= room
+        # float32 loses the last digits of a hard problem and then costs a second run in float64
+        return not fits, o.form != "set", o.seconds * (1.0 if o.dtype == torch.float64 else 3.0)
+
+    return sorted(whole, key=order)
