@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 DIGEST = 32
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 PIECE = 4 * _BLOCK
 
 
@@ -82,16 +82,22 @@ def digest_of(block: np.ndarray) -> bytes:
 def hash_pieces(
     pieces: Iterable[np.ndarray], workers: ThreadPoolExecutor, write: Callable[[Any], object] | None = None
 ) -> hashlib.blake2b:
-    """The digest of block digests, taken while ``write`` writes."""
+    """The digest of block digests, taken while ``write`` writes and while the next piece is made."""
     root = hashlib.blake2b(digest_size=DIGEST)
+    pending: Iterator[bytes] = iter(())
     for piece in pieces:
-        digests = workers.map(
-            digest_of, [piece[begin : begin + _BLOCK] for begin in range(0, len(piece), _BLOCK)]
+        blocks = [piece[begin : begin + _BLOCK] for begin in range(0, len(piece), _BLOCK)]
+        # A single block is hashed here: handing it over takes longer, for the many small tensors of a model.
+        before, pending = (
+            pending,
+            workers.map(digest_of, blocks) if len(blocks) > 1 else map(digest_of, blocks),
         )
+        for digest in before:
+            root.update(digest)
         if write is not None:
             write(piece)
-        for digest in digests:
-            root.update(digest)
+    for digest in pending:
+        root.update(digest)
     return root
 
 
@@ -106,10 +112,10 @@ def pieces_of(tensor: Tensor) -> Iterator[np.ndarray]:
         for slab in _slabs(tensor, PIECE):
             yield raw_bytes(slab.resolve_conj().resolve_neg().cpu())
         return
-    stage = np.empty(min(PIECE, tensor.numel() * tensor.element_size()), np.uint8)
-    filled = 0
-    for slab in _slabs(tensor, 2 * _BLOCK):
-        # The clone keeps the order of the memory: transposed from there, rows do not lie a page or more apart.
+    left = tensor.numel() * tensor.element_size()
+    stage, filled = np.empty(min(PIECE, left), np.uint8), 0
+    for slab in _slabs(tensor, PIECE):
+        # The clone keeps the order of the memory: transposed from there, rows do not lie pages apart.
         raw = raw_bytes(slab.resolve_conj().resolve_neg().clone().contiguous().cpu())
         while len(raw):
             count = min(len(raw), len(stage) - filled)
@@ -117,9 +123,8 @@ def pieces_of(tensor: Tensor) -> Iterator[np.ndarray]:
             filled, raw = filled + count, raw[count:]
             if filled == len(stage):
                 yield stage
-                filled = 0
-    if filled:
-        yield stage[:filled]
+                left -= filled
+                stage, filled = np.empty(min(PIECE, left), np.uint8), 0
 
 
 def _slabs(tensor: Tensor, limit: int) -> Iterator[Tensor]:
