@@ -292,9 +292,10 @@ class Checkpoint:
 
     def _free(self, unknown: int) -> int:
         try:
-            return shutil.disk_usage(self._target.parent).free
+            usage = shutil.disk_usage(self._target.parent)
         except OSError:
             return unknown
+        return usage.free if usage.total else unknown  # some network file systems report zeros
 
     def _failure(self, error: OSError, needed: int) -> OSError:
         free = self._free(-1)
