@@ -1,0 +1,379 @@
+"""Checkpoints of long computations: one file with small values and large tensors, whole or not there at all.
+
+Layout: magic, format version, length of the header, header (JSON, padded with blanks), its digest, then the
+raw tensors in the order of the header's table, each padded to 64 bytes. Digests are BLAKE2b; that of a tensor
+is taken over the digests of its blocks, so that several cores share the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._digest import (
+    DIGEST,
+    PIECE,
+    check_tensor,
+    digest_of,
+    fingerprint,
+    hash_pieces,
+    pieces_of,
+    pool,
+    raw_bytes,
+)
+from ._file_lock import FileLock, LockHeld
+from ._version import __version__
+
+__all__ = ["Checkpoint", "CheckpointError", "State", "fingerprint"]
+
+_MAGIC = b"gcfast\x00state\r\n\x1a\n"
+_VERSION = 1
+_PREAMBLE = struct.Struct("<16sIQ")
+_ALIGN = 64
+_WAY_OUT = "Delete the file or give another path"
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be continued from; the message names it, what is wrong and the way out."""
+
+
+class State:
+    """A loaded checkpoint: ``values``, ``names`` of the tensors, and the tensors themselves on demand.
+
+    It stays readable while newer checkpoints are saved, but keeps its bytes on the disk until ``close``.
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO, start: int, header: Mapping[str, Any]) -> None:
+        self.values: dict[str, Any] = header["values"]
+        self._path, self._stream, self._start = path, stream, start
+        self._table = {entry["name"]: entry for entry in header["tensors"]}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._table)
+
+    def tensors(self, name: str) -> Tensor:
+        """Read one tensor, contiguous and on the CPU.
+
+        Raises KeyError for a name that is not in ``names``, CheckpointError for bytes that do not match
+        their digest or a dtype that this torch does not have, ValueError once closed.
+        """
+        entry = self._table[name]
+        dtype = getattr(torch, entry["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            what = f"its tensor {name!r} has dtype {entry['dtype']}, which torch {torch.__version__} lacks"
+            _refuse(self._path, what, "Update torch, or give another path")
+        result = torch.empty(entry["shape"], dtype=dtype, device="cpu")
+        raw = raw_bytes(result)
+        self._stream.seek(self._start + entry["offset"])
+
+        def pieces() -> Iterator[np.ndarray]:
+            for begin in range(0, len(raw), PIECE):
+                piece = raw[begin : begin + PIECE]
+                if self._stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                    _refuse(self._path, f"it is truncated within tensor {name!r}")
+                yield piece
+
+        with pool() as workers:
+            root = hash_pieces(pieces(), workers)
+        root.update(self._stream.read(-len(raw) % _ALIGN))
+        if root.hexdigest() != entry["digest"]:
+            _refuse(self._path, f"it is corrupt: tensor {name!r} does not match its digest")
+        return result
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Checkpoint:
+    """The file ``path`` of one computation, for one process and one of its threads at a time.
+
+    ``kind`` names the computation and ``fingerprint`` its data, weights and settings: a file of another is
+    refused. The first ``load`` or ``save`` takes ``path + ".lock"``; ``close``, ``remove`` and the end of
+    the process, however it ends, release it. A ``with`` block closes.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, fingerprint: str, every: float = 120.0
+    ) -> None:
+        """Raises ValueError where ``every`` is not a number of seconds, zero or more."""
+        if math.isnan(every) or every < 0:
+            raise ValueError(f"every: expected seconds, zero or more; got {every!r}")
+        self.path, self.kind, self.fingerprint, self.every = Path(path), kind, fingerprint, float(every)
+        # A symbolic link keeps pointing where it did: its target is replaced, not the link.
+        self._target = Path(os.path.realpath(path))
+        self._last = time.monotonic()
+        self._checked = False
+        self._lock: FileLock | None = None
+
+    def due(self) -> bool:
+        """Whether ``every`` seconds have passed since the last save, or since the start."""
+        return time.monotonic() - self._last >= self.every
+
+    def load(self) -> State | None:
+        """The last state saved, None where there is no file.
+
+        Raises CheckpointError if another process uses the file, or if it is foreign, truncated, corrupt, of
+        another format version, kind or fingerprint; OSError if it cannot be read or locked.
+        """
+        self._acquire()
+        self._clean()
+        try:
+            mode = os.stat(self._target).st_mode
+        except FileNotFoundError:
+            self._checked = True
+            return None
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            _refuse(self.path, "it is not a regular file", "Give another path")
+        stream = open(self._target, "rb")  # noqa: SIM115  (the State owns it)
+        try:
+            start, header = _read_header(self.path, stream)
+            if header["kind"] != self.kind:
+                _refuse(self.path, f"it is a checkpoint of {header['kind']!r}, not of {self.kind!r}")
+            if header["fingerprint"] != self.fingerprint:
+                theirs, ours = header["fingerprint"][:12], self.fingerprint[:12]
+                what = f"it was made from other data, weights or settings (fingerprint {theirs}, here {ours})"
+                _refuse(self.path, what)
+        except BaseException:
+            stream.close()
+            raise
+        self._checked = True
+        return State(self.path, stream, start, header)
+
+    def save(
+        self, values: dict[str, Any], tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Replace the checkpoint; until the new one is complete and on the disk the old one stays.
+
+        ``values`` are those of JSON and come back exact, infinities and large integers included; tuples
+        come back as lists. Tensors come back contiguous and on the CPU, each with its own storage.
+
+        Raises TypeError and ValueError for values or tensors that cannot be written, OSError where the disk
+        is full or the folder missing or not writable, and, where a file is there that this object has
+        neither loaded nor saved, whatever ``load`` raises, rather than replace it.
+        """
+        pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        header, size = self._header(values, pairs)
+        start = len(_head(header))
+        if not self._checked:
+            state = self.load()
+            if state is not None:
+                state.close()
+        self._acquire()
+        self._clean()
+        needed = start + size
+        temporary = self._temporary(os.getpid())
+        try:
+            if self._free(needed) < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(temporary, "xb") as stream, pool() as workers:
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, self._target.stat().st_mode & 0o777)
+                stream.seek(start)
+                for entry, (_, tensor) in zip(header["tensors"], pairs):
+                    root = hash_pieces(pieces_of(tensor), workers, stream.write)
+                    padding = bytes(-entry["bytes"] % _ALIGN)
+                    stream.write(padding)
+                    root.update(padding)
+                    entry["digest"] = root.hexdigest()
+                stream.seek(0)
+                stream.write(_head(header))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, self._target)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            if isinstance(error, OSError):
+                raise self._failure(error, needed) from error
+            raise
+        with contextlib.suppress(OSError):  # not every file system syncs a folder; the file is safe by then
+            folder = os.open(self._target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete the file, where there is one, and release it: the work is done.
+
+        Raises what ``load`` raises for a file that this object has neither loaded nor saved.
+        """
+        if not self._checked:
+            state = self.load()
+            if state is not None:
+                state.close()
+        self._acquire()
+        self._clean()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._target)
+        self.close()
+
+    def close(self) -> None:
+        """Release the file to other processes; the checkpoint stays."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock, self._checked = None, False
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _header(self, values: dict[str, Any], pairs: list[tuple[str, Tensor]]) -> tuple[dict[str, Any], int]:
+        """The header, with zeros for the digests, and the bytes of the tensors behind it."""
+        _check_values(values, "values")
+        table: list[dict[str, Any]] = []
+        offset = 0
+        for name, tensor in pairs:
+            check_tensor(tensor, f"tensors[{name!r}]")
+            size = tensor.numel() * tensor.element_size()
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entry = {"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": offset}
+            table.append({**entry, "bytes": size, "digest": "0" * 2 * DIGEST})
+            offset += size + -size % _ALIGN
+        names = [name for name, _ in pairs]
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ValueError(f"tensors: expected distinct strings as names; got {names}")
+        origin = {"kind": self.kind, "fingerprint": self.fingerprint, "gcfast": __version__}
+        return {**origin, "values": values, "tensors": table}, offset
+
+    def _acquire(self) -> None:
+        """Take the lock, unless this process has it already."""
+        if self._lock is not None and self._lock.held:
+            return
+        path = f"{self._target}.lock"
+        try:
+            self._lock = FileLock(path)
+        except LockHeld as held:
+            mine = held.holder == str(os.getpid())
+            who = "this process itself" if mine else f"another process (pid {held.holder})"
+            way_out = "Close its first Checkpoint" if mine else "Wait for it, stop it"
+            _refuse(self.path, f"{who} is using it", f"{way_out} or give another path")
+        except OSError as error:
+            what = f"checkpoint {self.path}: its lock file {path} cannot be opened ({error.strerror})"
+            raise OSError(error.errno, what) from error
+
+    def _temporary(self, pid: int | str) -> Path:
+        return self._target.with_name(f".{self._target.name}.{pid}.tmp")
+
+    def _clean(self) -> None:
+        """Remove what killed processes left; under the lock nothing of this process is being written."""
+        pattern = re.compile(re.escape(f".{self._target.name}.") + r"(\d+)\.tmp")
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._target.parent):
+                match = pattern.fullmatch(name)
+                if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+                    with contextlib.suppress(OSError):
+                        os.unlink(self._target.parent / name)
+
+    def _free(self, unknown: int) -> int:
+        try:
+            usage = shutil.disk_usage(self._target.parent)
+        except OSError:
+            return unknown
+        return usage.free if usage.total else unknown  # some network file systems report zeros
+
+    def _failure(self, error: OSError, needed: int) -> OSError:
+        free = self._free(-1)
+        room = f"{free:,} are free in {self._target.parent}" if free >= 0 else "free bytes unknown"
+        last = (
+            "the last checkpoint is intact"
+            if os.path.exists(self._target)
+            else "no checkpoint was there before"
+        )
+        what = (
+            f"checkpoint {self.path}: could not write the state of {self.kind!r} ({error.strerror or error})"
+        )
+        return OSError(error.errno, f"{what}; it needs {needed:,} bytes, {room}; {last}")
+
+
+def _head(header: Mapping[str, Any]) -> bytes:
+    """Everything before the tensors, a multiple of ``_ALIGN`` bytes."""
+    text = json.dumps(header).encode("ascii")
+    text += b" " * (-(_PREAMBLE.size + len(text) + DIGEST) % _ALIGN)
+    head = _PREAMBLE.pack(_MAGIC, _VERSION, len(text)) + text
+    return head + digest_of(np.frombuffer(head, np.uint8))
+
+
+def _read_header(path: Path, stream: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """Where the tensors start, and the header."""
+    size = os.fstat(stream.fileno()).st_size
+    head = stream.read(_PREAMBLE.size)
+    if not head.startswith(_MAGIC[: len(head)]):
+        _refuse(path, "it is not a checkpoint of gcfast")
+    if len(head) < _PREAMBLE.size:
+        _refuse(path, f"it is truncated after {size} bytes")
+    _, version, length = _PREAMBLE.unpack(head)
+    if version != _VERSION:
+        age = "newer" if version > _VERSION else "older"
+        what = (
+            f"it has format version {version}, {age} than {_VERSION}, the one that gcfast {__version__} reads"
+        )
+        _refuse(path, what, "Use the gcfast that wrote it, delete the file or give another path")
+    start = _PREAMBLE.size + length + DIGEST
+    if start > size:
+        _refuse(
+            path,
+            f"it is truncated, or its header corrupt: {size:,} bytes, its header alone ends at {start:,}",
+        )
+    text, digest = stream.read(length), stream.read(DIGEST)
+    if digest_of(np.frombuffer(head + text, np.uint8)) != digest:
+        _refuse(path, "it is corrupt: its header does not match its digest")
+    header: dict[str, Any] = json.loads(text)
+    end = start + sum(entry["bytes"] + -entry["bytes"] % _ALIGN for entry in header["tensors"])
+    if end != size:
+        state = "truncated" if size < end else "corrupt"
+        _refuse(path, f"it is {state}: {size:,} bytes of {end:,}")
+    return start, header
+
+
+def _refuse(path: Path, what: str, way_out: str = _WAY_OUT) -> NoReturn:
+    raise CheckpointError(f"checkpoint {path}: {what}. {way_out}.")
+
+
+def _check_values(value: object, where: str) -> None:
+    """JSON would turn other keys into strings without a word, and its own error does not say where."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: expected strings as keys; got {key!r}")
+            _check_values(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_values(item, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"{where}: expected numbers, strings, lists, dicts or None; got {type(value)}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
