@@ -28,6 +28,11 @@ def _wide(x: torch.Tensor) -> object:
     return ops.wide_forward(x, w, b, w.mT.contiguous()[:10, :])
 
 
+def _add(x: torch.Tensor) -> None:
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    ops.add_product(torch.zeros(len(x), len(x), dtype=wide.dtype, device=x.device), wide, wide.mT, lower=True)
+
+
 # An op's call on x (n, 100); those that are missing here fail below, by name.
 CALLS = {
     "activation": lambda x: ops.activation(x),
@@ -40,6 +45,7 @@ CALLS = {
     "wide_head_grad": lambda x: ops.wide_head_grad(*_layer(x), x[:, :3]),
     "wide_gram_product": lambda x: ops.wide_gram_product(*_layer(x), x[:, :3]),
     "wide_panel": lambda x: ops.wide_panel(*_layer(x)),
+    "add_product": _add,
     "batched_rank": lambda x: gcfast.matrix_rank(x[:64].reshape(4, 16, 100)),
     "gram_product": lambda x: ops.gram_product(x[:8] @ x[:8].mT, x[:8, :8].contiguous()),
 }
@@ -48,6 +54,7 @@ CALLS = {
 # The dtype in which an op reaches its kernels, where that is not the caller's.
 SEEN = {
     "wide_panel": dict.fromkeys(DTYPES, torch.float64),
+    "add_product": {torch.bfloat16: torch.float32, torch.float16: torch.float32},
     "batched_rank": {torch.bfloat16: torch.float32, torch.float16: torch.float32},
 }
 

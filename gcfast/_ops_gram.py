@@ -31,6 +31,23 @@ def _(gram: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("gcfast::add_product", mutates_args=("out",))
+def add_product_op(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
+    if _dispatch.choose("add_product", out) == "reference":
+        reference.add_product(out, a, b, alpha=alpha, inner=inner, lower=lower)
+        return
+    assert _native.cpu is not None
+    kernel = _native.cpu.add_product_f64 if out.dtype == torch.float64 else _native.cpu.add_product_f32
+    strides = (*out.stride(), *a.stride(), *b.stride())
+    settings = (inner, alpha, lower, torch.get_num_threads())
+    kernel(out.data_ptr(), a.data_ptr(), b.data_ptr(), *out.shape, a.shape[1], *strides, *settings)
+
+
+@add_product_op.register_fake
+def _(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
+    return None
+
+
 def _weights(w: Tensor | None) -> int:
     return 0 if w is None else w.data_ptr()
 

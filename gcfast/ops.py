@@ -20,7 +20,7 @@ from torch import Tensor
 from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast._ops_activation import activation_op, activation_out_op
-from gcfast._ops_gram import abs_products_op, gram_error_bound_op, gram_product_op
+from gcfast._ops_gram import abs_products_op, add_product_op, gram_error_bound_op, gram_product_op
 from gcfast._ops_rank import batched_rank_op
 from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
 from gcfast._ops_wide import wide_forward_op, wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
@@ -30,6 +30,7 @@ __all__ = [
     "BackendTable",
     "abs_products",
     "activation",
+    "add_product",
     "backend",
     "backends",
     "batched_rank",
@@ -326,6 +327,50 @@ def wide_panel(
     layer = (t.detach().double() for t in (z, weight, bias))
     wide_panel_out_op(*layer, activation, float(beta), out)
     return out
+
+
+def add_product(
+    out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, inner: int = 128, lower: bool = False
+) -> None:
+    """out += alpha a b in place, with the rounding errors that proofs are made with.
+
+    Args:
+        out: (r, c) float32 or float64, any strides that tell its elements apart; apart from `a` and `b` in memory.
+        a: (r, k), b: (k, c), of out's dtype and device, any strides; they may overlap.
+        alpha: 1 or -1.
+        inner: sums over slices of this length begin at zero and are added to out one by one.
+        lower: r == c, and nothing above out's diagonal is read or written, in about half the time.
+
+    Every element of out goes through one rounding a slice, and every slice's sum is within gamma_inner of the
+    exact one: beyond the roundings of what was in out, the error is at most gamma_(inner + slices + 2) |a||b|
+    with gamma_k = k u / (1 - k u), short of underflow. On a GPU that needs ``torch``'s TF32 switched off.
+    Repeatable bit for bit: on the CPU's kernels neither the number of threads nor the rows and columns that
+    a call is given change a bit of the others. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.is_float("out", out)
+    if out.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"out must be float32 or float64; got {str(out.dtype).removeprefix('torch.')}")
+    if out.dim() != 2:
+        raise ValueError(f"out must have shape (r, c); got {tuple(out.shape)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
+        raise ValueError(f"out must not be expanded: its strides are {tuple(out.stride())}")
+    r, c = out.shape
+    for name, value in (("a", a), ("b", b)):
+        _validate.matches(name, value, "out", out)
+    if a.dim() != 2 or a.shape[0] != r:
+        raise ValueError(f"a must have shape ({r}, k), r from out; got {tuple(a.shape)}")
+    _validate.has_shape("b", b, (a.shape[1], c), "k from a, c from out")
+    if alpha not in (1.0, -1.0):
+        raise ValueError(f"alpha must be 1 or -1; got {alpha!r}")
+    if inner < 1:
+        raise ValueError(f"inner must be >= 1; got {inner!r}")
+    if lower and r != c:
+        raise ValueError(f"out must be square with lower=True; got {(r, c)}")
+    _validate.without_gradient("add_product", out=out, a=a, b=b)
+    add_product_op(out, a, b, float(alpha), inner, bool(lower))
 
 
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:

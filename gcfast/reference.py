@@ -252,6 +252,32 @@ def gram_product(gram: Tensor, x: Tensor) -> Tensor:
     return gram @ x
 
 
+def add_product(
+    out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, inner: int = 128, lower: bool = False
+) -> None:
+    """out += alpha a b, by slices of length `inner`, each rounded by itself; alpha is 1 or -1.
+
+    Tiles, so that on a CPU one and its scratch stay in cache. `lower`: on and below the diagonal only.
+    """
+    rows, columns = (1024, 256) if out.device.type == "cpu" else (4096, 2048)
+    (r, c), k = out.shape, a.shape[1]
+    scratch = out.new_empty(min(rows, r) * min(columns, c))
+    for j0 in range(0, c, columns):
+        j1 = min(j0 + columns, c)
+        starts = [j0, *range(j1, r, rows)] if lower else range(0, r, rows)
+        for i0 in starts:
+            diagonal = lower and i0 == j0
+            i1 = j1 if diagonal else min(i0 + rows, r)
+            tile = out[i0:i1, j0:j1]
+            sums = tile.clone() if diagonal else tile
+            part = scratch[: sums.numel()].view(sums.shape)
+            for s in range(0, k, inner):
+                torch.mm(a[i0:i1, s : s + inner], b[s : s + inner, j0:j1], out=part)
+                sums.add_(part, alpha=alpha)
+            if diagonal:
+                tile.copy_(torch.where(torch.ones_like(tile, dtype=torch.bool).tril_(), sums, tile))
+
+
 _BLOCK = 1 << 18  # elements of |a| in float64 at a time
 
 

@@ -21,6 +21,12 @@ def _on(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -
     return torch.randn(shape, dtype=dtype).to(device)
 
 
+def _added(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = out.clone()
+    ops.add_product(out, a, b, inner=4)
+    return out
+
+
 # op -> (differentiable, function, arguments of n rows). Every function calls its op exactly once.
 CALLS: dict[str, tuple[bool, Callable, Callable]] = {
     "activation": (True, ops.activation, lambda d, n: (_on(d, n, 6), _on(d, 6))),
@@ -52,6 +58,7 @@ CALLS: dict[str, tuple[bool, Callable, Callable]] = {
         lambda k, x: ops.gram_product(k + k.mT, x),
         lambda d, n: (_on(d, n, n), _on(d, n, 3)),
     ),
+    "add_product": (False, _added, lambda d, n: (_on(d, n, 4), _on(d, n, 7), _on(d, 7, 4))),
     "batched_rank": (
         False,
         lambda a, atol: ops.batched_rank(a, atol, 1e-6 + 0 * atol)[0],

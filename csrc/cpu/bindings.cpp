@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "add_product.h"
 #include "batched_rank.h"
 #include "clones.h"
 #include "gram_error_bound.h"
@@ -13,6 +14,7 @@
 
 namespace py = pybind11;
 using gcfast::cpu::ActivationArgs;
+using gcfast::cpu::AddProductArgs;
 using gcfast::cpu::CurvatureArgs;
 using gcfast::cpu::GramProductArgs;
 using gcfast::cpu::SoftmaxArgs;
@@ -48,6 +50,15 @@ void softmax_curvature(uintptr_t logits, uintptr_t v, uintptr_t out, int64_t row
 template <class T>
 void gram_product(uintptr_t gram, uintptr_t x, uintptr_t out, int64_t n, int64_t c, int64_t ld, int threads) {
   gcfast::cpu::gram_product(GramProductArgs<T>{ptr<const T>(gram), ptr<const T>(x), ptr<T>(out), n, c, ld, threads});
+}
+
+template <class T>
+void add_product(uintptr_t out, uintptr_t a, uintptr_t b, int64_t r, int64_t c, int64_t k, int64_t out_rows,
+                 int64_t out_columns, int64_t a_rows, int64_t a_columns, int64_t b_rows, int64_t b_columns, int64_t inner,
+                 double alpha, bool lower, int threads) {
+  gcfast::cpu::add_product(AddProductArgs<T>{ptr<T>(out), ptr<const T>(a), ptr<const T>(b), r, c, k, out_rows, out_columns,
+                                             a_rows, a_columns, b_rows, b_columns, inner, static_cast<T>(alpha), lower,
+                                             threads});
 }
 
 template <class T>
@@ -125,6 +136,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("abs_products_f64", &abs_products<double>, nogil);
   m.def("activation_f32", &activation<float>, nogil);
   m.def("activation_f64", &activation<double>, nogil);
+  m.def("add_product_f32", &add_product<float>, nogil);
+  m.def("add_product_f64", &add_product<double>, nogil);
   m.def("batched_rank_f32", &batched_rank<float>, nogil);
   m.def("batched_rank_f64", &batched_rank<double>, nogil);
   m.def("gram_error_bound_f32", &gram_error_bound<float>, nogil);
@@ -145,5 +158,5 @@ PYBIND11_MODULE(_cpu, m) {
   GCFAST_DEF(wide_panel)
   m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 6;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 7;  // gcfast/_native.py refuses a module built from other sources
 }

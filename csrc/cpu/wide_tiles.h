@@ -7,11 +7,7 @@
 // packed, lanes along columns) and the product that consumes it. Sums start at zero in every tile and are added to
 // what is there: their error grows with the tile and the number of tiles, not with their product.
 
-template <class T> struct Lanes {
-  typedef T Vec __attribute__((vector_size(GCFAST_VECTOR), aligned(alignof(T)), may_alias));
-  static constexpr int width = GCFAST_VECTOR / sizeof(T);
-  static constexpr int columns = GCFAST_VECTORS * width;  // of a micro-kernel's tile
-};
+#include "vectors.h"
 
 // out[r, j] (+)= sum_k a[r rs + k ks] b[k ldb + j] (+ bias[j]) for R rows and V vectors of columns.
 template <class T, int R, int V>
@@ -77,43 +73,6 @@ void product(int64_t rows, int64_t columns, const T* a, int64_t rs, int64_t ks, 
   // One vector: twice the rows, for as many sums that do not wait for each other.
   for (; j < columns; j += W)
     rows_of<T, 1, 2 * GCFAST_ROWS>(rows, a, rs, ks, b + j, ldb, k, out + j, ldo, nullptr, add);
-}
-
-template <class T, int S> __attribute__((always_inline)) inline void exchange(typename Lanes<T>::Vec* a) {
-  constexpr int W = Lanes<T>::width;
-  typedef typename Traits<T>::Int Mask __attribute__((vector_size(GCFAST_VECTOR)));
-  Mask low, high;
-#pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) low[l] = l & S ? W + l - S : l, high[l] = l & S ? W + l : l + S;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (!(i & S)) {
-      const typename Lanes<T>::Vec x = a[i], y = a[i + S];
-      a[i] = __builtin_shuffle(x, y, low);
-      a[i + S] = __builtin_shuffle(x, y, high);
-    }
-}
-
-// rows x columns at `in`, transposed into columns x `to` at out, zero from `rows` on.
-template <class T> void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t to, int64_t ldo) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int W = Lanes<T>::width;
-  for (int64_t i = 0; i < to; i += W) {
-    const int64_t here = rows - i < W ? rows - i : W, fits = to - i < W ? to - i : W;
-    int64_t k = 0;
-    if (fits == W)
-      for (; k + W <= columns; k += W) {
-        Vec a[W];
-        for (int r = 0; r < W; ++r) a[r] = r < here ? *reinterpret_cast<const Vec*>(in + (i + r) * ld + k) : Vec{};
-        if constexpr (W == 16) exchange<T, 8>(a);
-        if constexpr (W >= 8) exchange<T, 4>(a);
-        if constexpr (W >= 4) exchange<T, 2>(a);
-        exchange<T, 1>(a);
-        for (int r = 0; r < W; ++r) *reinterpret_cast<Vec*>(out + (k + r) * ldo + i) = a[r];
-      }
-    for (; k < columns; ++k)
-      for (int r = 0; r < fits; ++r) out[k * ldo + i + r] = r < here ? in[(i + r) * ld + k] : T(0);
-  }
 }
 
 // Columns [j0, j0 + kBlock) of the layer for tile(): for each micro-kernel's columns, d rows of them.
