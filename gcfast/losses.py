@@ -185,9 +185,15 @@ class CrossEntropy(ConvexLoss):
         return z.scatter(1, label, torch.maximum(z.gather(1, label), others - math.log(math.expm1(eps))))
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        classes = int(y.max()) + 1 if y.dim() == 1 and len(y) else 1
-        mean, count = _group_mean(nn.functional.one_hot(y, classes) if y.dim() == 1 else y, group, groups)
-        return -count * torch.xlogy(mean, mean).sum(1)
+        if y.dim() == 2:
+            mean, count = _group_mean(y, group, groups)
+            return -count * torch.xlogy(mean, mean).sum(1)
+        # count the pairs (group, class) that occur: a table of all would be groups x classes
+        classes = int(y.max()) + 1 if len(y) else 1
+        pair, times = torch.unique(group * classes + y, return_counts=True)
+        of, count = pair // classes, group.bincount(minlength=groups).to(torch.float64)
+        terms = torch.xlogy(times, times / count[of])
+        return torch.zeros_like(count).index_add_(0, of, terms).neg_()
 
 
 class _Elementwise(ConvexLoss):
@@ -337,20 +343,25 @@ class Huber(_Elementwise):
         return y
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        # the slope in each output is increasing: bisect for its zero, all groups and outputs at once
-        fill = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device)
+        # The slope in each output is increasing and piecewise linear: Newton for its zero, in all groups and
+        # outputs at once, from their means, and bisection where Newton leaves what is known to hold the zero.
+        q, count = _group_mean(y, group, groups)
         index = group[:, None].expand_as(y)
-        low = fill.scatter_reduce(0, index, y, "amin", include_self=False)
-        high = fill.scatter_reduce(0, index, y, "amax", include_self=False)
-        for _ in range(80):
+        low = torch.zeros_like(q).scatter_reduce(0, index, y, "amin", include_self=False)
+        high = torch.zeros_like(q).scatter_reduce(0, index, y, "amax", include_self=False)
+        for _ in range(100):
+            t = q[group] - y
+            slope = torch.zeros_like(q).index_add_(0, group, t.clamp(-self.delta, self.delta))
+            low, high = torch.where(slope < 0, q, low), torch.where(slope > 0, q, high)
+            settled = slope.abs() <= 1e-15 * self.delta * count[:, None]
             middle = 0.5 * (low + high)
-            slope = torch.zeros_like(fill).index_add_(
-                0, group, (middle[group] - y).clamp(-self.delta, self.delta)
-            )
-            low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-        return torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
-            0, group, self.value(high[group], y)
-        )
+            if bool((settled | (middle <= low) | (middle >= high)).all()):
+                break
+            inside = torch.zeros_like(q).index_add_(0, group, (t.abs() <= self.delta).to(q.dtype))
+            newton = q - slope / inside.clamp(min=1)
+            step = torch.where((inside > 0) & (newton > low) & (newton < high), newton, middle)
+            q = torch.where(settled, q, step)
+        return torch.zeros_like(count).index_add_(0, group, self.value(q[group], y))
 
 
 _BY_NAME = {"cross_entropy": CrossEntropy, "mse": MSE, "bce_with_logits": BCEWithLogits, "huber": Huber}
@@ -430,10 +441,12 @@ def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor) -> None:
 def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
     """L* = (1/n) sum_i inf loss_i, where equal samples must share one output."""
     total = loss.infimum(y).to(torch.float64).clone()
-    for members in copies:
-        index = torch.tensor(members, device=y.device)
-        total[index] = 0.0
-        total[index[0]] = loss.group_infimum(y[index], torch.zeros_like(index), 1)[0]
+    if copies:
+        members = torch.tensor([i for group in copies for i in group], device=y.device)
+        sizes = torch.tensor([len(group) for group in copies], device=y.device)
+        group = torch.arange(len(copies), device=y.device).repeat_interleave(sizes)
+        total[members] = 0.0
+        total[members[sizes.cumsum(0) - sizes]] = loss.group_infimum(y[members], group, len(copies)).to(total)
     return float(total.sum()) / max(len(y), 1)
 
 
