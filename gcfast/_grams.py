@@ -1,7 +1,7 @@
 """K = H1 H1^T (n, n) as the solver sees it: products, some of its rows, its diagonal and its mean rows.
 
-Stored whole, stored as the tiles of its lower triangle, or not stored at all; in float64, or in float32 where what is
-computed with it is checked in float64 afterwards.
+Stored whole, stored as the tiles of its lower triangle, or not stored at all; in float64, or in float32
+where what is computed with it is checked in float64 afterwards.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ class Nystrom:
     """A subspace of the head's directions that carries most of K: U = H1^T W, W (n, r), with W^T K W = I.
 
     A randomised Nystrom approximation K ~ F F^T, F = K W, after Frangella, Tropp, Udell, *Randomized Nystrom
-    Preconditioning* (2023). With any curvature diag(d) of the samples, (lambda I + F^T diag(d) F / n)^-1 is the
-    exact inverse of the Hessian restricted to the subspace, and 1 / lambda serves for the rest.
+    Preconditioning* (2023). With any curvature diag(d) of the samples, (lambda I + F^T diag(d) F / n)^-1 is
+    the exact inverse of the Hessian restricted to the subspace, and 1 / lambda serves for the rest.
     """
 
     def __init__(self, gram: Gram, rank: int, generator: torch.Generator):

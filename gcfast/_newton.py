@@ -53,7 +53,7 @@ class State:
 @dataclass
 class Problem:
     """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64.
-    ``rank`` is that of the Nystrom preconditioner, for when more samples carry curvature than can be factored.
+    ``rank`` is that of the Nystrom preconditioner, where more samples carry curvature than can be factored.
 
     The rows may be a part of the training set: ``n`` is the number of samples that losses are averaged over.
     """

@@ -137,18 +137,18 @@ class StackedOnes:
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, *, lower: bool = False) -> None:
-    """out += a b by slices of length ``inner``, each rounded by itself; ``lower``: on and below the diagonal."""
-    _add(out, a, b, 1.0, inner)
+    """out += a b by slices of length ``inner``, each rounded by itself; ``lower``: not above the diagonal."""
+    ops.add_product(out, a, b, inner=inner, lower=lower)
+
+
+def add_exact_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b where no sum is rounded, in whatever order."""
+    ops.add_product(out, a, b, inner=tiling(out.device).inner)
 
 
 def subtract_product_(out: Tensor, a: Tensor, b: Tensor, inner: int) -> None:
     """out -= a b, likewise."""
-    _add(out, a, b, -1.0, inner)
-
-
-def _add(out, a, b, alpha, inner):  # stopgap
-    for k in range(0, a.shape[1], inner):
-        out += alpha * torch.mm(a[:, k : k + inner], b[k : k + inner])
+    ops.add_product(out, a, b, alpha=-1.0, inner=inner)
 
 
 def panel_slices(columns: int, inner: int) -> int:

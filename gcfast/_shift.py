@@ -41,7 +41,7 @@ class BoundedGram:
 
 @dataclass
 class GramSweep:
-    """One sweep over the panels of H1: the Gram, and what bounds its error. It may stop between two panels."""
+    """One sweep over the panels of H1: the Gram and what bounds its error. It may stop between two panels."""
 
     lower: Tiles
     rows: Tensor  # |H1||H1|^T 1 so far
@@ -77,7 +77,7 @@ class GramSweep:
 
 
 def bounded_gram(h1: StackedOnes, lower: Tiles | None = None) -> BoundedGram:
-    """H1 H1^T with a proved bound of its error; inf where it is not finite. ``lower``: zeros, for the result."""
+    """H1 H1^T and a proved bound of its error; inf where it is not finite. ``lower``: zeros, for the result."""
     return GramSweep.begin(h1, lower).run(h1)
 
 
@@ -94,8 +94,8 @@ def verified_cholesky(
     By rows, so that a hopeless matrix is found out early. Of tile (i, j), with W = sum_(k<j) L_ik L_jk^T
     computed by slices, S = fl(A_ij - W) gives L_ij, whatever its quality, and R = fl(S - L_ij L_jj^T) is what
     is left. The slices and their sums err by gamma_(inner + slices) |L||L|^T; S and R are rounded once, by
-    u |S| and u |R|, where |S| <= |R| + |L_ij||L_jj|^T but for second order; on the diagonal the shift is rounded
-    once more.
+    u |S| and u |R|, where |S| <= |R| + |L_ij||L_jj|^T but for second order; on the diagonal the shift is
+    rounded once more.
     """
     n, tile, unit = a.n, tiling(a.device), UNIT[a.dtype]
     row_sums = torch.zeros(n, dtype=torch.float64, device=a.device)

@@ -32,7 +32,8 @@ class HeadSolution:
     theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
     loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
     ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|.
-    ``form`` says how K = H1 H1^T was held. ``residual`` is the Frobenius norm of the loss's gradient in the head. ``path`` lists (lambda, loss).
+    ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the Frobenius
+    norm of the loss's gradient in the head.
     """
 
     weight: Tensor

@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from gcfast import _tiles, ops
-from gcfast._products import TINY, UNIT, StackedOnes, _up, add_product_, gamma, panel_slices, tiling
+from gcfast._products import (
+    TINY,
+    UNIT,
+    StackedOnes,
+    _up,
+    add_exact_product_,
+    add_product_,
+    gamma,
+    panel_slices,
+    tiling,
+)
 from gcfast._shift import verified_cholesky
 from gcfast._tiles import Tiles
 from gcfast.memory import Scratch
@@ -88,7 +98,7 @@ def times_doubled(x: Tiles, b: Tensor, maxima: Tensor) -> Tensor:
         for k in range(i + 1):
             columns = x.spans[k]
             x_high, x_low = split(x[i, k], scale[rows], bits)
-            add_product_(high, x_high, b_high[columns], inner)
+            add_exact_product_(high, x_high, b_high[columns])
             add_product_(rest, x_high, b_low[columns], inner)
             add_product_(rest, x_low, b[columns], inner)
         torch.add(high, rest, out=out[rows])

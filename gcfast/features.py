@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
+from gcfast._distinct import RowKeys
 from gcfast.inspection import FeatureTap, Head, WideLayerFound, find_head, wide_activation
 from gcfast.memory import limit
 from gcfast.sources import Features, StoredFeatures, WideFeatures, as_features
@@ -112,76 +112,6 @@ def _tensors(x: Any) -> list[Tensor]:
     return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list)) else []
 
 
-def _digests(x: Any) -> list[bytes]:
-    """A 128-bit digest of each sample; equal samples have equal digests (-0.0 counts as 0.0)."""
-    parts = []
-    for t in _tensors(x):
-        t = t.detach().cpu()
-        if t.is_floating_point():
-            t = t.to(torch.float64) + 0.0
-        parts.append(t.reshape(len(t), -1).contiguous().numpy())
-    return (
-        [
-            hashlib.blake2b(b"".join(p[i].tobytes() for p in parts), digest_size=16).digest()
-            for i in range(len(parts[0]))
-        ]
-        if parts
-        else []
-    )
-
-
-def _copies(digests: list[bytes], loader: Any) -> list[list[int]]:
-    """Groups of equal samples: candidates by digest, then compared number for number in a second pass."""
-    by_digest: dict[bytes, list[int]] = {}
-    for i, digest in enumerate(digests):
-        by_digest.setdefault(digest, []).append(i)
-    suspects = {i for group in by_digest.values() if len(group) > 1 for i in group}
-    if not suspects:
-        return []
-    rows: dict[int, list[Tensor]] = {}
-    start = 0
-    for x, _ in _batches(loader):
-        parts = _tensors(x)
-        count = len(parts[0])
-        for i in range(start, start + count):
-            if i in suspects:
-                rows[i] = [t[i - start].detach().cpu().clone() for t in parts]
-        start += count
-    found = []
-    for group in by_digest.values():
-        rest = [i for i in group if i in rows]
-        while len(rest) > 1:
-            first = rest[0]
-            equal = [
-                i for i in rest if all(torch.equal(a, b) for a, b in zip(rows[first], rows[i], strict=True))
-            ]
-            if len(equal) > 1:
-                found.append(equal)
-            rest = [i for i in rest if i not in equal]
-    return sorted(found)
-
-
-def equal_rows(rows: Tensor) -> list[list[int]]:
-    """Groups of equal rows of a matrix, exactly as stored; groups and their members ascending."""
-    n, m = rows.shape
-    if n < 2:
-        return []
-    # equal rows are equal in a few columns: what differs there is settled without reading the rest
-    columns = torch.arange(0, m, max(1, m // 16), device=rows.device)
-    by_key: dict[bytes, list[int]] = {}
-    for i, key in enumerate(_digests(rows[:, columns]) if m else [b""] * n):
-        by_key.setdefault(key, []).append(i)
-    suspects = torch.tensor(
-        sorted(i for group in by_key.values() if len(group) > 1 for i in group), device=rows.device
-    )
-    if len(suspects) == 0:
-        return []
-    if m == 0:
-        return [suspects.tolist()]
-    rows = rows[suspects]
-    return [[int(suspects[i]) for i in group] for group in _copies(_digests(rows), rows.split(4096))]
-
-
 def check_features(features: Tensor, name: str = "features") -> None:
     """Raise what is wrong with an (n, m) matrix of features."""
     if not isinstance(features, Tensor):
@@ -241,7 +171,7 @@ def collect(
     below: list[Tensor] = []
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
-    digests: list[bytes] = []
+    keys = RowKeys()
     wide: WideLayerFound | None = None
     layer: nn.Module | None = None
     streams = False
@@ -265,7 +195,7 @@ def collect(
         features.append(h)
         outputs.append(out.detach().reshape(-1, head.out_features))
         if inspect:
-            digests += _digests(x)
+            keys.add([t.detach().cpu() for t in _tensors(x)])
         if y is not None:
             if len(y) != len(h):
                 raise ValueError(f"data: a batch of {len(h)} inputs came with {len(y)} targets")
@@ -290,7 +220,7 @@ def collect(
         head=head,
         wide=wide if inspect else None,
         below=torch.cat(below) if below else None,
-        copies=_copies(digests, loader) if inspect else [],
+        copies=keys.confirm(_tensors(x) for x, _ in _batches(loader)) if inspect else [],
         first_batch=first[0],
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gcfast._checkpoint import Checkpoint, fingerprint
 from gcfast._choice import Option, Sizes, options, rank_of
 from gcfast._descent import descent, exact
+from gcfast._distinct import equal_rows
 from gcfast._grams import FreeGram, Gram
 from gcfast._grams import form as form_gram
 from gcfast._newton import Problem, State, minimise
@@ -33,7 +34,7 @@ from gcfast._working_set import (
     WorkingSet,
     follow,
 )
-from gcfast.features import checked, collect, equal_rows
+from gcfast.features import checked, collect
 from gcfast.inspection import Head
 from gcfast.losses import (
     ConvexLoss,
@@ -409,7 +410,7 @@ def _follow(
 
 
 def _settle(problem: Problem, task: Task, state: State, lam: float, target_gap: float) -> State:
-    """With weight decay and a float32 Gram: true logits become the offset until the gap is there in float64."""
+    """With weight decay and a float32 Gram, true logits become the offset until the gap is small in float64."""
     if problem.gram.dtype == torch.float64:
         return state
     for _ in range(4):

@@ -66,7 +66,7 @@ def reserve_file(file: Any, size: int, what: str) -> None:
 
 
 class Scratch:
-    """Memory that is a file without a name: it goes when nobody looks at it any more, and with the process."""
+    """Memory that is a file without a name: it goes when nobody looks at it any more, or with the process."""
 
     def __init__(self, folder: str | None = None):
         self.folder = folder

@@ -243,7 +243,7 @@ class WideFeatures(Features):
 
 
 def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool]:
-    """The matrix as a tensor, and whether its pages are a file's; blocks of rows are put together, on disk if need be.
+    """The matrix as a tensor, and whether its pages are a file's; blocks of rows are put together.
 
     Raises TypeError and ValueError naming the argument.
     """

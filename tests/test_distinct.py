@@ -215,7 +215,9 @@ def test_keys_are_these():
     assert out.stdout.strip() == str(real_keys([rows]).tolist())
 
 
-@pytest.mark.parametrize("kind", ["signs", "signs twice", "high words", "powers", "small integers", "one hot"])
+@pytest.mark.parametrize(
+    "kind", ["signs", "signs twice", "high words", "powers", "small integers", "one hot"]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_keys_of_coarse_numbers_rarely_collide(kind, dtype):
     """Numbers that differ in a few high bits only are what a plain sum of products would confuse."""

@@ -8,10 +8,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gcfast import _products, _shift, _whitening
+from gcfast import _products, _shift, _tiles, _whitening
 from gcfast._dependency import near_dependency
 from gcfast._products import StackedOnes, Tiling, gamma
 from gcfast._rank_proof import prove_full_rank
+from gcfast._tiles import Tiles
 
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 4), (31, 40), (33, 33), (252, 300), (507, 506), (700, 900)]
 
@@ -162,25 +163,27 @@ def test_the_bounds_are_those_of_the_products():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 8 x 4, slices of 2: every sum of the proofs at sizes that rational arithmetic can follow."""
-    for module in (_products, _shift, _whitening):
-        monkeypatch.setattr(module, "tiling", lambda device: Tiling(8, 4, 2))
+    """Tiles of 4 rows, slices of 2: every sum of the proofs at sizes that rational arithmetic can follow."""
+    for module in (_products, _shift, _tiles, _whitening):
+        monkeypatch.setattr(module, "tiling", lambda device: Tiling(4, 2))
 
 
 @pytest.fixture
 def worst_products(monkeypatch):
     """Every trusted product errs upward by nearly all that it may: what no bound accounts for shows."""
-    for module in (_products, _shift, _whitening):
-        monkeypatch.setattr(module, "tiling", lambda device: Tiling(32, 16, 8))
-    honest = torch.mm
+    for module in (_products, _shift, _tiles, _whitening):
+        monkeypatch.setattr(module, "tiling", lambda device: Tiling(16, 8))
 
-    def mm(a, b, out=None):
-        # two units are left to the product itself and to the rounding of this sum
-        excess = max(a.shape[1] - 2, 0) * torch.finfo(a.dtype).eps / 2
-        product = honest(a, b) + excess * honest(a.abs(), b.abs())
-        return product if out is None else out.copy_(product)
+    def add_product(out, a, b, inner, *, lower=False):
+        for k in range(0, a.shape[1], inner):
+            left, right = a[:, k : k + inner], b[k : k + inner]
+            # two units are left to the product itself and to the rounding of this sum
+            excess = max(left.shape[1] - 2, 0) * torch.finfo(a.dtype).eps / 2
+            part = left @ right + excess * (left.abs() @ right.abs())
+            out += part.tril() if lower else part
 
-    monkeypatch.setattr(torch, "mm", mm)
+    for module in (_shift, _tiles, _whitening):
+        monkeypatch.setattr(module, "add_product_", add_product)
 
 
 def _exact(t):
@@ -209,11 +212,12 @@ def _symmetric(low):
 def test_the_error_of_the_gram_is_bounded(scale, worst_products):
     h1 = StackedOnes(torch.rand((21, 29), dtype=torch.float64) * scale, ones=False)
     g = _shift.bounded_gram(h1)
-    exact = [[v / Fraction(scale) ** 2 for v in row] for row in _gram(_exact(h1.features))]
-    error = _distance(_exact(_symmetric(g.lower) / scale**2), exact)
+    exact = [[v / Fraction(scale) ** 2 for v in row] for row in _gram(_exact(h1.features.matrix))]
+    lower = g.lower.dense()
+    error = _distance(_exact(_symmetric(lower) / scale**2), exact)
     assert 0.1 * g.error <= error * scale**2 <= g.error
-    assert bool((g.lower.triu(1) == 0).all())
-    assert float(torch.linalg.matrix_norm(_symmetric(g.lower), 2)) <= g.norm
+    assert bool((lower.triu(1) == 0).all())
+    assert float(torch.linalg.matrix_norm(_symmetric(lower), 2)) <= g.norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -225,7 +229,9 @@ def test_the_residual_of_a_cholesky_factor_is_bounded_whatever_the_factor(
     g = (a @ a.mT).tril()
     solve = torch.linalg.solve_triangular
     monkeypatch.setattr(torch.linalg, "solve_triangular", lambda *a, **k: quality * solve(*a, **k))
-    low, bound = _shift.verified_cholesky(g, 0.0625)
+    tiles = Tiles(len(g), dtype)
+    bound = _shift.verified_cholesky(Tiles.of(g), 0.0625, tiles)
+    low = tiles.dense()
     shifted = _exact(_symmetric(g))
     for i, row in enumerate(shifted):
         row[i] -= Fraction(0.0625)
@@ -253,13 +259,14 @@ def test_what_the_shift_loses_enters_its_bound(worst_products):
         proof = _shift.prove_by_shift(g, sharp, lambda step, fraction: None)
         shift = proof.lower / proof.margin
         assert g.error <= shift - proof.lower <= 4 * g.error
-        assert proof.lower <= float(torch.linalg.svdvals(h1.features)[-1]) ** 2
+        assert proof.lower <= float(torch.linalg.svdvals(h1.features.matrix)[-1]) ** 2
 
 
 def test_no_cholesky_factor_beyond_the_least_eigenvalue():
     g = torch.diag(torch.linspace(1, 2, 300, dtype=torch.float64))
-    assert _shift.verified_cholesky(g, 0.99) is not None
-    assert _shift.verified_cholesky(g, 1.01) is None
+    low = Tiles(len(g))
+    assert _shift.verified_cholesky(Tiles.of(g), 0.99, low) is not None
+    assert _shift.verified_cholesky(Tiles.of(g), 1.01, low) is None
 
 
 def test_powers_of_two_and_splits_are_exact():
@@ -281,16 +288,18 @@ def test_doubled_products_are_bounded_and_five_digits_better(worst_products):
     n, m = 21, 29
     x = 1e8 * torch.rand((n, n), dtype=torch.float64).tril()
     h = torch.rand((n, m), dtype=torch.float64)
-    h1, exact = StackedOnes(h, ones=False), _product(_exact(x), _exact(h))
+    exact = _product(_exact(x), _exact(h))
     scales = float(_whitening.power_of_two(h.abs().amax(0)).norm())
-    bound = _whitening.doubled_error(x, h1, x.abs().sum(1), float(h.abs().sum(0).norm()), scales)
+    tiles = Tiles.of(x)
+    columns = float(h.abs().sum(0).norm())
+    bound = _whitening.doubled_error(tiles, m, x.abs().sum(1), columns, scales)
     assert bound <= 1e-5 * gamma(n) * float((x.abs() @ h.abs()).norm())
     # the last rounding is as large as a plain product's: look at the sum before it
     parts = []
     add = torch.add
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "add", lambda a, b, out: parts.append((a, b)) or add(a, b, out=out))
-        last = _whitening.lower_times_doubled(x, h)
+        last = _whitening.times_doubled(tiles, h, x.abs().amax(1))
     high, rest = (torch.cat(p) for p in zip(*parts, strict=True))
     both = [
         [u + v for u, v in zip(r, s, strict=True)] for r, s in zip(_exact(high), _exact(rest), strict=True)
@@ -305,15 +314,17 @@ def test_doubled_products_are_bounded_and_five_digits_better(worst_products):
 def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype, condition, small_tiles):
     n, m = 12, 15
     h1 = StackedOnes(_with_condition(n, m, condition), ones=False)
-    x, _ = _whitening.cholesky_inverse(_products.lower_gram(h1), 1e-13)
+    h = h1.features.matrix
+    x, _ = _whitening.cholesky_inverse(_shift.bounded_gram(h1).lower, 1e-13)
     for _ in range(3):
         g2 = _whitening.whiten(h1, x, torch.float64).gram
-        x = _whitening.lower_mm(_whitening.cholesky_inverse(g2, 1e-13)[0], x)
+        _tiles.compose_(_whitening.cholesky_inverse(g2, 1e-13)[0], x)
     white = _whitening.whiten(h1, x, dtype)
     assert white.doubled == (condition == 1e14)
-    q = (_whitening.lower_times_doubled if white.doubled else _products.lower_times)(x, h1.features).to(dtype)
-    assert 0 < _distance(_exact(q), _product(_exact(x), _exact(h1.features))) <= white.witness_error
-    symmetric = _symmetric(white.gram)
+    q = _whitening.times_doubled(x, h, _tiles.row_maxima(x)) if white.doubled else _tiles.times(x, h)
+    q = q.to(dtype)
+    assert 0 < _distance(_exact(q), _product(_exact(x.dense()), _exact(h))) <= white.witness_error
+    symmetric = _symmetric(white.gram.dense())
     assert 0 < _distance(_exact(symmetric), _gram(_exact(q))) <= white.product_error
     truth = float(torch.linalg.matrix_norm(symmetric.double() - torch.eye(n, dtype=torch.float64), 2))
     assert truth <= white.distance

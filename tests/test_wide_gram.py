@@ -59,7 +59,7 @@ def test_repeats_bit_for_bit_on_any_threads_and_strides():
     gaps[:, :9] = z
     again = gcfast.wide_gram(gaps[:, :9], w.mT.contiguous().mT, b)
     assert torch.equal(first.gram, again.gram) and first.error_bound == again.error_bound
-    panels = _products.WidePanels(z, w, b, "softplus", 1.0, ones=True)
+    panels = _products.StackedOnes(gcfast.WideFeatures(z, (w, b)), ones=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -96,12 +96,12 @@ def test_nothing_to_multiply():
 def test_a_proof_needs_no_stored_features(d, n):
     """By the shift where that reaches, by whitening where the features are nearly dependent."""
     args = layer(n, 2 * n, d)
-    panels = _products.WidePanels(*args, "softplus", 4.0)
+    panels = _products.StackedOnes(gcfast.WideFeatures(args[0], args[1:], beta=4.0))
     proof = _rank_proof.prove_full_rank(panels)
     same = _rank_proof.prove_full_rank(stored(args, False, beta=4.0))
     assert proof.proved and (proof.route, proof.sigma_min_lower) == (same.route, same.sigma_min_lower)
     args[0][7] = args[0][3]
-    assert not _rank_proof.prove_full_rank(_products.WidePanels(*args, "softplus", 4.0)).proved
+    assert not _rank_proof.prove_full_rank(panels).proved
 
 
 MEMORY = """
