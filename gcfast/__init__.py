@@ -13,6 +13,7 @@ from gcfast.inspection import HeadError, find_head
 from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
+from gcfast.plan import Plan, plan
 from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.sources import WideFeatures
 from gcfast.wide import (
@@ -33,6 +34,7 @@ __all__ = [
     "HeadError",
     "HeadSolution",
     "Offender",
+    "Plan",
     "Progress",
     "RankEstimate",
     "TwoPhase",
@@ -46,6 +48,7 @@ __all__ = [
     "certify",
     "find_head",
     "matrix_rank",
+    "plan",
     "softmax_curvature",
     "softmax_residual",
     "solve_head",

@@ -10,7 +10,7 @@ from gcfast._working_set import Point, WorkingSet
 
 
 class PathKeeper:
-    """Saves the path's next point when it is time. ``form``: "set" or "all" where one was found, else None."""
+    """Saves the path's next point when it is time. ``form``: "set" or "all" where one was found."""
 
     def __init__(self, checkpoint: Checkpoint | None, task: Task, path: list[tuple[float, float]]):
         self.checkpoint, self.task, self.path = checkpoint, task, path

@@ -67,6 +67,13 @@ def proof_bytes(n: int, m: int, *, disk: bool = False) -> int:
     return _panel_bytes(n, m) + (0 if disk else 3 * 8 * Tiles.count(n))
 
 
+def proof_flops(n: int, m: int) -> float:
+    """Operations of a proof by two passes of whitening, without the making of features."""
+    triangle = 1.0 * n * n * m
+    cube = n**3 / 3.0
+    return 7.0 * triangle + 6.0 * cube  # Gram; Q and its Gram twice, the second Q doubled; factors, inverses
+
+
 def prove_full_rank(
     features: Tensor | StackedOnes,
     *,

@@ -77,7 +77,7 @@ class GramSweep:
 
 
 def bounded_gram(h1: StackedOnes, lower: Tiles | None = None) -> BoundedGram:
-    """H1 H1^T and a proved bound of its error; inf where it is not finite. ``lower``: zeros, for the result."""
+    """H1 H1^T and a proved bound of its error; inf where not finite. ``lower``: zeros, for the result."""
     return GramSweep.begin(h1, lower).run(h1)
 
 

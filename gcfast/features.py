@@ -54,7 +54,7 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
     )
 
 
-def _loader(data: Any) -> Any:
+def loader_of(data: Any) -> Any:
     """A re-iterable of batches in a fixed order, or an error that says what is wrong with ``data``."""
     if isinstance(data, DataLoader):
         if isinstance(data.sampler, RandomSampler):
@@ -88,7 +88,7 @@ def _loader(data: Any) -> Any:
             return list(data[0].split(BATCH))
         return list(zip(data[0].split(BATCH), data[1].split(BATCH), strict=True))
     if isinstance(data, TensorDataset):
-        return _loader(data.tensors)
+        return loader_of(data.tensors)
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=BATCH, shuffle=False)
     raise TypeError(f"data: expected (inputs, targets), a Dataset or a DataLoader; got {type(data).__name__}")
@@ -165,7 +165,7 @@ def collect(
     the features are not finite; HeadError where the model has no head.
     """
     device = _device_of(model)
-    loader = _loader(data)
+    loader = loader_of(data)
     first: Any = None
     features: list[Tensor] = []
     below: list[Tensor] = []
@@ -174,7 +174,7 @@ def collect(
     keys = RowKeys()
     wide: WideLayerFound | None = None
     layer: nn.Module | None = None
-    streams = False
+    recomputed = False
     tapped: Any = None
     for x, y in _batches(loader):
         x = _to_device(x, device)
@@ -183,13 +183,12 @@ def collect(
             head = _head_by_forward(model, x, head)
             wide = wide_activation(model, head, x)
             layer = wide.module if wide is not None and type(wide.module) is WideLayer else None
-            size = _sample_count(loader), head.in_features * head.module.weight.element_size()
-            streams = layer is not None and _too_much(*size, max_bytes, device)
-            tapped = layer if streams else head
+            recomputed = layer is not None and streams(sample_count(loader), head.module.weight, max_bytes)
+            tapped = layer if recomputed else head
             tap = FeatureTap(model, tapped)
         with tap:
             h, out = tap(x)
-        if inspect and wide is not None and not streams:
+        if inspect and wide is not None and not recomputed:
             with FeatureTap(model, wide.module) as below_tap:
                 below.append(below_tap(x)[0])
         features.append(h)
@@ -204,11 +203,11 @@ def collect(
         raise ValueError("data: the training set is empty")
     h = torch.cat(features)
     del features
-    check_features(h, "what enters the wide layer" if streams else "features")
+    check_features(h, "what enters the wide layer" if recomputed else "features")
     again, y = next(iter(_batches(loader)))
     _same_again(model, tapped, first, (_to_device(again, device), y), h)
     found: Features
-    if streams:
+    if recomputed:
         assert layer is not None
         found, below = WideFeatures(h, layer), [h]
     else:
@@ -225,7 +224,7 @@ def collect(
     )
 
 
-def _sample_count(loader: Any) -> int | None:
+def sample_count(loader: Any) -> int | None:
     """The samples a loader will give, None where it does not say."""
     try:
         if isinstance(loader, DataLoader):
@@ -235,9 +234,11 @@ def _sample_count(loader: Any) -> int | None:
         return None
 
 
-def _too_much(n: int | None, row_bytes: int, max_bytes: int | None, device: torch.device) -> bool:
-    most = limit(max_bytes, device)
-    return n is None or (most is not None and n * row_bytes > most // 4)
+def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:
+    """Whether features of n samples (None: of nobody knows how many) are recomputed rather than stored."""
+    most = limit(max_bytes, head_weight.device)
+    size = head_weight.shape[1] * head_weight.element_size()
+    return n is None or (most is not None and n * size > most // 4)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -410,7 +410,7 @@ def _follow(
 
 
 def _settle(problem: Problem, task: Task, state: State, lam: float, target_gap: float) -> State:
-    """With weight decay and a float32 Gram, true logits become the offset until the gap is small in float64."""
+    """With weight decay and a float32 Gram true logits become the offset until the gap is small."""
     if problem.gram.dtype == torch.float64:
         return state
     for _ in range(4):
