@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import random
@@ -657,6 +658,25 @@ def test_a_stale_lock_file_does_no_harm(checkpoint: Checkpoint, path: Path) -> N
     Path(f"{path}.lock").write_text("1")
     checkpoint.save({}, {})
     assert Path(f"{path}.lock").read_text() == str(os.getpid())
+
+
+def test_a_lock_file_deleted_before_it_was_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder deletes it between our opening and locking: a lock on what has no name keeps nobody out."""
+    flock, lock = fcntl.flock, Path(f"{path}.lock")
+    calls = []
+
+    def after_the_holder_left(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            lock.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_holder_left)
+    with Checkpoint(path, "certify", "0123") as first, Checkpoint(path, "certify", "0123") as second:
+        first.save({}, {})
+        assert len(calls) == 2 and lock.exists()
+        with pytest.raises(CheckpointError, match="is using it"):
+            second.load()
 
 
 def test_children_neither_hold_nor_release_the_lock(path: Path) -> None:
