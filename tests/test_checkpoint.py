@@ -64,9 +64,9 @@ def random_bits(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     return raw.view(dtype).reshape(shape)
 
 
-def run(program: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
