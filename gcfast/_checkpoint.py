@@ -68,7 +68,7 @@ class State:
         return tuple(self._table)
 
     def tensors(self, name: str) -> Tensor:
-        """Read one tensor, contiguous and on the CPU.
+        """Read one tensor, to the CPU.
 
         Raises KeyError for a name that is not in ``names``, CheckpointError for bytes that do not match
         their digest or a dtype that this torch does not have, ValueError once closed.
@@ -78,7 +78,8 @@ class State:
         if not isinstance(dtype, torch.dtype):
             what = f"its tensor {name!r} has dtype {entry['dtype']}, which torch {torch.__version__} lacks"
             _refuse(self._path, what, "Update torch, or give another path")
-        result = torch.empty(entry["shape"], dtype=dtype, device="cpu")
+        order = entry["order"]
+        result = torch.empty([entry["shape"][axis] for axis in order], dtype=dtype, device="cpu")
         raw = raw_bytes(result)
         self._stream.seek(self._start + entry["offset"])
 
@@ -94,7 +95,7 @@ class State:
         root.update(self._stream.read(-len(raw) % _ALIGN))
         if root.hexdigest() != entry["digest"]:
             _refuse(self._path, f"it is corrupt: tensor {name!r} does not match its digest")
-        return result
+        return result.permute([order.index(axis) for axis in range(len(order))])
 
     def close(self) -> None:
         self._stream.close()
@@ -167,7 +168,8 @@ class Checkpoint:
         """Replace the checkpoint; until the new one is complete and on the disk the old one stays.
 
         ``values`` are those of JSON and come back exact, infinities and large integers included; tuples
-        come back as lists. Tensors come back contiguous and on the CPU, each with its own storage.
+        come back as lists. Tensors come back on the CPU, each with its own storage, in the order of memory
+        they had (transposed, say) if they were without gaps or repetitions, else contiguous.
 
         Raises TypeError and ValueError for values or tensors that cannot be written, OSError where the disk
         is full or the folder missing or not writable, and, where a file is there that this object has
@@ -192,7 +194,7 @@ class Checkpoint:
                     os.chmod(temporary, self._target.stat().st_mode & 0o777)
                 stream.seek(start)
                 for entry, (_, tensor) in zip(header["tensors"], pairs):
-                    root = hash_pieces(pieces_of(tensor), workers, stream.write)
+                    root = hash_pieces(pieces_of(tensor.permute(entry["order"])), workers, stream.write)
                     padding = bytes(-entry["bytes"] % _ALIGN)
                     stream.write(padding)
                     root.update(padding)
@@ -252,8 +254,8 @@ class Checkpoint:
             check_tensor(tensor, f"tensors[{name!r}]")
             size = tensor.numel() * tensor.element_size()
             dtype = str(tensor.dtype).removeprefix("torch.")
-            entry = {"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": offset}
-            table.append({**entry, "bytes": size, "digest": "0" * 2 * DIGEST})
+            entry = {"name": name, "dtype": dtype, "shape": list(tensor.shape), "order": _order(tensor)}
+            table.append({**entry, "offset": offset, "bytes": size, "digest": "0" * 2 * DIGEST})
             offset += size + -size % _ALIGN
         names = [name for name, _ in pairs]
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
@@ -353,6 +355,13 @@ def _read_header(path: Path, stream: BinaryIO) -> tuple[int, dict[str, Any]]:
 
 def _refuse(path: Path, what: str, way_out: str = _WAY_OUT) -> NoReturn:
     raise CheckpointError(f"checkpoint {path}: {what}. {way_out}.")
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Axes from the slowest in memory to the fastest: so a factor from LAPACK need not be transposed."""
+    plain, strides = list(range(tensor.dim())), tensor.stride()
+    order = sorted(plain, key=lambda axis: strides[axis], reverse=True)
+    return order if not tensor.is_contiguous() and tensor.permute(order).is_contiguous() else plain
 
 
 def _check_values(value: object, where: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import random
@@ -63,9 +64,9 @@ def random_bits(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     return raw.view(dtype).reshape(shape)
 
 
-def run(program: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
@@ -84,6 +85,7 @@ def test_every_dtype_comes_back_bit_by_bit(checkpoint: Checkpoint, dtype: torch.
         "scalar": random_bits(1, dtype=dtype, device=device)[0],
         "empty": random_bits(0, dtype=dtype, device=device).reshape(3, 0, 2),
         "transposed": random_bits(6, 5, dtype=dtype, device=device).T,
+        "permuted": random_bits(3, 1, 4, 5, dtype=dtype, device=device).permute(3, 0, 1, 2),
         "every other": random_bits(9, 9, dtype=dtype, device=device)[1::2, ::3],
         "expanded": random_bits(4, 1, dtype=dtype, device=device).expand(4, 6),
     }
@@ -92,7 +94,11 @@ def test_every_dtype_comes_back_bit_by_bit(checkpoint: Checkpoint, dtype: torch.
         assert state.names == tuple(tensors)
         for name in reversed(state.names):
             found = state.tensors(name)
-            assert same(found, tensors[name]) and found.is_contiguous() and found.device.type == "cpu"
+            assert same(found, tensors[name]) and found.device.type == "cpu"
+            if name in ("transposed", "permuted"):
+                assert found.stride() == tensors[name].stride()
+            else:
+                assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -659,6 +665,25 @@ def test_a_stale_lock_file_does_no_harm(checkpoint: Checkpoint, path: Path) -> N
     assert Path(f"{path}.lock").read_text() == str(os.getpid())
 
 
+def test_a_lock_file_deleted_before_it_was_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder deletes it between our opening and locking: a lock on what has no name keeps nobody out."""
+    flock, lock = fcntl.flock, Path(f"{path}.lock")
+    calls = []
+
+    def after_the_holder_left(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            lock.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_holder_left)
+    with Checkpoint(path, "certify", "0123") as first, Checkpoint(path, "certify", "0123") as second:
+        first.save({}, {})
+        assert len(calls) == 2 and lock.exists()
+        with pytest.raises(CheckpointError, match="is using it"):
+            second.load()
+
+
 def test_children_neither_hold_nor_release_the_lock(path: Path) -> None:
     program = """
         import os, signal, sys, time
@@ -717,6 +742,7 @@ def test_memory_is_bounded(path: Path) -> None:
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = peak()
         checkpoint.save({}, {"x": base.T})
+        checkpoint.save({}, {"x": base.T[:, :-1]})
         fingerprint(base.T[:, ::2])
         checkpoint.save({}, {"x": base})
         print((peak() - before) / 1024)
