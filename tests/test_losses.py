@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from gcfast import ConvexLoss
-from gcfast.losses import BCEWithLogits, CrossEntropy, Huber, check_convex, resolve_loss
+from gcfast.losses import (
+    BCEWithLogits,
+    CrossEntropy,
+    Huber,
+    check_convex,
+    resolve_loss,
+)
 
 N, C = 23, 4
 
