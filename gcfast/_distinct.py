@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# 64-bit words hashed at once: few enough for the CPU's last cache, enough that threads rarely wait for each other
+# 64-bit words at once: few enough for the last cache, many enough that threads seldom wait for each other
 WORDS_A_THREAD, WORDS_ELSEWHERE = 1 << 19, 1 << 23
 RUNS, RUN_BYTES = 2, 64  # what a first look reads of a long row: a cache line in two places
 COMPACT_BYTES = 1 << 27  # rows that a second pass keeps before it drops those it has found equal
