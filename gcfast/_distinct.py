@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# 64-bit words hashed at once: on the CPU they stay in its caches, on a GPU they fill it
-WORDS_A_THREAD, WORDS_ELSEWHERE = 1 << 17, 1 << 23
+# 64-bit words at once: few enough for the last cache, many enough that threads seldom wait for each other
+WORDS_A_THREAD, WORDS_ELSEWHERE = 1 << 19, 1 << 23
 RUNS, RUN_BYTES = 2, 64  # what a first look reads of a long row: a cache line in two places
 COMPACT_BYTES = 1 << 27  # rows that a second pass keeps before it drops those it has found equal
 
@@ -41,7 +41,7 @@ def _keys(parts: Sequence[Tensor], index: Tensor | None = None) -> Tensor:
     """64-bit keys (n,), int64, of samples given as tensors (n, ...): equal samples have equal keys.
 
     ``index`` (k,) chooses samples. The keys depend on values, dtypes and shapes of samples, not on layout,
-    chunks or device.
+    chunks or device; those of samples with NaN, which equal nothing, are arbitrary.
     """
     n = len(parts[0]) if index is None else len(index)
     keys = torch.zeros(n, dtype=torch.int64, device=parts[0].device)
@@ -265,6 +265,9 @@ class RowKeys:
             here = suspects[done:upto]
             if len(here):
                 local = [p.index_select(0, (here - start).to(p.device)).cpu() for p in parts]
+                every = torch.arange(len(here))
+                number = _equal(local, every, every)  # NaN equals nothing, and its key may change
+                here, local = here[number], [p[number] for p in local]
                 if not torch.equal(_keys(local), keys[here]):
                     raise ValueError("blocks: samples are others than in the first pass, or in another order")
                 kept.setdefault(tuple(p.shape[1:] for p in local), _Kept()).add(here, keys[here], local)
@@ -314,6 +317,7 @@ class _Kept:
         self._compact()
         self.rows.clear()
         members, leaders = (torch.cat(t) for t in zip(*self.found))
-        # a leader found again in a later turn is listed once
-        pairs = torch.unique(torch.stack([members, leaders], 1), dim=0)
-        return pairs[:, 0], pairs[:, 1]
+        members, order = members.sort()
+        once = torch.ones_like(members, dtype=torch.bool)
+        once[1:] = members[1:] != members[:-1]  # a first row is found again in every turn
+        return members[once], leaders[order][once]

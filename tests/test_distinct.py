@@ -64,8 +64,8 @@ def by_passes(parts, first=(3, 1, 4), second=(2, 5)):
         keys.add(block)
     assert len(keys) == len(parts[0])
     found = keys.confirm(in_blocks(parts, second))
-    proposed = [set(group) for group in keys.candidates()]
-    assert all(any(set(group) <= p for p in proposed) for group in found)
+    proposed = {i: g for g, group in enumerate(keys.candidates()) for i in group}
+    assert all(len({proposed[i] for i in group}) == 1 for group in found)
     return found
 
 

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from gcfast import ConvexLoss
-from gcfast.losses import BCEWithLogits, CrossEntropy, Huber, check_convex, resolve_loss
+from gcfast.losses import (
+    MSE,
+    BCEWithLogits,
+    CrossEntropy,
+    Huber,
+    check_convex,
+    infimum_with_copies,
+    resolve_loss,
+)
 
 N, C = 23, 4
 
@@ -95,6 +103,77 @@ def test_infimum_of_samples_that_share_an_output(name):
     opt.step(closure)
     best = torch.zeros(5, dtype=torch.float64).index_add_(0, group, loss.value(q[group], y).detach())
     torch.testing.assert_close(loss.group_infimum(y, group, 5), best, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "own"])
+def test_infimum_with_copies_is_that_of_group_after_group(name):
+    if name == "own":
+        loss, y = _Bare(), torch.rand(N, C, dtype=torch.float64)
+    else:
+        loss, _, targets, _ = _case(name)
+        y = loss.prepare(targets, N, C)
+    members = torch.randperm(N).tolist()
+    copies = sorted(sorted(group) for group in (members[:2], members[2:7], members[7:9]))
+    expected = loss.infimum(y).double()
+    for group in copies:
+        expected[group] = 0.0
+        expected[group[0]] = loss.group_infimum(y[group], torch.zeros(len(group), dtype=torch.long), 1)[0]
+    assert infimum_with_copies(loss, y, copies) == pytest.approx(float(expected.mean()), rel=1e-14)
+    assert infimum_with_copies(loss, y, []) == pytest.approx(float(loss.infimum(y).double().mean()))
+
+
+class _Bare(ConvexLoss):
+    """Nothing but what must be given."""
+
+    def value(self, z, y):
+        return (z - y).pow(4).mean(1) + 0.5 * y[:, 0]
+
+    def infimum(self, y):
+        return 0.5 * y[:, 0].float()
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), MSE(), BCEWithLogits(), Huber(0.3), _Bare()], ids=repr)
+def test_infimum_of_many_groups_is_one_call(loss, monkeypatch):
+    n, c = 40_000, 1000 if isinstance(loss, CrossEntropy) else 2
+    y = torch.randint(c, (n,)) if isinstance(loss, CrossEntropy) else torch.rand(n, c, dtype=torch.float64)
+    calls = []
+    one = type(loss).group_infimum
+    monkeypatch.setattr(type(loss), "group_infimum", lambda *args: calls.append(1) or one(*args))
+    copies = [[i, i + n // 2] for i in range(n // 2)]
+    total = infimum_with_copies(loss, y, copies)
+    assert len(calls) == 1
+    a, b = y[: n // 2], y[n // 2 :]
+    if isinstance(loss, CrossEntropy):
+        assert total == pytest.approx(2 * math.log(2) * float((a != b).double().sum()) / n)
+    elif isinstance(loss, MSE):
+        assert total == pytest.approx(float(((a - b) ** 2 / 2).mean()) / 2)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.3, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_huber_infimum_of_groups_with_outliers(delta, scale):
+    """Where Newton's steps go wrong: few members inside delta, flat pieces, heavy tails."""
+    loss = Huber(delta)
+    groups, size = 50, 9
+    y = scale * torch.randn(groups * size, 2, dtype=torch.float64) ** 5
+    y[::size] *= 1e3
+    y[: 4 * size] = y[: 4 * size].sign() * scale  # two places: a flat piece where scale > delta
+    group = torch.arange(groups).repeat_interleave(size)
+    # the infimum lies where the loss has a kink in its slope, or between two of these
+    got = loss.group_infimum(y, group, groups)
+    for g in range(groups):
+        for column in range(2):
+            values = y[group == g, column]
+            low, high = values.min(), values.max()
+            for _ in range(200):
+                middle = 0.5 * (low + high)
+                if float((middle - values).clamp(-delta, delta).sum()) < 0:
+                    low = middle
+                else:
+                    high = middle
+            got[g] -= 0.5 * loss.value(high.expand(size, 1), values[:, None]).sum()
+    bound = loss.value(torch.zeros_like(y), y).sum()
+    assert float(got.abs().max()) <= 1e-13 * float(bound)
 
 
 def test_tiny_losses_keep_their_digits():
