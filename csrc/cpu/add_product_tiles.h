@@ -5,7 +5,7 @@
 
 template <class T> constexpr int kGroup = GCFAST_ROWS > Lanes<T>::width ? GCFAST_ROWS : Lanes<T>::width;
 
-// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns; alpha times it is added to out, or is out.
+// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns: out, or with `add` alpha times it is added to out.
 template <class T, int V, bool add>
 __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t k, T* out, int64_t ldo, T alpha) {
   using Vec = typename Lanes<T>::Vec;
@@ -39,7 +39,7 @@ __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t
       if constexpr (add)
         *o += alpha * sum[r][v];
       else
-        *o = alpha * sum[r][v];
+        *o = sum[r][v];
     }
 }
 
@@ -57,9 +57,9 @@ __attribute__((noinline)) void partial(const Block<T>& t, const T* a, const T* b
     if (t.side < 0 && first + r > from) from = first + r;
     T* o = out + r * t.out_rows;
     if (t.out_columns == 1)
-      for (int64_t l = from; l < to; ++l) o[l] += part[r * N + l];
+      for (int64_t l = from; l < to; ++l) o[l] += t.alpha * part[r * N + l];
     else
-      for (int64_t l = from; l < to; ++l) o[l * t.out_columns] += part[r * N + l];
+      for (int64_t l = from; l < to; ++l) o[l * t.out_columns] += t.alpha * part[r * N + l];
   }
 }
 
