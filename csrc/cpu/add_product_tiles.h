@@ -10,25 +10,29 @@ template <class T, int V, bool add>
 __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t k, T* out, int64_t ldo, T alpha) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = V * W, G = kGroup<T>;
-  if constexpr (add)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(out + r * ldo + v * W, 1);
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
-  for (int64_t i = 0; i < k; ++i) {
-    Vec x[V];
+  // What is added to is fetched meanwhile, a row in 8 steps: all rows at once would hold up the operands.
+  const T* ahead = out;
+  for (int64_t i = 0; i < k;) {
+    const int64_t stop = add && k - i > 8 ? i + 8 : k;
+    if constexpr (add)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vec*>(b + i * N + v * W);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(ahead + v * W, 1);
+    ahead += i < 8 * (R - 1) ? ldo : 0;
+    for (; i < stop; ++i) {
+      Vec x[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vec*>(b + i * N + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T s = a[i * G + r];
+      for (int r = 0; r < R; ++r) {
+        const T s = a[i * G + r];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += s * x[v];
+        for (int v = 0; v < V; ++v) sum[r][v] += s * x[v];
+      }
     }
   }
 #pragma GCC unroll 8
