@@ -335,8 +335,7 @@ def add_product(
     """out += alpha a b in place, with the rounding errors that proofs are made with.
 
     Args:
-        out: (r, c) float32 or float64, any strides that tell its elements apart; in memory apart from `a` and
-            `b`.
+        out: (r, c) float32 or float64, any strides that keep its elements apart; it shares none with a, b.
         a: (r, k), b: (k, c), of out's dtype and device, any strides; they may overlap.
         alpha: 1 or -1.
         inner: sums over slices of this length begin at zero and are added to out one by one.

@@ -90,28 +90,26 @@ template <class T> const Slice<T>& slice() {
   return *baseline::slice<T>();
 }
 
-int64_t padded(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+int64_t padded(int64_t size, int64_t step) { return blocks(size, step) * step; }
 
-// How out is cut: blocks of rows x columns, as even as the steps allow.
+// How out is cut into tasks: blocks of rows x columns, as even as the steps allow.
 struct Cut {
   int64_t rows, columns, row_blocks, column_blocks;
-  Cut(int64_t r, int64_t c, int64_t row_step, int64_t column_step, int64_t row_most, int64_t column_most, int64_t tasks)
-      : rows(padded(r, row_step)), columns(padded(c, column_step)) {
-    int64_t i = (rows + row_most - 1) / row_most, j = (columns + column_most - 1) / column_most;
-    const auto cut = [](int64_t size, int64_t pieces, int64_t step) { return padded((size + pieces - 1) / pieces, step); };
-    rows = cut(r, i, row_step), columns = cut(c, j, column_step);
-    // The packing of a block costs 1 / rows + 1 / columns of its products: the longer side is cut.
-    while (blocks(r, rows) * blocks(c, columns) < tasks && (rows > 8 * row_step || columns > 4 * column_step)) {
-      if (rows > columns && rows > 8 * row_step)
-        rows = cut(r, ++i, row_step);
-      else if (columns > 4 * column_step)
-        columns = cut(c, ++j, column_step);
-      else
-        rows = cut(r, ++i, row_step);
+  template <class T> Cut(const AddProductArgs<T>& p, const Slice<T>& s, int64_t inner, int64_t tasks) {
+    const auto pieces = [&](int64_t size, int64_t step, int64_t bytes) {
+      return blocks(size, std::max(step, bytes / (inner * static_cast<int64_t>(sizeof(T))) / step * step));
+    };
+    int64_t i = pieces(p.r, s.rows, kRowBytes), j = pieces(p.c, s.columns, kColumnBytes);
+    for (;;) {
+      rows = padded(blocks(p.r, i), s.rows), columns = padded(blocks(p.c, j), s.columns);
+      row_blocks = blocks(p.r, rows), column_blocks = blocks(p.c, columns);
+      // Packing costs 1 / rows + 1 / columns of the products: the longer side is cut, as long as that is little.
+      const bool down = rows > 8 * s.rows, across = columns > 4 * s.columns;
+      if (row_blocks * column_blocks >= tasks || !(down || across)) return;
+      ++(down && (rows > columns || !across) ? i : j);
     }
-    row_blocks = blocks(r, rows), column_blocks = blocks(c, columns);
   }
-  static int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 };
 
 template <class T> void run(AddProductArgs<T> p) {
@@ -123,12 +121,11 @@ template <class T> void run(AddProductArgs<T> p) {
     side = -side;
   }
   const Slice<T>& s = slice<T>();
-  const int64_t inner = std::min(p.inner, p.k), fit = inner * static_cast<int64_t>(sizeof(T));
+  const int64_t inner = std::min(p.inner, p.k);
   // A team costs as much as some hundred thousand products.
   const double products = static_cast<double>(p.r) * static_cast<double>(p.c) * static_cast<double>(p.k);
   const int team = static_cast<int>(std::max(1.0, std::min<double>(p.threads, products / (1 << 19))));
-  const Cut cut(p.r, p.c, s.rows, s.columns, std::max(s.rows, kRowBytes / fit / s.rows * s.rows),
-                std::max(s.columns, kColumnBytes / fit / s.columns * s.columns), team == 1 ? 1 : team * kTasks * (side == 0 ? 1 : 2));
+  const Cut cut(p, s, inner, team == 1 ? 1 : team * kTasks * (side == 0 ? 1 : 2));
   const int64_t tasks = cut.row_blocks * cut.column_blocks;
   const int threads = static_cast<int>(std::min<int64_t>(team, tasks));
   const int64_t packed = padded((cut.rows + cut.columns) * inner, 64 / sizeof(T));

@@ -5,30 +5,34 @@
 
 template <class T> constexpr int kGroup = GCFAST_ROWS > Lanes<T>::width ? GCFAST_ROWS : Lanes<T>::width;
 
-// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns; alpha times it is added to out, or is out.
+// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns: out, or with `add` alpha times it is added to out.
 template <class T, int V, bool add>
 __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t k, T* out, int64_t ldo, T alpha) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = V * W, G = kGroup<T>;
-  if constexpr (add)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(out + r * ldo + v * W, 1);
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
-  for (int64_t i = 0; i < k; ++i) {
-    Vec x[V];
+  // What is added to is fetched meanwhile, a row in 8 steps: all rows at once would hold up the operands.
+  const T* ahead = out;
+  for (int64_t i = 0; i < k;) {
+    const int64_t stop = add && k - i > 8 ? i + 8 : k;
+    if constexpr (add)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vec*>(b + i * N + v * W);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(ahead + v * W, 1);
+    ahead += i < 8 * (R - 1) ? ldo : 0;
+    for (; i < stop; ++i) {
+      Vec x[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vec*>(b + i * N + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T s = a[i * G + r];
+      for (int r = 0; r < R; ++r) {
+        const T s = a[i * G + r];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += s * x[v];
+        for (int v = 0; v < V; ++v) sum[r][v] += s * x[v];
+      }
     }
   }
 #pragma GCC unroll 8
@@ -39,7 +43,7 @@ __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t
       if constexpr (add)
         *o += alpha * sum[r][v];
       else
-        *o = alpha * sum[r][v];
+        *o = sum[r][v];
     }
 }
 
@@ -57,9 +61,9 @@ __attribute__((noinline)) void partial(const Block<T>& t, const T* a, const T* b
     if (t.side < 0 && first + r > from) from = first + r;
     T* o = out + r * t.out_rows;
     if (t.out_columns == 1)
-      for (int64_t l = from; l < to; ++l) o[l] += part[r * N + l];
+      for (int64_t l = from; l < to; ++l) o[l] += t.alpha * part[r * N + l];
     else
-      for (int64_t l = from; l < to; ++l) o[l * t.out_columns] += part[r * N + l];
+      for (int64_t l = from; l < to; ++l) o[l * t.out_columns] += t.alpha * part[r * N + l];
   }
 }
 

@@ -54,11 +54,11 @@ void gram_product(uintptr_t gram, uintptr_t x, uintptr_t out, int64_t n, int64_t
 
 template <class T>
 void add_product(uintptr_t out, uintptr_t a, uintptr_t b, int64_t r, int64_t c, int64_t k, int64_t out_rows,
-                 int64_t out_columns, int64_t a_rows, int64_t a_columns, int64_t b_rows, int64_t b_columns, int64_t inner,
-                 double alpha, bool lower, int threads) {
-  gcfast::cpu::add_product(AddProductArgs<T>{ptr<T>(out), ptr<const T>(a), ptr<const T>(b), r, c, k, out_rows, out_columns,
-                                             a_rows, a_columns, b_rows, b_columns, inner, static_cast<T>(alpha), lower,
-                                             threads});
+                 int64_t out_columns, int64_t a_rows, int64_t a_columns, int64_t b_rows, int64_t b_columns,
+                 int64_t inner, double alpha, bool lower, int threads) {
+  gcfast::cpu::add_product(AddProductArgs<T>{ptr<T>(out), ptr<const T>(a), ptr<const T>(b), r, c, k, out_rows,
+                                             out_columns, a_rows, a_columns, b_rows, b_columns, inner,
+                                             static_cast<T>(alpha), lower, threads});
 }
 
 template <class T>

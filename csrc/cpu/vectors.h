@@ -25,7 +25,8 @@ template <class T, int S> __attribute__((always_inline)) inline void exchange(ty
 }
 
 // rows x columns at `in`, transposed into columns x `to` at out, zero from `rows` on.
-template <class T> void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t to, int64_t ldo) {
+template <class T>
+void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t to, int64_t ldo) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int W = Lanes<T>::width;
   for (int64_t i = 0; i < to; i += W) {

@@ -39,7 +39,8 @@ template <class T> struct Matrix {
 };
 
 template <class T>
-AddProductArgs<T> args(Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, int64_t inner, T alpha, bool lower, int threads) {
+AddProductArgs<T> args(Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, int64_t inner, T alpha, bool lower,
+                       int threads) {
   return {out.data.data(), a.data.data(), b.data.data(), out.rows, out.columns, a.columns, out.row, out.column,
           a.row,           a.column,      b.row,         b.column, inner,       alpha,     lower,   threads};
 }
@@ -58,7 +59,8 @@ template <class T> void exact(int64_t r, int64_t c, int64_t k, int layout, int64
   int64_t wrong = 0;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < c; ++j) wrong += std::memcmp(&out.at(i, j), &want[i * c + j], sizeof(T)) != 0;
-  CHECK(wrong == 0, "%ld of %ld x %ld x %ld, layout %d, lower %d", long(wrong), long(r), long(c), long(k), layout, lower);
+  CHECK(wrong == 0, "%ld of %ld x %ld x %ld, layout %d, lower %d", long(wrong), long(r), long(c), long(k), layout,
+        lower);
 }
 
 // The last row and column alone, and all with other threads and operands that lie otherwise: the same bits.
@@ -74,7 +76,7 @@ template <class T> void pieces(int64_t n, int64_t k, int64_t inner) {
   CHECK(std::memcmp(all.data.data(), other.data.data(), n * n * sizeof(T)) == 0, "n %ld threads", long(n));
   add_product(args(turned, a, b2, inner, T(1), false, 2));
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) CHECK(turned.at(i, j) == all.at(i, j), "n %ld turned %ld %ld", long(n), long(i), long(j));
+    for (int64_t j = 0; j < n; ++j) CHECK(turned.at(i, j) == all.at(i, j), "turned %ld %ld", long(i), long(j));
   AddProductArgs<T> one = args(out, a, b, inner, T(1), false, 1);
   one.out += n * n - 1, one.a += (n - 1) * k, one.b += n - 1, one.r = one.c = 1;
   add_product(one);
@@ -85,7 +87,10 @@ template <class T> void all() {
   int layout = 0;
   for (int64_t r : {1, 4, 7, 8, 9, 25, 50})
     for (int64_t c : {1, 8, 15, 17, 24, 25, 49, 70})
-      for (int64_t k : {1, 3, 16, 17, 40}) exact<T>(r, c, k, layout % 125, 1 + k * 2 / 3, false, 1 + layout % 3), ++layout;
+      for (int64_t k : {1, 3, 16, 17, 40}) {
+        exact<T>(r, c, k, layout % 125, 1 + k * 2 / 3, false, 1 + layout % 3);
+        ++layout;
+      }
   for (layout = 0; layout < 125; ++layout) {
     exact<T>(33, 51, 19, layout, 16, false, 2);
     exact<T>(52, 52, 19, layout, 300, true, 2);
