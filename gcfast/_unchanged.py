@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,22 +17,21 @@ from gcfast._trace import unwrap
 __all__ = ["Unchanged"]
 
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
-_Seen = tuple[Any, int, int]  # the tensor, its address and its version
 
 
 class Unchanged:
     """Remembers all parameters and buffers of `model` below `head`, bit by bit, as 128-bit digests.
 
-    The quick look is at addresses and version counters, and at the bits of those tensors alone that were
-    written to. It cannot see a write through `Tensor.data`, which counts no version, nor a submodule that was
-    exchanged; the full one sees both.
+    The quick look is at addresses and version counters, and at the bits only where one of these moved. It
+    cannot see a write through `Tensor.data`, which counts no version, nor a submodule that was exchanged; the
+    full one sees both.
     """
 
     def __init__(self, model: nn.Module, head: Head) -> None:
         self.model, self.head = unwrap(model), head
         self._slots = list(_slots(self.model, head.module))
         self._digests = {name: _digest(place[key]) for name, place, key in self._slots}
-        self._seen = [_see(place[key]) for _, place, key in self._slots]
+        self._look()
 
     def refuse(self, model: nn.Module | None = None, full: bool = False) -> None:
         """RuntimeError if something has changed, quickly seen or in `full`."""
@@ -42,16 +42,28 @@ class Unchanged:
                 "features now; make a new gcfast.FeatureCache"
             )
 
+    def _look(self) -> None:
+        self._values = [place[key] for _, place, key in self._slots]
+        self._addresses = [t.data_ptr() for t in self._values]
+        # an inference tensor counts no versions: where there is one the bits are read each time
+        counted = not any(t.is_inference() for t in self._values)
+        self._versions = [t._version for t in self._values] if counted else None
+
     def _quick(self) -> str | None:
         """What has changed, in words; None if nothing that counts versions has."""
-        for i, (name, place, key) in enumerate(self._slots):
-            value, address, version = self._seen[i]
-            now = place.get(key)
-            if now is not value or version < 0 or now._version != version or now.data_ptr() != address:
-                # written to, moved or restored: a change only if the bits differ
-                if now is None or _digest(now) != self._digests[name]:
-                    return f"{name!r} changed"
-                self._seen[i] = _see(now)
+        now = [place.get(key) for _, place, key in self._slots]
+        if (
+            self._versions is not None
+            and all(map(operator.is_, now, self._values))
+            and [t._version for t in self._values] == self._versions
+            and [t.data_ptr() for t in self._values] == self._addresses
+        ):
+            return None
+        # written to, moved or restored: a change only if the bits differ
+        for (name, _, _), value in zip(self._slots, now, strict=True):
+            if value is None or _digest(value) != self._digests[name]:
+                return f"{name!r} changed"
+        self._look()
         return None
 
     def _full(self, model: nn.Module | None) -> str | None:
@@ -77,14 +89,7 @@ def _slots(model: nn.Module, head: nn.Module) -> Iterator[_Slot]:
                         yield plain_name(f"{prefix}.{key}" if prefix else key), place, key
 
 
-def _see(value: Tensor) -> _Seen:
-    # an inference tensor counts no versions: its bits are read each time
-    return value, value.data_ptr(), -1 if value.is_inference() else value._version
-
-
-def _digest(value: Any) -> bytes:
-    if not isinstance(value, Tensor):
-        return b""
+def _digest(value: Tensor) -> bytes:
     bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)};".encode(), digest_size=16)
     digest.update(bits.numpy().data)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from gcfast._freeze import hidden_parameters
-from gcfast._rest import Rest, output_shape
+from gcfast._rest import EntranceTap, Rest, output_shape
 from gcfast._trace import keeping_random_state, unwrap
 from gcfast._unchanged import Unchanged
 from gcfast.features import (
@@ -130,7 +130,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
             inputs = _to_device(inputs, place)
             if not rows.used:  # before anything large is held
                 _same_again(model, found, (x, first[1]), (inputs, y), h)
-            with FeatureTap(model, wide or found) as tap:
+            with EntranceTap(model, wide or found) as tap:
                 z, _ = tap(inputs)
             if y is None or len(y) != len(z):
                 got = "no" if y is None else len(y)

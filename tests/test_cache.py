@@ -152,6 +152,16 @@ def test_large_batches_do_not_store_features(many, monkeypatch):
     assert len(calls) == many
 
 
+def test_making_it_runs_the_body_once_and_the_rest_on_one_batch():
+    model, _ = in_phase_two("wide")
+    seen = {0: 0, 4: 0}
+    for i in seen:
+        model[i].register_forward_hook(lambda m, args, out, i=i: seen.update({i: seen[i] + len(out)}))
+    gcfast.FeatureCache(model, DataLoader(TensorDataset(*data()), batch_size=1))
+    # the first batch: the head, the wide layer, the features, and a second look at them
+    assert seen == {0: N + 4, 4: 4}
+
+
 def test_a_resumed_run_needs_no_forward_pass_of_the_model():
     model, opt = in_phase_two("wide")
     torch.manual_seed(1)
@@ -237,16 +247,6 @@ def test_a_wide_layer_narrower_than_its_input_is_not_worth_it():
     model[1].wide.requires_grad_(False)
     assert gcfast.FeatureCache(model, data()).stored == "features"
     assert gcfast.FeatureCache(model, data(), store="below").stored == "below"
-
-
-def test_memory_is_asked_for_beforehand():
-    model, _ = in_phase_two("wide")
-    below = N * (12 * 4 + 8)
-    assert gcfast.FeatureCache(model, data(), max_bytes=below).nbytes == below
-    with pytest.raises(MemoryError, match=rf"37 samples needs {below:,} bytes .* allows {below - 1:,}.*cpu"):
-        gcfast.FeatureCache(model, data(), max_bytes=below - 1)
-    with pytest.raises(MemoryError, match=f"needs {N * (41 * 4 + 8):,} bytes.*store='below'"):
-        gcfast.FeatureCache(model, data(), store="features", max_bytes=below)
 
 
 # -- mini-batches

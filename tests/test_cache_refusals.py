@@ -51,6 +51,16 @@ def test_arguments_are_named():
             cache.batches(size)
 
 
+def test_memory_is_asked_for_beforehand():
+    model, _ = in_phase_two("wide")
+    below = N * (12 * 4 + 8)
+    assert gcfast.FeatureCache(model, data(), max_bytes=below).nbytes == below
+    with pytest.raises(MemoryError, match=rf"37 samples needs {below:,} bytes .* allows {below - 1:,}.*cpu"):
+        gcfast.FeatureCache(model, data(), max_bytes=below - 1)
+    with pytest.raises(MemoryError, match=f"needs {N * (41 * 4 + 8):,} bytes.*store='below'"):
+        gcfast.FeatureCache(model, data(), store="features", max_bytes=below)
+
+
 def test_weights_that_are_still_trained_are_named():
     model, opt = in_phase_two()
     opt.unfreeze()
