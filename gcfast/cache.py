@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
 
 from gcfast._freeze import hidden_parameters
+from gcfast._growing import Rows, count
 from gcfast._rest import EntranceTap, Rest, output_shape
 from gcfast._trace import keeping_random_state, unwrap
 from gcfast._unchanged import Unchanged
@@ -23,16 +25,17 @@ from gcfast.features import (
     _head_by_forward,
     _loader,
     _same_again,
+    _tensors,
     _to_device,
     check_features,
 )
 from gcfast.inspection import FeatureTap, Head, wide_activation
-from gcfast.memory import require
 from gcfast.wide import WideLayer
 
 __all__ = ["FeatureCache"]
 
 STORES = ("auto", "below", "features")
+_FEW = 32
 
 
 class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
@@ -110,7 +113,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError("data: the training set is empty")
         if first[1] is None:
             raise ValueError("data: expected (inputs, targets); there are no targets")
-        x = _to_device(first[0], place)
+        x, y = _few(_to_device(first[0], place), first[1])
         found = _head_by_forward(model, x, head)
         _check_frozen(model, found)
         wide = None if store == "features" else _wide_below(model, found, x)
@@ -125,17 +128,17 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         with FeatureTap(model, found) as tap:
             h, out = tap(x)
 
-        rows = _Rows(_count(loader), torch.device(device or place), max_bytes, _way_out(found, wide, store))
-        for inputs, y in _batches(loader):
+        rows = Rows(count(loader), torch.device(device or place), max_bytes, _way_out(found, wide, store))
+        for inputs, targets in _batches(loader):
             inputs = _to_device(inputs, place)
             if not rows.used:  # before anything large is held
-                _same_again(model, found, (x, first[1]), (inputs, y), h)
+                _same_again(model, found, (x, y), _few(inputs, targets), h)
             with EntranceTap(model, wide or found) as tap:
                 z, _ = tap(inputs)
-            if y is None or len(y) != len(z):
-                got = "no" if y is None else len(y)
+            if targets is None or len(targets) != len(z):
+                got = "no" if targets is None else len(targets)
                 raise ValueError(f"data: a batch of {len(z)} inputs came with {got} targets")
-            rows.add(z, y)
+            rows.add(z, targets)
         self.features, self.targets = rows.taken()
         check_features(self.features, "features")
         self.head = Rest(found, wide, output_shape(out, len(h), found), self._unchanged)
@@ -231,45 +234,12 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         return f"FeatureCache({n} {kind}, {k} wide, {self.dtype}, {self.device}, {self.nbytes:,} bytes)"
 
 
-class _Rows:
-    """Rows and targets, filled batch by batch; allocated at once where their number is known beforehand."""
-
-    def __init__(self, total: int | None, device: torch.device, max_bytes: int | None, way_out: str) -> None:
-        self.size, self.device = total or 0, device
-        self.max_bytes, self.way_out = max_bytes, way_out
-        self.held: list[Tensor] = []
-        self.used = 0
-
-    def add(self, *new: Tensor) -> None:
-        end = self.used + len(new[0])
-        if not self.held or end > len(self.held[0]):
-            size = max(end, 2 * self.used, self.size)
-            needed = size * sum(t[:1].nbytes for t in new)
-            require(f"a cache of {size:,} samples", needed, self.max_bytes, self.device, self.way_out)
-            grown = [t.new_empty((size, *t.shape[1:]), device=self.device) for t in new]
-            for old, larger in zip(self.held, grown):
-                larger[: self.used] = old[: self.used]
-            self.held = grown
-        for t, part in zip(self.held, new, strict=True):
-            t[self.used : end] = part
-        self.used = end
-
-    def taken(self) -> list[Tensor]:
-        exact = self.used == len(self.held[0])
-        return self.held if exact else [t[: self.used].clone() for t in self.held]
-
-
-def _count(loader: Any) -> int | None:
-    """How many samples a pass gives, where that can be known."""
-    if isinstance(loader, list):
-        return sum(len(batch if isinstance(batch, Tensor) else batch[0]) for batch in loader)
-    plain = isinstance(loader, DataLoader) and loader.batch_size is not None
-    if not plain or isinstance(loader.dataset, IterableDataset):
-        return None
-    try:
-        return len(loader.sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+def _few(inputs: Any, targets: Tensor | None) -> tuple[Any, Tensor | None]:
+    """The first samples of a batch, enough to look at a model with; all of it where samples are not rows."""
+    n = None if targets is None else len(targets)
+    if targets is None or any(t.dim() == 0 or len(t) != n for t in _tensors(inputs)):
+        return inputs, targets
+    return tree_map(lambda t: t[:_FEW] if isinstance(t, Tensor) else t, inputs), targets[:_FEW]
 
 
 def _check_frozen(model: nn.Module, head: Head) -> None:

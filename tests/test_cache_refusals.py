@@ -21,6 +21,11 @@ class Noisy(Dataset):
         return data()[0][i] + torch.rand(D), data()[1][i]
 
 
+def short(pairs):
+    x, y = zip(*pairs)
+    return torch.stack(x), torch.stack(y)[1:]
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -28,10 +33,11 @@ class Noisy(Dataset):
         (Noisy(), "data: the first batch is another one"),
         (data()[0], "data: expected .*there are no targets"),
         ((data()[0][:0], data()[1][:0]), "data: the training set is empty"),
+        (DataLoader(TensorDataset(*data()), 8, collate_fn=short), "a batch of 8 inputs came with 7 targets"),
         (DataLoader([], batch_size=8), "data: the training set is empty"),
         ((data()[0].clone().fill_(float("nan")), data()[1]), "features: not finite: nan at sample 0, unit 0"),
     ],
-    ids=["shuffles", "augments", "no targets", "empty", "empty loader", "nan"],
+    ids=["shuffles", "augments", "no targets", "empty", "short", "empty loader", "nan"],
 )
 def test_data_are_refused(given, message):
     model, _ = in_phase_two()
