@@ -56,6 +56,12 @@ ROWS = (
         against=("torch L-BFGS", "scikit-learn"),
         kernels=False,
     ),
+    Row(
+        "an epoch of phase two from `FeatureCache`, {size}",
+        "phase two epoch",
+        ours=("cache, features", "cache, below"),
+        kernels=False,
+    ),
     Row("rank *proved*, {size}", "certified rank", ours=("proof",), kernels=False),
     Row(
         "the same with a sharp bound of σ_min, {size}",

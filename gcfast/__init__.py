@@ -7,6 +7,7 @@ that finishes phase two.
 
 from gcfast._solution import HeadSolution, Progress
 from gcfast._version import __version__
+from gcfast.cache import FeatureCache
 from gcfast.certificate import Assumption, Certificate, Offender, certify
 from gcfast.head import solve_head
 from gcfast.inspection import HeadError, find_head
@@ -31,6 +32,7 @@ __all__ = [
     "Assumption",
     "Certificate",
     "ConvexLoss",
+    "FeatureCache",
     "HeadError",
     "HeadSolution",
     "Offender",

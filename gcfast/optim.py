@@ -42,6 +42,7 @@ class TwoPhase(Optimizer):
     statistics and dropout below the head are frozen, whatever `model.train()` says. In phase two `base`
     trains the head alone, with the momentum it has; with a convex loss this problem is convex, and if the
     features have rank n (see `gcfast.certify`) its minimum is the global minimum of the training loss.
+    `gcfast.FeatureCache` makes its steps cheap: what enters the head does not change any more.
 
     It is used as `base` would be: learning-rate schedulers, `GradScaler`, gradient clipping, closures, hooks
     and checkpoints all take a `TwoPhase`. `param_groups`, `state` and `defaults` are those of `base`.

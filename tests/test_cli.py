@@ -13,6 +13,7 @@ import pytest
 import torch
 from image_files import folder_images, write_mnist_raw, write_tree
 
+import gcfast.cache
 from gcfast import cli
 from gcfast.cli.checkpoint import Checkpoint
 from gcfast.cli.train import Diverged, Schedule, Trainer
@@ -81,6 +82,35 @@ def test_base_and_two_phase_are_one_until_tau(finished: Path) -> None:
     assert before[0] == before[1] and [point["step"] for point in before[0]] == [0, 2, 4]
     last = [values["curves"][name][-1] for name in ("base", "two_phase")]
     assert last[0]["step"] == last[1]["step"] == 10 and last[0]["loss"] != last[1]["loss"]
+
+
+def test_phase_two_runs_from_a_cache(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run as with the whole model at every step, which is what is left where memory is short."""
+    first = result_of(finished)
+    held = first["cache"]
+    assert (held["stored"], held["width"], held["bytes"]) == ("features", 132, 120 * (132 * 4 + 8))
+    assert 0 < held["seconds"] < first["seconds"]["phase_two"]
+    assert "ran from a cache: the 132 numbers" in (finished / "report.html").read_text(encoding="utf-8")
+    real = gcfast.cache.FeatureCache
+    for allowed in ("auto", "none"):
+
+        def short(*arguments: Any, store: str = "auto", allowed: str = allowed, **options: Any) -> Any:
+            if store != allowed:
+                raise MemoryError("the memory is short")
+            return real(*arguments, store=store, **options)
+
+        monkeypatch.setattr(gcfast.cache, "FeatureCache", short)
+        out = tmp_path / allowed
+        assert cli.main([*SMALL, "--out", str(out), "--quiet", "--no-compare"]) == 0
+        again = result_of(out)
+        for one, other in zip(first["curves"]["two_phase"], again["curves"]["two_phase"], strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert (one["step"], one["test_error"]) == (other["step"], other["test_error"])
+        if allowed == "auto":
+            assert (again["cache"]["stored"], again["cache"]["width"], again["notes"]) == ("below", 16, [])
+        else:
+            assert again["cache"] is None and "the memory is short" in again["notes"][0]
+            assert "ran from a cache" not in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_checkpoint_holds_the_reported_minimum(finished: Path) -> None:

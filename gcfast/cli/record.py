@@ -42,6 +42,7 @@ class Record:
     nearest: Point | None = None
     path: list[tuple[float, float]] = field(default_factory=list)
     solver: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] | None = None
     spectrum: list[float] | None = None
     seconds: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(_STAGES))
 
@@ -92,6 +93,7 @@ class Record:
                 "curves": {name: [asdict(point) for point in points] for name, points in self.curves.items()},
                 "path": self.path,
                 "solver": self.solver,
+                "cache": self.cache,
                 "spectrum": self.spectrum,
                 "settings": asdict(self.settings),
                 "model": {**self.model.to_dict(), "description": self.model.describe()},

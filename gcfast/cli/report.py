@@ -213,10 +213,21 @@ def _table(values: Mapping[str, Any]) -> str:
         f" {_time(seconds['solve'])}. Test error on {values['n_test']:,} samples the training never saw. A"
         " global minimum"
         " of the training loss promises nothing about test error; this table shows what it is."
+        + _cached(values["cache"])
     )
     return (
         _html_table(("", "training loss", "test error", "training time"), rows, "figures")
         + f"<p class=small>{escape(stages)}</p>"
+    )
+
+
+def _cached(cache: Mapping[str, Any] | None) -> str:
+    if cache is None:
+        return ""
+    what = "enters the wide layer" if cache["stored"] == "below" else "enters the head"
+    return (
+        f" The paper's phase two ran from a cache: the {cache['width']:,} numbers a sample that {what} were"
+        f" computed once, in {_time(cache['seconds'])}, and hold {cache['bytes'] / 2**20:,.1f} MiB."
     )
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import nn
 
 from .progress import Progress
 from .usage import UserError
+
+if TYPE_CHECKING:
+    from gcfast.cache import FeatureCache
 
 __all__ = ["BASES", "LOSSES", "Diverged", "Point", "Schedule", "Settings", "Trainer", "default_lr"]
 
@@ -161,10 +164,15 @@ class Trainer:
         stop: int,
         progress: Progress,
         record: Callable[[Point], None],
+        cache: FeatureCache | None = None,
     ) -> None:
-        """Steps ``start`` to ``stop``; ``record`` gets a point at ends of epochs and after the last step."""
-        with threads(self.settings.threads or self._suitable_threads(model, torch.get_num_threads())):
-            self._run(model, optimizer, start, stop, progress, record)
+        """Steps ``start`` to ``stop``; ``record`` gets a point at ends of epochs and after the last step.
+
+        With a ``cache`` steps are made on its rows and evaluations, as ever, on the whole model.
+        """
+        stepped = model if cache is None else cache.head
+        with threads(self.settings.threads or self._suitable_threads(stepped, torch.get_num_threads())):
+            self._run(model, optimizer, start, stop, progress, record, cache)
 
     def _suitable_threads(self, model: nn.Module, available: int) -> int:
         """One for steps so small that threads mostly wait for each other, badly so on a busy machine."""
@@ -181,7 +189,9 @@ class Trainer:
         stop: int,
         progress: Progress,
         record: Callable[[Point], None],
+        cache: FeatureCache | None,
     ) -> None:
+        forward, inputs = (model, self.x_train) if cache is None else (cache.head, cache.features)
         per_epoch = self.schedule.batches_per_epoch
         self.seconds = 0.0
         step = start
@@ -192,7 +202,7 @@ class Trainer:
             for batch in self.schedule.batches(epoch)[offset:]:
                 index = batch.to(self.labels.device)
                 optimizer.zero_grad()
-                loss = self.loss(model(self.x_train[index]), self.targets[index])
+                loss = self.loss(forward(inputs[index]), self.targets[index])
                 value = loss.item()
                 if not math.isfinite(value):
                     raise Diverged(f"the loss is {value} at step {step + 1} of {self.schedule.total}")
