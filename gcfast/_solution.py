@@ -31,7 +31,8 @@ class HeadSolution:
     ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features; ``loss`` is
     theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
     loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
-    ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|.
+    ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|, rounding to the
+    dtype of the features included (``duality_gap`` is that of the head before it, but with weight decay).
     ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the Frobenius
     norm of the loss's gradient in the head.
     """
@@ -77,26 +78,35 @@ def finish(
 ) -> HeadSolution:
     """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
     dtype = task.features.dtype
+    unrounded = (weight, bias)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     z = task.logits(weight, bias)
     value, residual, conjugate = task.loss.terms(z, task.targets)
     loss = float(value.mean())
     grad_w, grad_b = task.transpose(residual / task.n)
     duality_gap = distance = math.nan
-    center_w = torch.zeros_like(task.weight) if weight_decay else task.weight
-    center_b = None if task.bias is None else (torch.zeros_like(task.bias) if weight_decay else task.bias)
-    u2 = float(((weight.to(torch.float64) - center_w) ** 2).sum())
-    if bias is not None and center_b is not None:
-        u2 += float(((bias.to(torch.float64) - center_b) ** 2).sum())
     if lam > 0:
+        center_w = torch.zeros_like(task.weight) if weight_decay else task.weight
+        center_b = None if task.bias is None else (torch.zeros_like(task.bias) if weight_decay else task.bias)
+        u2 = _square(weight - center_w, None if bias is None or center_b is None else bias - center_b)
+        rounding = 0.0
+        if dtype != torch.float64 and not weight_decay:
+            # at a small lambda rounding moves the gradient more than the head: certify the head before it
+            before_w, before_b = unrounded
+            moved_b = None if bias is None or before_b is None else bias - before_b
+            rounding = math.sqrt(_square(weight - before_w, moved_b))
+            z = task.logits(before_w, before_b)
+            value, residual, conjugate = task.loss.terms(z, task.targets)
+            dual_w, dual_b = task.transpose(residual / task.n, remember=False)
+            own_b = None if before_b is None or center_b is None else before_b - center_b
+            own = _square(before_w - center_w, own_b)
+        else:
+            dual_w, dual_b, own = grad_w, grad_b, u2
         # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
         z0 = torch.zeros_like(z) if weight_decay else task.start_logits
-        dual2 = float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))
-        duality_gap = (
-            loss + 0.5 * lam * u2 - (float(((residual * z0).sum(1) - conjugate).mean()) - dual2 / (2 * lam))
-        )
-        duality_gap = max(duality_gap, 0.0)
-        distance = math.sqrt(2 * duality_gap / lam / u2) if u2 > 0 else 0.0
+        dual = float(((residual * z0).sum(1) - conjugate).mean()) - _square(dual_w, dual_b) / (2 * lam)
+        duality_gap = max(float(value.mean()) + 0.5 * lam * own - dual, 0.0)
+        distance = (math.sqrt(2 * duality_gap / lam) + rounding) / math.sqrt(u2) if u2 > 0 else 0.0
     gap = duality_gap if weight_decay else loss - task.infimum
     return HeadSolution(
         weight=weight,
@@ -106,9 +116,14 @@ def finish(
         gap=gap,
         duality_gap=duality_gap,
         distance_bound=distance,
-        residual=math.sqrt(float((grad_w**2).sum()) + (0.0 if grad_b is None else float((grad_b**2).sum()))),
+        residual=math.sqrt(_square(grad_w, grad_b)),
         regularization=lam,
         converged=gap <= gap_target,
         seconds=0.0,
         **known,
     )
+
+
+def _square(weight: Tensor, bias: Tensor | None) -> float:
+    total = float((weight.to(torch.float64) ** 2).sum())
+    return total if bias is None else total + float((bias.to(torch.float64) ** 2).sum())

@@ -23,11 +23,11 @@ from gcfast.features import (
     _batches,
     _device_of,
     _head_by_forward,
-    _loader,
     _same_again,
     _tensors,
     _to_device,
     check_features,
+    loader_of,
 )
 from gcfast.inspection import FeatureTap, Head, wide_activation
 from gcfast.wide import WideLayer
@@ -107,7 +107,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
     def _fill(
         self, model: nn.Module, data: Any, head: Any, store: str, device: Any, max_bytes: int | None
     ) -> None:
-        place, loader = _device_of(model), _loader(data)
+        place, loader = _device_of(model), loader_of(data)
         first = next(iter(_batches(loader)), None)
         if first is None:
             raise ValueError("data: the training set is empty")

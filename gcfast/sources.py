@@ -204,9 +204,9 @@ class WideFeatures(Features):
         return panel if self.dtype == torch.float64 else panel.to(self.dtype).double()
 
     def columns(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        if dtype == torch.float64:
-            return self.panel(start, end)
         z, weight, bias = self._layer(dtype)
+        if dtype == torch.float64:  # not rounded: as the products with H are
+            return ops.wide_panel(z, weight[start:end], bias[start:end], **self.settings)
         return ops.wide_features(z, weight[start:end], bias[start:end], **self.settings)
 
     def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,228 @@
+"""Time and memory of certify and solve_head against n on MNIST, and the page made from them.
+
+python -m bench.scaling --sizes 500,1000,2000,4000,8000,20000    measure what is not there yet, size by size
+python -m bench.scaling --page                                   docs/scaling.md from bench/results/scaling.json
+
+A cell is one size in a process of its own, which ends with a line of JSON: a killed run goes on where it stopped.
+MNIST is looked for in GCFAST_DATA or, from a checkout, ../shared/data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent))  # `python -m bench.scaling` and a plain import find the same module
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "scaling.json"
+PAGE = ROOT / "docs" / "scaling.md"
+EPOCHS, TAU, SEED = 10, 0.6, 0
+D, BETA, LR = 128, 4.0, 7.0  # the step is LR / m, at most 0.02: what the command line takes
+MEMORY_CELL = 10**9  # max_bytes of the cell that may not store K
+
+
+class Peak:
+    """The largest resident set while something runs, in bytes beyond what was there at the start."""
+
+    def __enter__(self) -> Peak:
+        self.base = self.most = _resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.most = max(self.most, _resident())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.extra = max(self.most, _resident()) - self.base
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def _train(model: Any, opt: Any, x: Any, y: Any, steps: int, generator: Any, start: int = 0) -> None:
+    """Steps ``start`` to ``steps`` of batches of 64, the order fixed by the generator."""
+    import torch
+    import torch.nn.functional as F
+
+    done = 0
+    while done < steps:
+        for batch in torch.randperm(len(x), generator=generator).split(64):
+            if done >= steps:
+                return
+            if done >= start:
+                opt.zero_grad()
+                F.cross_entropy(model(x[batch]), y[batch]).backward()
+                opt.step()
+            done += 1
+
+
+def cell(n: int, with_base: bool, max_bytes: int | None) -> dict[str, Any]:
+    """One size: phase one, the certificate, the solved head; with the base optimizer beside it where asked."""
+    import torch
+    import torch.nn.functional as F
+    from _mnist import mnist
+    from torch import nn
+
+    import gcfast
+
+    x, y, xt, yt = mnist()
+    x, y = x[:n], y[:n]
+    m = -(-11 * n // 10)
+    torch.manual_seed(SEED)
+    wide = gcfast.WideHead(gcfast.WideLayer(D, m, beta=BETA), nn.Linear(m, 10))
+    model = nn.Sequential(nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, D), nn.Softplus(), wide)
+    total = EPOCHS * -(-n // 64)
+    switch = int(TAU * total)
+    lr = min(0.02, LR / m)
+
+    def error() -> float:
+        with torch.no_grad():
+            wrong = sum(int((model(a).argmax(1) != b).sum()) for a, b in zip(xt.split(1000), yt.split(1000)))
+        return 100 * wrong / len(yt)
+
+    found: dict[str, Any] = {"n": n, "m": m, "d": D, "threads": torch.get_num_threads()}
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    began = time.perf_counter()
+    two = gcfast.TwoPhase(opt, model, switch_step=switch, perturbation=1e-3, seed=SEED)
+    _train(model, two, x, y, switch, torch.Generator().manual_seed(SEED))
+    found["phase_one_seconds"] = time.perf_counter() - began
+    found["switch"] = {"loss": _loss(model, x, y), "test_error": error()}
+    if with_base:
+        base_state = {k: v.clone() for k, v in model.state_dict().items()}
+    data = (x, y)
+    if max_bytes is None:
+        with Peak() as peak:
+            began = time.perf_counter()
+            c = gcfast.certify(model, data, loss="cross_entropy", sharp=False, route="direct")
+            seconds = time.perf_counter() - began
+        reason = next(a.reason for a in c.assumptions if a.name.startswith("rank"))
+        found["certify"] = {
+            "status": c.status,
+            "route": c.route,
+            "reason": reason,
+            "sigma_min_lower": c.sigma_min_lower,
+            "sigma_max_upper": c.sigma_max_upper,
+            "seconds": seconds,
+            "bytes": peak.extra,
+        }
+        print(found["certify"], file=sys.stderr, flush=True)
+    with Peak() as peak:
+        began = time.perf_counter()
+        s = gcfast.solve_head(model, data, target_gap=1e-6, max_bytes=max_bytes)
+        seconds = time.perf_counter() - began
+    found["solve"] = {
+        "form": s.form,
+        "loss": s.loss,
+        "gap": s.gap,
+        "converged": s.converged,
+        "distance_bound": s.distance_bound,
+        "iterations": s.iterations,
+        "products": s.products,
+        "seconds": seconds,
+        "bytes": peak.extra,
+        "max_bytes": max_bytes,
+        "test_error": error(),
+        "model_loss": _loss(model, x, y),
+    }
+    print(found["solve"], file=sys.stderr, flush=True)
+    if with_base:
+        del two
+        model.load_state_dict(base_state)
+        for p in model.parameters():
+            p.requires_grad_(True)
+        torch.manual_seed(SEED)
+        again = nn.Sequential(
+            nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, D), nn.Softplus(),
+            gcfast.WideHead(gcfast.WideLayer(D, m, beta=BETA), nn.Linear(m, 10)),
+        )  # fmt: skip
+        model = again
+        opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        began = time.perf_counter()
+        _train(model, opt, x, y, total, torch.Generator().manual_seed(SEED))
+        found["base"] = {
+            "seconds": time.perf_counter() - began,
+            "loss": _loss(model, x, y),
+            "test_error": error(),
+        }
+    assert F is not None
+    return found
+
+
+def _loss(model: Any, x: Any, y: Any) -> float:
+    import torch
+    import torch.nn.functional as F
+
+    with torch.no_grad():
+        parts = zip(x.split(1000), y.split(1000))
+        total = sum(float(F.cross_entropy(model(a).double(), b, reduction="sum")) for a, b in parts)
+    return total / len(x)
+
+
+def measure(sizes: list[int], base: set[int], memory: set[int]) -> None:
+    """Every cell that the results lack, saved one by one."""
+    import _record
+
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
+    wanted = [(str(n), ["--cell", str(n)] + (["--base"] if n in base else [])) for n in sizes]
+    wanted += [(f"{n} in 1 GB", ["--cell", str(n), "--memory", str(MEMORY_CELL)]) for n in sorted(memory)]
+    for index, (name, arguments) in enumerate(wanted):
+        if name in known["cells"]:
+            continue
+        print(f"cell {name} ({index + 1} of {len(wanted)})", flush=True)
+        # elsewhere than in the source tree, which would shadow the installed package
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=folder, check=False)
+        if done.returncode:
+            raise SystemExit(f"cell {name} ended with {done.returncode}")
+        known["cells"][name] = json.loads(done.stdout.strip().splitlines()[-1])
+        known["machine"] = _record.device_name() if hasattr(_record, "device_name") else ""
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="500,1000,2000,4000,8000,20000")
+    parser.add_argument("--with-base", default="20000", help="sizes at which the base optimizer runs as well")
+    parser.add_argument("--in-memory", default="20000", help="sizes solved once more within 1 GB")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--base", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    known = parser.parse_args()
+    if known.cell:
+        print(json.dumps(cell(known.cell, known.base, known.memory)))
+    elif known.page:
+        from _scaling_page import write
+
+        write(RESULTS, PAGE)
+    else:
+        os.environ.setdefault("GCFAST_DATA", str(ROOT.parent / "shared" / "data"))
+
+        def numbers(text: str) -> list[int]:
+            return [int(part) for part in text.split(",") if part]
+
+        measure(numbers(known.sizes), set(numbers(known.with_base)), set(numbers(known.in_memory)))
+
+
+if __name__ == "__main__":
+    assert math.isfinite(LR)
+    main()
