@@ -32,7 +32,7 @@ TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
 PAIRS = 500  # most pairs coupled by one softmax factorisation: more save products, fewer save the factor
 BLOCK = 4096  # most samples in one separable block
 CLASSES = 16  # beyond, one Nystrom factor serves all outputs
-MANY = 8  # times as many pairs carry curvature: a subspace serves better than the largest of them
+LONG = 12  # steps of conjugate gradients from which on a subspace is tried in place of the largest pairs
 CG_STEPS = 40
 CG_TOLERANCE = 0.4  # of the preconditioned residual: more exact steps cost more products than they save
 NEWTON_STEPS = 30
@@ -53,7 +53,8 @@ class State:
 @dataclass
 class Problem:
     """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64.
-    ``rank`` is that of the Nystrom preconditioner, where more samples carry curvature than can be factored.
+    ``rank`` is that of the Nystrom preconditioner, where more samples carry curvature than can be factored;
+    with 0 there is none.
 
     The rows may be a part of the training set: ``n`` is the number of samples that losses are averaged over.
     """
@@ -66,7 +67,8 @@ class Problem:
     steps: int = 0
     n: int = 0  # default: the rows of the Gram
     newest: State | None = None  # last finished point of the path, for an interruption
-    rank: int = 512
+    rank: int = 0
+    hard: bool = False  # conjugate gradients took long: class labels need the Nystrom preconditioner as well
     diagonal: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,9 +119,9 @@ Preconditioner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Preconditioner:
     n, c = p.shape
-    if problem.gram.n > PAIRS:
+    if problem.rank and problem.hard:
         d = p * (1 - p)
-        if int((d * problem.diagonal[:, None] > TAU * problem.n * lam).sum()) > MANY * PAIRS:
+        if int((d * problem.diagonal[:, None] > TAU * problem.n * lam).sum()) > PAIRS:
             return _nystrom_preconditioner(problem, d, lam)
     sample, cls, reference = _softmax_pairs(problem, p, lam)
     if len(sample) == 0:
@@ -180,13 +182,15 @@ def _separable_preconditioner(problem: Problem, d: Tensor, lam: float) -> Precon
     """One block a class, over the samples whose curvature d_ic counts; equal blocks are factored once."""
     n = problem.n
     block = min(BLOCK, problem.gram.most_rows)
-    if int(((d * problem.diagonal[:, None]).amax(1) > TAU * n * lam).sum()) > block:
+    if problem.rank and int(((d * problem.diagonal[:, None]).amax(1) > TAU * n * lam).sum()) > block:
         return _nystrom_preconditioner(problem, d, lam)
     blocks: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, factor, K[rows]
     previous: tuple[Tensor, Tensor] | None = None
     for c in range(d.shape[1]):
         weight = d[:, c] * problem.diagonal
         rows = (weight > TAU * n * lam).nonzero()[:, 0]
+        if len(rows) > block:
+            rows = weight.topk(block).indices.sort().values
         values = d[rows, c]
         if previous is not None and torch.equal(previous[0], rows) and torch.equal(previous[1], values):
             blocks.append(blocks[-1])
@@ -287,6 +291,7 @@ def _conjugate_gradients(
         denominator = float((kp * q).sum())
         if not (denominator > 0 and rz > 0):
             break  # rounding has the upper hand
+        problem.hard |= step >= LONG
         alpha = rz / denominator
         b, kb = b + alpha * p, kb + alpha * kp
         if step == CG_STEPS - 1:

@@ -29,6 +29,7 @@ PATH_FACTOR = 0.1  # lambda shrinks by this; the path is nearly linear in log la
 LOOSE, TIGHT = 3.0, 1e-2  # P - D over (lambda/2)|U|^2 on the way and at the end
 MAX_PATH = 60
 FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
+RANK = 256  # of the Nystrom preconditioner within S
 
 
 class TooMany(Exception):
@@ -58,6 +59,7 @@ class WorkingSet:
         self.gram = torch.zeros((0, 0), dtype=torch.float32, device=device)
         self.chosen = self.h.select(self.rows)
         self.products = self.steps = 0
+        self.hard = False
         self.newest: Tensor | None = None
 
     def held_bytes(self) -> int:
@@ -115,12 +117,14 @@ class WorkingSet:
         """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
         rows = self.rows
         problem = Problem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
+        problem.rank, problem.hard = min(RANK, len(rows) // 4), self.hard
         part = a[rows]
         own = problem.product(part)
         problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
         state = minimise(problem, State(part, own), lam, tolerance)
         self.products += problem.products
         self.steps += problem.steps
+        self.hard = problem.hard
         new = torch.zeros_like(a)
         new[rows] = state.a
         return new, state
