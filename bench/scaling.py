@@ -1,9 +1,10 @@
 """Time and memory of certify and solve_head against n on MNIST, and the page made from them.
 
-python -m bench.scaling --sizes 500,1000,2000,4000,8000,20000    measure what is not there yet, size by size
-python -m bench.scaling --page                                   docs/scaling.md from bench/results/scaling.json
+python -m bench.scaling --sizes 500,1000,2000,4000,8000,20000    measure what is not there yet
+python -m bench.scaling --page                                   docs/scaling.md, of what was measured
 
-A cell is one size in a process of its own, which ends with a line of JSON: a killed run goes on where it stopped.
+A cell is one size in a process of its own, which ends with a line of JSON: a killed run goes on where it
+stopped.
 MNIST is looked for in GCFAST_DATA or, from a checkout, ../shared/data.
 """
 
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))  # `python -m bench.scaling` and a plain import find the same module
+sys.path.append(str(Path(__file__).parent))  # as bench/table.py does
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "scaling.json"
@@ -75,7 +76,7 @@ def _train(model: Any, opt: Any, x: Any, y: Any, steps: int, generator: Any, sta
 
 
 def cell(n: int, with_base: bool, max_bytes: int | None) -> dict[str, Any]:
-    """One size: phase one, the certificate, the solved head; with the base optimizer beside it where asked."""
+    """One size: phase one, the certificate, the solved head; the base optimizer beside them where asked."""
     import torch
     import torch.nn.functional as F
     from _mnist import mnist
@@ -199,7 +200,8 @@ def measure(sizes: list[int], base: set[int], memory: set[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--sizes", default="500,1000,2000,4000,8000,20000")
     parser.add_argument("--with-base", default="20000", help="sizes at which the base optimizer runs as well")
     parser.add_argument("--in-memory", default="20000", help="sizes solved once more within 1 GB")

@@ -76,10 +76,14 @@ def rank_of(s: Sizes) -> int:
     return max(1, min(512, s.n // 4))
 
 
-def options(s: Sizes, hard: bool, room: int | None, rates: Rates | None = None) -> list[Option]:
+def options(
+    s: Sizes, hard: bool, attained: bool, room: int | None, rates: Rates | None = None
+) -> list[Option]:
     """Every form, in order of preference among those that fit ``room``, then those that do not.
 
-    ``hard``: cross-entropy of class labels without weight decay, which lets a working set do.
+    ``hard``: cross-entropy of class labels without weight decay, which lets a working set do. ``attained``:
+    the loss attains its infimum, so that its curvature does not vanish along the path; float32 would then
+    lose all directions of K below 1e-7 |K|, which the path needs, and is not offered.
     """
     rates = rates or typical(s.device)
     common = common_bytes(s)
@@ -101,6 +105,8 @@ def options(s: Sizes, hard: bool, room: int | None, rates: Rates | None = None) 
     nystrom = 16 * s.n * rank_of(s)
     panel = 2 * 1024 * s.n
     for dtype, word in ((torch.float64, "float64"), (torch.float32, "float32")):
+        if dtype == torch.float32 and attained:
+            continue
         size = dtype.itemsize
         # what float32 forms compute is corrected by residuals in float64
         again = 1.0 if dtype == torch.float64 else 2.0
@@ -113,8 +119,6 @@ def options(s: Sizes, hard: bool, room: int | None, rates: Rates | None = None) 
         whole.append(Option(f"K whole, {word}", need + size * s.n**2, seconds, dtype, "dense"))
         half = size * Tiles.count(s.n, s.device)
         whole.append(Option(f"K, lower half, {word}", need + half, 1.3 * seconds, dtype, "tiles"))
-        if s.d is None and dtype == torch.float64 and s.dtype != torch.float64:
-            continue
         rows = min(s.n, 2048)
         if room is not None:
             rows = max(256, min(rows, (left - nystrom) // 2 // (size * s.n + 1)))

@@ -173,6 +173,7 @@ class _Proof:
         self.short: ShiftProof | None = None
         self.sigma_max = math.inf
         self.passes = 0
+        self.strict = sharp
         self.last = "rows dependent, or nearly so: the witness is too large for any error bound"
 
     def scratch(self, triangles: int) -> Scratch | None:
@@ -272,6 +273,7 @@ class _Proof:
                 f"{white.witness_error:.1e} (their sum must stay below 1)"
             )
             better = white.margin > (best[1].margin if best else 0.0)
+            self.strict |= shift == 0.0 and not better
             if better:
                 best = (None, white)
             # a small margin makes a poor bound of sigma_min, which another pass would mend
@@ -303,11 +305,15 @@ class _Proof:
     def _sweep(self, x: Tiles, shift: float, state: State | None) -> Whitened | None:
         h1, n = self.h1, self.h1.n
         if state is None:
-            # float32 for the second Gram: it is near the identity, and halves the time where its bound allows
+            # float32 for the second Gram: it is near the identity, and halves the time where its bound
+            # allows. The rank alone may lose more of the margin to it, and to plain products, than a sharp
+            # sigma_min.
             slices = INNER32 + h1.columns // INNER32
-            single = shift == 0.0 and 0.8 * n * gamma(slices, torch.float32) < 0.2
+            lost = 0.8 * n * gamma(slices, torch.float32)
+            single = shift == 0.0 and lost < (0.2 if self.strict else 0.45)
             dtype = torch.float32 if single else torch.float64
-            sweep = WhiteningSweep.begin(h1, x, dtype, scratch=self.scratch(2))
+            plain = 1e-2 if self.strict else 0.3
+            sweep = WhiteningSweep.begin(h1, x, dtype, plain, scratch=self.scratch(2))
             if sweep is None:
                 return None
         else:
@@ -350,6 +356,7 @@ class _Proof:
         state = {
             "stage": stage,
             "passes": self.passes,
+            "strict": self.strict,
             "sigma_max": self.sigma_max,
             "short": None if short is None else [short.lower, short.estimate, short.margin],
             "last": self.last,
@@ -361,7 +368,7 @@ class _Proof:
 
     def _recall(self, state: State) -> None:
         self.passes, self.sigma_max = state.values["passes"], state.values["sigma_max"]
-        self.last = state.values["last"]
+        self.last, self.strict = state.values["last"], state.values["strict"]
         self.short = None if state.values["short"] is None else ShiftProof(*state.values["short"])
 
     def _tiles(self, state: State, name: str, triangles: int) -> Tiles:

@@ -180,8 +180,8 @@ def row_maxima(x: Tiles) -> Tensor:
     return torch.cat(parts)
 
 
-def cholesky(g: Tiles, shift: float, low: Tiles, tell: Step = _silent) -> bool:
-    """low low^T = g + shift I nearly, or False where a pivot fails; ``low`` may be any tiles of g's size.
+def cholesky(g: Tiles, shift: float, low: Tiles, tell: Step = _silent, least: float = 0.0) -> bool:
+    """low low^T = g + shift I nearly, or False where a pivot is no larger than ``least``.
 
     By rows, so that a matrix whose leading rows are dependent already is found out early.
     """
@@ -196,7 +196,7 @@ def cholesky(g: Tiles, shift: float, low: Tiles, tell: Step = _silent) -> bool:
                 continue
             s.diagonal().add_(shift)
             factor, info = torch.linalg.cholesky_ex(s)
-            if int(info) != 0 or not bool(torch.isfinite(factor.diagonal()).all()):
+            if int(info) != 0 or not float(factor.diagonal().amin()) ** 2 > least:  # a NaN fails as well
                 return False
             low[i, i].copy_(factor.tril_())
         tell((span.stop / g.n) ** 3)

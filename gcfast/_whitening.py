@@ -52,9 +52,8 @@ def cholesky_inverse(
     low, shift = Tiles(g.n, g.dtype, g.device, scratch), 0.0
     for _ in range(6):
         # a pivot at rounding level means the factor is noise from there on: shift instead
-        if _tiles.cholesky(g, shift, low, lambda fraction: tell(0.5 * fraction)) and (
-            shift or float(low.diagonal().amin()) ** 2 > 4 * g.n * UNIT[torch.float64] * scale
-        ):
+        least = 0.0 if shift else 4 * g.n * UNIT[torch.float64] * scale
+        if _tiles.cholesky(g, shift, low, lambda fraction: tell(0.5 * fraction), least):
             return _tiles.invert_(low, lambda fraction: tell(0.5 + 0.5 * fraction)), shift
         shift = start_shift * scale if shift == 0.0 else shift * 100.0
     return None
@@ -154,10 +153,11 @@ class WhiteningSweep:
         h1: StackedOnes,
         x: Tiles,
         dtype: torch.dtype,
+        plain: float = 1e-2,
         most: float = 1.0,
         scratch: Scratch | None = None,
     ) -> WhiteningSweep | None:
-        """Q comes from a doubled product where a plain one would lose more than 1e-2.
+        """Q comes from a doubled product where a plain one would lose ``plain`` or more.
 
         None, before any product, where even that loses ``most`` or more.
         """
@@ -171,7 +171,7 @@ class WhiteningSweep:
         partner = 2.0 + float(x_rows.amax()) + float(h_rows.amax())  # of an operand that is flushed to zero
         tiny = 4 * n * (n + columns) * TINY[torch.float64] * partner
         witness_error = _up(tile.gamma(n) * _up(math.sqrt(xh_one * xh_inf), 2 * terms) + tiny)
-        doubled = not witness_error < 1e-2
+        doubled = not witness_error < plain
         if doubled:
             sums, scales = 0.0, 0.0
             for panel in h1.panels():

@@ -205,7 +205,8 @@ def _options(task: Task, weight_decay: float, max_bytes: int | None) -> list[Opt
     """The forms of K that fit, best first; MemoryError where none does."""
     hard = isinstance(task.loss, CrossEntropy) and task.targets.dim() == 1 and not weight_decay
     room = limit(max_bytes, task.device)
-    found = options(sizes_of(task.features, len(task.weight)), hard, room)
+    attained = task.loss.attained(task.targets)
+    found = options(sizes_of(task.features, len(task.weight)), hard, attained, room)
     least = min(found, key=lambda o: o.bytes)
     require(
         f"solve_head(method='nearest'), in its smallest form ({least.name}),",
@@ -432,6 +433,8 @@ def _correct(problem: Problem, task: Task, state: State, lam: float, target: flo
         steps = problem.steps
         state = minimise(problem, state, lam, TIGHT)
         if problem.steps == steps:  # within tolerance at the true logits
+            if problem.gram.dtype != torch.float64 and state.gap > 5 * TIGHT * state.quadratic:
+                break  # or no step goes down any more, by float32 products
             return state, state.loss <= target and task.stored_loss(du, db) <= target
     return state, False
 

@@ -82,29 +82,35 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sharding:
-    """n samples over ``devices``: row blocks of Z, all-reduces of C x (m + 1), block-cyclic tiles of n x n.
+    """n samples over ``devices``: rows of Z, all-reduces of (m + 1) x C, columns of tiles of n x n in turn.
 
-    ``rows`` of Z, the features made from them and their targets stay on a device. Bytes are a device's,
-    sent, in rings: an all-reduce of x bytes sends 2 (p - 1) / p x, an all-gather (p - 1) / p x.
+    A device keeps ``rows`` rows of Z and of everything (n, C), and makes the features of these rows anew. K r
+    = Phi (Phi^T r) needs one all-reduce, of Phi^T r; the Gram one all-gather, of Z; a Cholesky factor a
+    broadcast of every column of tiles. Bytes are those that one device sends, in rings: of x bytes an
+    all-reduce sends 2 (p - 1) / p x, an all-gather (p - 1) / p x, a broadcast x.
     """
 
     devices: int
     rows: int
     held_solve: int
     held_certify: int
-    product_bytes: float  # sent for one K product
-    gram_bytes: float  # sent for the whole Gram
-    factor_bytes: float  # sent for one Cholesky factorisation
-    product_seconds: float
+    product_bytes: float  # for one product with K
+    gram_bytes: float
+    factor_bytes: float
+    product_seconds: float  # of arithmetic, as all of these
     gram_seconds: float
+    factor_seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"  over {self.devices} devices: {self.rows:,} rows of Z each; a product with K sends "
-            f"{_size(self.product_bytes)} and takes {_duration(self.product_seconds)}; the Gram sends "
-            f"{_size(self.gram_bytes)}, {_duration(self.gram_seconds)}; a Cholesky factor sends "
-            f"{_size(self.factor_bytes)}; held: {_size(self.held_solve)} to solve, "
-            f"{_size(self.held_certify)} to certify"
+        return "\n".join(
+            (
+                f"  over {self.devices} devices, {self.rows:,} rows of Z each; a device holds "
+                f"{_size(self.held_solve)} to solve, {_size(self.held_certify)} to certify, and sends",
+                f"    {_size(self.product_bytes)} for a product with K ({_duration(self.product_seconds)} of "
+                "arithmetic),",
+                f"    {_size(self.gram_bytes)} for the Gram ({_duration(self.gram_seconds)}),",
+                f"    {_size(self.factor_bytes)} for a Cholesky factor ({_duration(self.factor_seconds)})",
+            )
         )
 
 
@@ -138,7 +144,7 @@ def plan(
     """
     convex = resolve_loss(loss)
     device = torch.device("cpu")
-    hard = isinstance(convex, CrossEntropy)
+    hard = isinstance(convex, CrossEntropy) and not convex.label_smoothing
     if model_or_features is None:
         for name, value in (("n", n), ("m", m), ("c", c), ("devices", devices)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -148,19 +154,22 @@ def plan(
     elif any(value is not None for value in (n, m, d, c)):
         raise ValueError("n, m, d, c: give sizes or a model with its data, not both")
     else:
-        sizes, hard = _sizes(model_or_features, data, hard, max_bytes)
+        sizes, real = _sizes(model_or_features, data, max_bytes)
+        hard = hard and not real
     if isinstance(rates, str):
         if rates not in NOMINAL:
             raise ValueError(f"rates: expected one of {sorted(NOMINAL)}, Rates or None; got {rates!r}")
         rates = NOMINAL[rates]
     found = rates or measured(sizes.device)
     room = limit(max_bytes, sizes.device)
-    stages = [_certify(sizes, room, found), _solve(sizes, hard, room, found)]
+    attained = not hard and convex.name != "bce_with_logits"  # as far as sizes tell
+    stages = [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found)]
     sharded = _sharding(sizes, devices, found) if devices > 1 else None
     return Plan(sizes.n, sizes.m, sizes.d, sizes.c, room, found, stages, sharded)
 
 
-def _sizes(source: Any, data: Any, hard: bool, max_bytes: int | None) -> tuple[Sizes, bool]:
+def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
+    """Sizes, and whether the targets are known to be real numbers."""
     if isinstance(source, nn.Module):
         from gcfast.features import loader_of, streams
         from gcfast.wide import WideLayer
@@ -177,13 +186,12 @@ def _sizes(source: Any, data: Any, hard: bool, max_bytes: int | None) -> tuple[S
         d = None
         if wide and wide[-1].m == head.in_features and streams(n, weight, max_bytes):
             d = wide[-1].d
-        return Sizes(n, head.in_features, head.out_features, d, weight.dtype, weight.device), hard
+        return Sizes(n, head.in_features, head.out_features, d, weight.dtype, weight.device), False
     features = checked(source)
     width = features.d if isinstance(features, WideFeatures) else None
     c = output_count(data) if isinstance(data, Tensor) else 10
-    if isinstance(data, Tensor) and data.is_floating_point():
-        hard = False
-    return Sizes(features.n, features.m, c, width, features.dtype, features.device), hard
+    real = isinstance(data, Tensor) and data.is_floating_point()
+    return Sizes(features.n, features.m, c, width, features.dtype, features.device), real
 
 
 def _certify(s: Sizes, room: int | None, rates: Rates) -> Stage:
@@ -202,8 +210,8 @@ def _certify(s: Sizes, room: int | None, rates: Rates) -> Stage:
     return Stage("certify", form, outside, flops, 2.0 * seconds, fits, [text])
 
 
-def _solve(s: Sizes, hard: bool, room: int | None, rates: Rates) -> Stage:
-    found = _choice.options(s, hard, room, rates)
+def _solve(s: Sizes, hard: bool, attained: bool, room: int | None, rates: Rates) -> Stage:
+    found = _choice.options(s, hard, attained, room, rates)
     best = found[0]
     fits = room is None or best.bytes <= room
     others = [f"{o.name}: {_reason(o, best, room)}" for o in found[1:]]
@@ -218,21 +226,25 @@ def _reason(o: Option, best: Option, room: int | None) -> str:
 
 
 def _sharding(s: Sizes, p: int, rates: Rates) -> Sharding:
-    rows = -(-s.n // p)
-    d = s.d or s.m
-    ring = (p - 1) / p
-    # f = Phi (Phi^T r): Phi^T r is summed over devices, (m + 1) C numbers of float32; Phi stays at home
-    product = 2.0 * ring * 4.0 * (s.m + 1) * s.c
-    work = (2.0 * rows * s.m * d + 4.0 * rows * s.m * s.c) / rates.f32
-    tiles = 8.0 * Tiles.count(s.n) / p
-    # the Gram by tiles in a sqrt(p) x sqrt(p) grid: each device needs the Z of its tiles' rows and columns
-    side = max(1, int(p**0.5))
-    gram = 2.0 * (1 - 1 / side) * s.n * d * 4.0 / side if side > 1 else ring * s.n * d * 4.0
-    # 2-d block-cyclic Cholesky: every panel along a row and a column of the grid
-    factor = 8.0 * s.n * s.n / side
-    seconds = s.n * float(s.n) * s.m / p / rates.f64
-    held_solve = 4 * rows * (d + 24 * 2 * s.c) + 8 * (s.m + 1) * s.c
-    return Sharding(p, rows, held_solve, int(3 * tiles), product, gram, factor, work, seconds)
+    rows, ring = -(-s.n // p), (p - 1) / p
+    if s.d is None:
+        raise ValueError("d: sharding is planned for features recomputed from Z (n, d); got None")
+    triangle = 8.0 * Tiles.count(s.n, s.device)
+    work = 2.0 * rows * s.m * s.d + 4.0 * rows * s.m * s.c
+    # some dozens of (n, C) in float64, as on one device; Z; the reduced (m + 1) x C
+    held = 24 * 8 * rows * s.c + 12 * (rows + s.m) * s.d + 2 * 4 * (s.m + 1) * s.c
+    return Sharding(
+        devices=p,
+        rows=rows,
+        held_solve=held,
+        held_certify=int(3 * triangle / p) + 4 * s.n * s.d + 6 * 8 * 1024 * rows,
+        product_bytes=2.0 * ring * 4.0 * (s.m + 1) * s.c,
+        gram_bytes=ring * 4.0 * s.n * s.d,
+        factor_bytes=triangle,
+        product_seconds=work / rates.f32,
+        gram_seconds=1.0 * s.n * s.n * s.m / p / rates.f64,
+        factor_seconds=s.n**3 / 3.0 / p / rates.f64,
+    )
 
 
 @cache

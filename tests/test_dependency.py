@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gcfast import _dependency, _products
+from gcfast import _dependency
 from gcfast._dependency import near_dependency, prove_rank_of_basis
 from gcfast._products import StackedOnes
 
