@@ -29,10 +29,11 @@ from gcfast._grams import Gram, Nystrom
 from gcfast.losses import ConvexLoss, CrossEntropy
 
 TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
-PAIRS = 500  # most pairs coupled by one softmax factorisation: more save products, fewer save the factor
+# pairs coupled by one softmax factorisation, a share of n: more save products, fewer save the factor
+PAIRS, SHARE, MOST_PAIRS = 500, 5, 4096
 BLOCK = 4096  # most samples in one separable block
 CLASSES = 16  # beyond, one Nystrom factor serves all outputs
-LONG = 12  # steps of conjugate gradients from which on a subspace takes care of the pairs beyond PAIRS
+LONG = 12  # steps of conjugate gradients that say the preconditioner falls short
 CG_STEPS = 40
 CG_TOLERANCE = 0.4  # of the preconditioned residual: more exact steps cost more products than they save
 NEWTON_STEPS = 30
@@ -68,7 +69,7 @@ class Problem:
     n: int = 0  # default: the rows of the Gram
     newest: State | None = None  # last finished point of the path, for an interruption
     rank: int = 0
-    hard: bool = False  # conjugate gradients took long: class labels need the Nystrom preconditioner as well
+    slow: bool = False  # conjugate gradients took long
     diagonal: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,8 +109,10 @@ def _softmax_pairs(problem: Problem, p: Tensor, lam: float) -> tuple[Tensor, Ten
     q = p.scatter(1, reference[:, None], 0.0)
     weight = q * (1 - q) * problem.diagonal[:, None]
     threshold = TAU * problem.n * lam
-    if int((weight > threshold).sum()) > PAIRS:
-        threshold = max(threshold, float(weight.flatten().topk(PAIRS + 1).values[-1]))
+    gram = problem.gram
+    most = max(PAIRS, min(gram.n // SHARE, MOST_PAIRS, gram.most_rows))
+    if int((weight > threshold).sum()) > most:
+        threshold = max(threshold, float(weight.flatten().topk(most + 1).values[-1]))
     sample, cls = (weight > threshold).nonzero(as_tuple=True)
     return sample, cls, reference
 
@@ -117,51 +120,12 @@ def _softmax_pairs(problem: Problem, p: Tensor, lam: float) -> tuple[Tensor, Ten
 Preconditioner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class _Base:
-    """The Hessian's approximate inverse without the active pairs: 1 / lambda, and more on a subspace of U.
-
-    On the subspace of :class:`Nystrom`, E = H1^T W, it is the inverse a class of lambda I + F^T diag(d) F / n,
-    for curvatures d (n, C) of everything but the active pairs; ``d`` None: there is no subspace.
-    """
-
-    def __init__(self, problem: Problem, d: Tensor | None, lam: float):
-        self.lam, self.space = lam, None
-        if d is None:
-            return
-        self.space = space = problem.nystrom
-        c = d.shape[1]
-        if c > CLASSES:
-            d, c = d.mean(1, keepdim=True), 1  # one factor for all
-        self.same = c == 1 or all(torch.equal(d[:, 0], d[:, k]) for k in range(1, c))
-        self.factors = [space.inverse(d[:, k], problem.n, lam) for k in range(1 if self.same else c)]
-
-    def inner(self, t: Tensor, k: int) -> Tensor:
-        """What class k adds to t / lambda on the subspace, for t (r, any)."""
-        return torch.cholesky_solve(t, self.factors[0 if self.same else k]) - t / self.lam
-
-    def apply(self, r: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
-        if self.space is None:
-            return r / self.lam, kr / self.lam
-        t = self.space.w.mT @ kr
-        if self.same:
-            x = self.inner(t, 0)
-        else:
-            x = torch.cat([self.inner(t[:, k : k + 1], k) for k in range(t.shape[1])], 1)
-        return r / self.lam + self.space.w @ x, kr / self.lam + self.space.f @ x
-
-
 def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Preconditioner:
     n, c = p.shape
     sample, cls, reference = _softmax_pairs(problem, p, lam)
     if len(sample) == 0:
-        return _Base(problem, None, lam).apply
+        return lambda r, kr: (r / lam, kr / lam)
     ref = reference[sample]
-    tail = None
-    if problem.rank and problem.hard and len(sample) >= PAIRS:  # what is beyond the pairs counts as well
-        tail = p * (1 - p)
-        tail[sample, cls] = 0.0
-        tail[sample, ref] = 0.0
-    base = _Base(problem, tail, lam)
     rows, inverse = torch.unique_consecutive(sample, return_inverse=True)
     k_rows = problem.gram.rows(rows)  # (active samples, n)
     pairs = torch.arange(len(sample), device=p.device)
@@ -170,13 +134,6 @@ def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Precondi
     e[pairs, ref] -= 1
     # exact small integers times K: no rounding but the product's own
     system = ((e @ e.mT) * k_rows[:, sample][inverse]).to(torch.float64)
-    if base.space is not None:
-        f = base.space.f[rows].mT
-        for k in range(c):
-            mine = e[:, k].nonzero()[:, 0]
-            sign, at = e[mine, k].to(torch.float64), inverse[mine]
-            block = lam * (f.mT @ base.inner(f, k))
-            system[mine[:, None], mine] += sign[:, None] * sign * block[at[:, None], at]
     p_active = p[sample, cls]
     rest = torch.ones(len(rows), dtype=torch.float64, device=p.device).index_add_(0, inverse, -p_active)
     shared = n * lam / rest.clamp(min=1e-12)
@@ -189,17 +146,33 @@ def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Precondi
     factor = _factor(system)
 
     def apply(r: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
-        z, kz = base.apply(r, kr)
-        t = kz[sample, cls] - kz[sample, ref]
-        x = lam * torch.cholesky_solve(t[:, None], factor)[:, 0]
+        t = kr[sample, cls] - kr[sample, ref]
+        x = torch.cholesky_solve(t[:, None], factor)[:, 0]
         correction = torch.zeros((len(rows), c), dtype=torch.float64, device=p.device)
         correction.index_put_((inverse, cls), x, accumulate=True)
         correction.index_put_((inverse, ref), -x, accumulate=True)
         k_correction = (correction.to(k_rows.dtype).mT @ k_rows).mT.to(torch.float64)
-        if base.space is None:
-            return z.index_add_(0, rows, -correction / lam), kz - k_correction / lam
-        y, ky = base.apply(torch.zeros_like(r).index_add_(0, rows, correction), k_correction)
-        return z - y, kz - ky
+        return r.index_add(0, rows, -correction) / lam, (kr - k_correction) / lam
+
+    return apply
+
+
+def _nystrom_preconditioner(problem: Problem, d: Tensor, lam: float) -> Preconditioner:
+    """On the subspace of :class:`Nystrom` the Hessian's inverse a class, for curvatures d (n, C)."""
+    space, n, c = problem.nystrom, problem.n, d.shape[1]
+    if c > CLASSES:
+        d, c = d.mean(1, keepdim=True), 1  # one factor for all
+    same = c == 1 or all(torch.equal(d[:, 0], d[:, k]) for k in range(1, c))
+    factors = [space.inverse(d[:, k], n, lam) for k in range(1 if same else c)]
+
+    def apply(r: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
+        t = space.w.mT @ kr
+        if same:
+            x = torch.cholesky_solve(t, factors[0])
+        else:
+            x = torch.cat([torch.cholesky_solve(t[:, k : k + 1], factors[k]) for k in range(c)], 1)
+        x -= t / lam
+        return r / lam + space.w @ x, kr / lam + space.f @ x
 
     return apply
 
@@ -209,7 +182,7 @@ def _separable_preconditioner(problem: Problem, d: Tensor, lam: float) -> Precon
     n = problem.n
     block = min(BLOCK, problem.gram.most_rows)
     if problem.rank and int(((d * problem.diagonal[:, None]).amax(1) > TAU * n * lam).sum()) > block:
-        return _Base(problem, d, lam).apply
+        return _nystrom_preconditioner(problem, d, lam)
     blocks: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, factor, K[rows]
     previous: tuple[Tensor, Tensor] | None = None
     for c in range(d.shape[1]):
@@ -317,7 +290,7 @@ def _conjugate_gradients(
         denominator = float((kp * q).sum())
         if not (denominator > 0 and rz > 0):
             break  # rounding has the upper hand
-        problem.hard |= step >= LONG
+        problem.slow |= step >= LONG
         alpha = rz / denominator
         b, kb = b + alpha * p, kb + alpha * kp
         if step == CG_STEPS - 1:

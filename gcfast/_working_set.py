@@ -29,7 +29,6 @@ PATH_FACTOR = 0.1  # lambda shrinks by this; the path is nearly linear in log la
 LOOSE, TIGHT = 3.0, 1e-2  # P - D over (lambda/2)|U|^2 on the way and at the end
 MAX_PATH = 60
 FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
-RANK = 256  # of the Nystrom preconditioner within S
 
 
 class TooMany(Exception):
@@ -59,7 +58,7 @@ class WorkingSet:
         self.gram = torch.zeros((0, 0), dtype=torch.float32, device=device)
         self.chosen = self.h.select(self.rows)
         self.products = self.steps = 0
-        self.hard = False
+        self.slow = False
         self.newest: Tensor | None = None
 
     def held_bytes(self) -> int:
@@ -117,14 +116,13 @@ class WorkingSet:
         """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
         rows = self.rows
         problem = Problem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
-        problem.rank, problem.hard = min(RANK, len(rows) // 4), self.hard
         part = a[rows]
         own = problem.product(part)
         problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
         state = minimise(problem, State(part, own), lam, tolerance)
         self.products += problem.products
         self.steps += problem.steps
-        self.hard = problem.hard
+        self.slow |= problem.slow
         new = torch.zeros_like(a)
         new[rows] = state.a
         return new, state
@@ -176,10 +174,13 @@ def follow(
     began: float,
     point: Point | None = None,
     keep: Callable[[Point], None] = lambda point: None,
+    patient: bool = True,
 ) -> tuple[Tensor, float] | None:
     """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
 
-    ``point``: where to take the path up; ``keep`` is called with it before each point.
+    ``point``: where to take the path up; ``keep`` is called with it before each point. Given up at once where
+    the samples of S speak against the others, and, unless ``patient``, where float32 makes steps long: all
+    samples together are then the easier problem.
     """
     target = task.infimum + target_gap
     if point is None:
@@ -194,7 +195,7 @@ def follow(
         a, _ = working.minimise(a, f, lam, LOOSE)
         f = working.everywhere(a)
         loss = _mean_loss(working, f)
-        if not math.isfinite(loss):
+        if not loss <= initial or (working.slow and not patient):
             return None
         working.newest = a
         path.append((lam, loss))

@@ -268,8 +268,10 @@ def _nearest(
             if keeper.form in (None, "set"):
                 working = WorkingSet(task, forms[0].most_rows)
                 try:
+                    stored = any(o.form in ("dense", "tiles") for o in forms)
+                    start = keeper.point(working)
                     found = follow(
-                        working, task, target_gap, path, say, began, keeper.point(working), keeper.keep_set
+                        working, task, target_gap, path, say, began, start, keeper.keep_set, not stored
                     )
                 except TooMany:
                     found = None
