@@ -58,8 +58,8 @@ def _resident() -> int:
         return int(f.read().split()[1]) * resource.getpagesize()
 
 
-def _train(model: Any, opt: Any, x: Any, y: Any, steps: int, generator: Any, start: int = 0) -> None:
-    """Steps ``start`` to ``steps`` of batches of 64, the order fixed by the generator."""
+def _train(model: Any, opt: Any, x: Any, y: Any, steps: int, generator: Any) -> None:
+    """``steps`` steps of batches of 64, the order fixed by the generator."""
     import torch
     import torch.nn.functional as F
 
@@ -68,17 +68,15 @@ def _train(model: Any, opt: Any, x: Any, y: Any, steps: int, generator: Any, sta
         for batch in torch.randperm(len(x), generator=generator).split(64):
             if done >= steps:
                 return
-            if done >= start:
-                opt.zero_grad()
-                F.cross_entropy(model(x[batch]), y[batch]).backward()
-                opt.step()
+            opt.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            opt.step()
             done += 1
 
 
 def cell(n: int, with_base: bool, max_bytes: int | None) -> dict[str, Any]:
     """One size: phase one, the certificate, the solved head; the base optimizer beside them where asked."""
     import torch
-    import torch.nn.functional as F
     from _mnist import mnist
     from torch import nn
 
@@ -87,9 +85,13 @@ def cell(n: int, with_base: bool, max_bytes: int | None) -> dict[str, Any]:
     x, y, xt, yt = mnist()
     x, y = x[:n], y[:n]
     m = -(-11 * n // 10)
-    torch.manual_seed(SEED)
-    wide = gcfast.WideHead(gcfast.WideLayer(D, m, beta=BETA), nn.Linear(m, 10))
-    model = nn.Sequential(nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, D), nn.Softplus(), wide)
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(SEED)
+        wide = gcfast.WideHead(gcfast.WideLayer(D, m, beta=BETA), nn.Linear(m, 10))
+        return nn.Sequential(nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, D), nn.Softplus(), wide)
+
+    model = fresh()
     total = EPOCHS * -(-n // 64)
     switch = int(TAU * total)
     lr = min(0.02, LR / m)
@@ -106,8 +108,6 @@ def cell(n: int, with_base: bool, max_bytes: int | None) -> dict[str, Any]:
     _train(model, two, x, y, switch, torch.Generator().manual_seed(SEED))
     found["phase_one_seconds"] = time.perf_counter() - began
     found["switch"] = {"loss": _loss(model, x, y), "test_error": error()}
-    if with_base:
-        base_state = {k: v.clone() for k, v in model.state_dict().items()}
     data = (x, y)
     if max_bytes is None:
         with Peak() as peak:
@@ -145,26 +145,56 @@ def cell(n: int, with_base: bool, max_bytes: int | None) -> dict[str, Any]:
     }
     print(found["solve"], file=sys.stderr, flush=True)
     if with_base:
-        del two
-        model.load_state_dict(base_state)
-        for p in model.parameters():
-            p.requires_grad_(True)
-        torch.manual_seed(SEED)
-        again = nn.Sequential(
-            nn.Linear(784, 256), nn.Softplus(), nn.Linear(256, D), nn.Softplus(),
-            gcfast.WideHead(gcfast.WideLayer(D, m, beta=BETA), nn.Linear(m, 10)),
-        )  # fmt: skip
-        model = again
+        model = fresh()
         opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         began = time.perf_counter()
         _train(model, opt, x, y, total, torch.Generator().manual_seed(SEED))
-        found["base"] = {
-            "seconds": time.perf_counter() - began,
-            "loss": _loss(model, x, y),
-            "test_error": error(),
-        }
-    assert F is not None
+        seconds = time.perf_counter() - began
+        found["base"] = {"seconds": seconds, "loss": _loss(model, x, y), "test_error": error()}
     return found
+
+
+def theorem(n: int = 1_281_167, d: int = 512, planted: int = 1000) -> dict[str, Any]:
+    """The theorem route at ImageNet's size: planted pairs of equal rows, half with conflicting labels."""
+    import torch
+
+    import gcfast
+
+    with Peak() as peak:
+        g = torch.Generator().manual_seed(SEED)
+        m = -(-11 * n // 10)
+        z = torch.randn((n, d), generator=g)
+        layer = torch.randn((m, d), generator=g), torch.randn(m, generator=g)
+        y = torch.randint(0, 1000, (n,), generator=g)
+        distinct = gcfast.WideFeatures(z, layer)
+        began = time.perf_counter()
+        clean = gcfast.certify(distinct, y, loss="cross_entropy", route="theorem")
+        seconds = time.perf_counter() - began
+        pairs = torch.randperm(n, generator=g)[: 2 * planted].view(planted, 2).sort(1).values
+        z[pairs[:, 1]] = z[pairs[:, 0]]
+        y[pairs[:, 1]] = y[pairs[:, 0]]
+        conflicts = pairs[: planted // 2]
+        y[conflicts[:, 1]] = (y[conflicts[:, 0]] + 1) % 1000
+        began = time.perf_counter()
+        spoiled = gcfast.certify(gcfast.WideFeatures(z, layer), y, loss="cross_entropy", route="theorem")
+        with_pairs = time.perf_counter() - began
+    found = sorted(o.samples for o in spoiled.offenders)
+    conflicting = sorted(o.samples for o in spoiled.offenders if o.conflicting)
+    assert clean.status == "holds" and clean.route == "theorem", clean
+    assert spoiled.status == "fails" and found == sorted(pairs.tolist())
+    assert conflicting == sorted(conflicts.tolist())
+    infimum = len(conflicts) * 2 * math.log(2) / n
+    assert spoiled.infimum is not None and math.isclose(spoiled.infimum, infimum, rel_tol=1e-12)
+    return {
+        "n": n,
+        "m": m,
+        "d": d,
+        "planted": planted,
+        "conflicts": len(conflicts),
+        "seconds": seconds,
+        "seconds_with_pairs": with_pairs,
+        "bytes": peak.extra,
+    }
 
 
 def _loss(model: Any, x: Any, y: Any) -> float:
@@ -183,6 +213,7 @@ def measure(sizes: list[int], base: set[int], memory: set[int]) -> None:
 
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
     wanted = [(str(n), ["--cell", str(n)] + (["--base"] if n in base else [])) for n in sizes]
+    wanted.append(("theorem", ["--theorem"]))
     wanted += [(f"{n} in 1 GB", ["--cell", str(n), "--memory", str(MEMORY_CELL)]) for n in sorted(memory)]
     for index, (name, arguments) in enumerate(wanted):
         if name in known["cells"]:
@@ -195,7 +226,8 @@ def measure(sizes: list[int], base: set[int], memory: set[int]) -> None:
         if done.returncode:
             raise SystemExit(f"cell {name} ended with {done.returncode}")
         known["cells"][name] = json.loads(done.stdout.strip().splitlines()[-1])
-        known["machine"] = _record.device_name() if hasattr(_record, "device_name") else ""
+        known |= {"machine": _record.header()["cpu"], "epochs": EPOCHS, "tau": TAU}
+        known["commit"] = _record.commit()
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -208,10 +240,13 @@ def main() -> None:
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--base", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--theorem", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     known = parser.parse_args()
     if known.cell:
         print(json.dumps(cell(known.cell, known.base, known.memory)))
+    elif known.theorem:
+        print(json.dumps(theorem()))
     elif known.page:
         from _scaling_page import write
 
@@ -226,5 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert math.isfinite(LR)
     main()

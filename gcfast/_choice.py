@@ -62,7 +62,9 @@ def _pass(s: Sizes, rates: Rates, dtype: torch.dtype, sides: int) -> float:
     work = 4.0 * s.n * s.m * sides / rates.flops(dtype)
     if s.d is not None:
         return work + 2.0 * s.n * s.m * s.d / rates.flops(dtype)
-    return max(work, 2.0 * s.n * s.m * dtype.itemsize / rates.memory)
+    # read, and where they are of another dtype written and read again
+    moved = s.dtype.itemsize + (0 if s.dtype == dtype else 2 * dtype.itemsize)
+    return max(work, 2.0 * s.n * s.m * moved / rates.memory)
 
 
 def common_bytes(s: Sizes) -> int:
@@ -123,7 +125,8 @@ def options(
         if room is not None:
             rows = max(256, min(rows, (left - nystrom) // 2 // (size * s.n + 1)))
         free = common + nystrom + size * rows * s.n + 8 * rows * rows
-        seconds = again * PRODUCTS * _pass(s, rates, dtype, s.c)
+        # rows of K for the preconditioner are computed as they are needed
+        seconds = again * PRODUCTS * _pass(s, rates, dtype, s.c) + 8.0 * rows * s.n * s.m / rates.flops(dtype)
         name = f"K never stored, features {'recomputed' if s.d is not None else 'read'}, {word}"
         whole.append(Option(name, free, seconds, dtype, "free", rows))
 

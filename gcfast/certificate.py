@@ -379,11 +379,7 @@ class _Examiner:
             if not self.copies:
                 for group in groups:
                     self.offenders.append(self._offender("equal features", group))
-            kept = torch.ones(self.n, dtype=torch.bool, device=features.device)
-            for group in groups:
-                kept[group[1:]] = False
-            features = features.select(kept.nonzero()[:, 0])
-        n = features.n
+        n = self.n - sum(len(group) - 1 for group in groups)
         # n x n matrices may go to disk, panels may not
         on_disk = features.device.type == "cpu"
         try:
@@ -398,6 +394,11 @@ class _Examiner:
         except MemoryError as refused:
             self._note(name, "unknown", str(refused))
             return False if groups else refused
+        if groups:
+            kept = torch.ones(self.n, dtype=torch.bool, device=features.device)
+            for group in groups:
+                kept[group[1:]] = False
+            features = features.select(kept.nonzero()[:, 0])
         proof = prove_full_rank(
             StackedOnes(features, self.ones),
             sharp=self.sharp,
