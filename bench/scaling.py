@@ -237,7 +237,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="500,1000,2000,4000,8000,20000")
     parser.add_argument("--with-base", default="20000", help="sizes at which the base optimizer runs as well")
     parser.add_argument("--in-memory", default="20000", help="sizes solved once more within 1 GB")
-    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--page", action="store_true", help="write the page")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if it is not what was measured")
     parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--base", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--theorem", action="store_true", help=argparse.SUPPRESS)
@@ -248,9 +249,15 @@ def main() -> None:
     elif known.theorem:
         print(json.dumps(theorem()))
     elif known.page:
-        from _scaling_page import write
+        from _scaling_page import text
 
-        write(RESULTS, PAGE)
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(text(RESULTS))
+    elif known.check:
+        from _scaling_page import text
+
+        if text(RESULTS) != PAGE.read_text():
+            raise SystemExit(f"{PAGE} is not what {RESULTS} say: python -m bench.scaling --page")
     else:
         os.environ.setdefault("GCFAST_DATA", str(ROOT.parent / "shared" / "data"))
 

@@ -375,10 +375,8 @@ class _Examiner:
         name = "rank at the frozen weights"
         features = self.features
         groups = self.copies or equal_rows(features.keys())
-        if groups:
-            if not self.copies:
-                for group in groups:
-                    self.offenders.append(self._offender("equal features", group))
+        if groups and not self.copies:
+            self.offenders += [self._offender("equal features", group) for group in groups]
         n = self.n - sum(len(group) - 1 for group in groups)
         # n x n matrices may go to disk, panels may not
         on_disk = features.device.type == "cpu"
