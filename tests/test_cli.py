@@ -159,10 +159,17 @@ def test_summary_on_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_certify_command(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     code, out, err = run(capsys, "certify", finished / "checkpoint.pt", "digits")
-    assert code == 0 and "HOLDS (route: direct)" in out and "gap L - L*" in out and err == ""
+    assert code == 0 and "HOLDS (route: direct)" in out and "gap L - L*" in out and "certificate" in err
     code, out, _ = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--json")
     values = json.loads(out)
     assert code == 0 and values["rank_lower"] == 120 and values["sigma_min_lower"] > 0
+    kept = finished / "proof.gcfast"
+    code, _, _ = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--keep", kept)
+    assert code == 0 and not kept.exists()  # the work is done
+    kept.write_bytes(b"something else")
+    code, _, err = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--keep", kept)
+    assert code == 2 and "not a checkpoint of gcfast" in err and kept.read_bytes() == b"something else"
+    kept.unlink()
     # More samples than the wide layer can tell apart: refuted, and told by the exit code as well.
     code, out, err = run(capsys, "certify", finished / "checkpoint.pt", "digits", "--limit", "400", "--sharp")
     assert code == 1 and "FAILS" in out and "n = 400 exceeds" in out and "not the samples" in err

@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, DataSpec
 from .data import DataSplit, load_dataset
 from .models import ModelSpec, default_hidden
 from .options import parser
+from .progress import Progress
 from .record import certificate_values, versions
 from .report import write_report
 from .run import Run
@@ -245,9 +246,15 @@ def _certify(options: argparse.Namespace, _: Sequence[str]) -> int:
         )
     model = checkpoint.build().to(device)
     targets = targets_for(checkpoint.loss, data.y_train, checkpoint.model.classes)
-    found = certify(
-        model, (data.x_train.to(device), targets.to(device)), loss=checkpoint.loss, sharp=options.sharp
-    )
+    with Progress("certificate", 1000, quiet=options.json) as progress:
+        found = certify(
+            model,
+            (data.x_train.to(device), targets.to(device)),
+            loss=checkpoint.loss,
+            sharp=options.sharp,
+            checkpoint=options.keep,
+            callback=lambda step, fraction: progress.update(round(1000 * fraction), step),
+        )
     print(json.dumps(certificate_values(found), indent=2) if options.json else str(found))
     return 0 if found.status == "holds" else 1
 

@@ -101,6 +101,12 @@ def parser(run_train: Command, run_certify: Command, run_info: Command) -> argpa
     certify.add_argument(
         "--sharp", action="store_true", help="spend more time on the smallest singular value's bound"
     )
+    certify.add_argument(
+        "--keep",
+        metavar="FILE",
+        type=Path,
+        help="keep the state of a long proof in FILE every two minutes, and go on from it after a kill",
+    )
     _machine_arguments(certify)
     certify.set_defaults(run=run_certify)
 
