@@ -100,9 +100,7 @@ def text(results: Path) -> str:
             if found:
                 at = f"{found[1]:.3g} s" if value == "seconds" else _size(found[1])
                 lines.append(f"- {unit} of {what}: n^{found[0]:.2f}, {at} at n = 10,000")
-    fits = "Fitted from n = {:,} on, by least squares in the logarithms:\n\n".format(FIT_FROM) + "\n".join(
-        lines
-    )
+    fits = f"Fitted from n = {FIT_FROM:,} on, by least squares in the logarithms:\n\n" + "\n".join(lines)
     inside = ""
     for key, c in known["cells"].items():
         if not key.isdigit():

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))  # as bench/table.py does
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results" / "scaling.json"
+RESULTS = ROOT / "bench" / "scaling.json"
 PAGE = ROOT / "docs" / "scaling.md"
 EPOCHS, TAU, SEED = 10, 0.6, 0
 D, BETA, LR = 128, 4.0, 7.0  # the step is LR / m, at most 0.02: what the command line takes

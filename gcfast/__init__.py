@@ -14,7 +14,7 @@ from gcfast.inspection import HeadError, find_head
 from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
-from gcfast.plan import Plan, plan
+from gcfast.planning import Plan, Rates, plan
 from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.sources import WideFeatures
 from gcfast.wide import (
@@ -39,6 +39,7 @@ __all__ = [
     "Plan",
     "Progress",
     "RankEstimate",
+    "Rates",
     "TwoPhase",
     "WideFeatures",
     "WideGram",

@@ -61,10 +61,11 @@ def _panel_bytes(n: int, m: int) -> int:
     return 8 * n * 6 * min(PANEL, m + 1) + (1 << 25)
 
 
-def proof_bytes(n: int, m: int, *, disk: bool = False) -> int:
+def proof_bytes(n: int, m: int, *, disk: bool = False, sharp: bool = False) -> int:
     """Peak bytes of :func:`prove_full_rank` beyond the features; ``disk``: where its tiles are in files."""
-    # Gram or witness, the next factor, and where whitening is repeated the witness so far
-    return _panel_bytes(n, m) + (0 if disk else 3 * 8 * Tiles.count(n))
+    # Gram or witness, the next factor, where whitening is repeated the witness so far; a sharp bound keeps
+    # the best witness besides
+    return _panel_bytes(n, m) + (0 if disk else (4 if sharp else 3) * 8 * Tiles.count(n))
 
 
 def proof_flops(n: int, m: int) -> float:
@@ -211,7 +212,8 @@ class _Proof:
         h1, n = self.h1, self.h1.n
         sweep = GramSweep.begin(h1, scratch=self.scratch(1))
         if state is not None:
-            sweep.rows, sweep.row_sums = state.tensors("rows"), state.tensors("row_sums")
+            sweep.rows = state.tensors("rows").to(h1.device)
+            sweep.row_sums = state.tensors("row_sums").to(h1.device)
             sweep.column = state.values["column"]
             self._read(state, "g", sweep.lower)
 
@@ -322,7 +324,7 @@ class _Proof:
             gram = Tiles(n, dtype, h1.device, self.scratch(2))
             self._read(state, "g", gram)
             errors = (known["witness_error"], known["tiny"], known["doubled"], known["column"])
-            sweep = WhiteningSweep(gram, state.tensors("rows"), *errors)
+            sweep = WhiteningSweep(gram, state.tensors("rows").to(h1.device), *errors)
 
         def after(fraction: float) -> None:
             self.share("whitening", fraction)

@@ -383,7 +383,7 @@ class _Examiner:
         try:
             require(
                 f"certify's direct route for n = {n}",
-                proof_bytes(n, self.m, disk=on_disk),
+                proof_bytes(n, self.m, disk=on_disk, sharp=self.sharp),
                 self.max_bytes,
                 features.device,
                 "fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer "

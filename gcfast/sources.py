@@ -180,6 +180,11 @@ class WideFeatures(Features):
             except AttributeError:
                 raise TypeError(f"layer: expected a gcfast.WideLayer; got {type(layer).__name__}") from None
         else:
+            pair = isinstance(layer, (tuple, list)) and len(layer) == 2
+            if not pair or not all(isinstance(t, Tensor) for t in layer):
+                raise TypeError(
+                    f"layer: expected a gcfast.WideLayer or (weight, bias); got {type(layer).__name__}"
+                )
             weight, bias = layer[0].detach(), layer[1].detach()
         matrix, self.mapped = as_matrix(z, "z", "(n, d)")
         _validate.wide_rows("WideFeatures", matrix[:1].to(weight.dtype), weight, bias)

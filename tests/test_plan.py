@@ -7,8 +7,7 @@ import sharded
 import torch
 
 import gcfast
-from gcfast import _choice, _products, _tiles, head
-from gcfast._choice import Rates
+from gcfast import Rates, _choice, _products, _tiles, head
 from gcfast._products import Tiling
 
 RATES = Rates(3e11, 1.5e11, 2e10)

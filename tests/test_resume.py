@@ -165,6 +165,45 @@ class _Usage:
     total, free = 1, 0
 
 
+@pytest.mark.parametrize("condition", [1e3, 1e9])
+def test_tiles_on_disk_prove_what_tiles_in_memory_do(condition):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn((700, 800), generator=g, dtype=torch.float64)
+    h *= torch.logspace(0, -torch.tensor(condition).log10().item(), 700, dtype=torch.float64)[:, None]
+    inside = gcfast.certify(h, sharp=False)
+    room = gcfast._rank_proof.proof_bytes(700, 800, disk=True) + 1000
+    on_disk = gcfast.certify(h, sharp=False, max_bytes=room)
+    assert inside.status == "holds" and on_disk.to_dict() == inside.to_dict()
+    with pytest.raises(MemoryError, match="700 needs"):
+        gcfast.certify(h, max_bytes=room - 2000)
+
+
+MEMORY = """
+import torch, gcfast
+from gcfast._rank_proof import proof_bytes
+n, m, d = 3000, 3300, 8
+g = torch.Generator().manual_seed(0)
+layer = torch.randn((m, d), generator=g) / d**0.5, torch.randn(m, generator=g)
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+def prove(n):
+    z = torch.randn((n, d), generator=g)
+    return gcfast.certify(gcfast.WideFeatures(z, layer, beta=4.0), sharp=False)
+assert prove(300).status == "holds"
+before = peak()
+found = prove(n)
+assert found.status == "holds" and "whitening" in str(found), str(found)
+print((peak() - before) / proof_bytes(n, m))
+"""
+
+
+@pytest.mark.slow
+def test_a_proof_holds_what_it_says(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.1
+
+
 def test_scratch_files_without_room_are_refused(monkeypatch):
     def full(fd, start, size):
         raise OSError(28, "No space left on device")

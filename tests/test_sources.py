@@ -158,6 +158,24 @@ def test_a_model_whose_features_are_too_large_is_recomputed(monkeypatch):
     assert solution.converged and loss <= 1.1e-6
 
 
+@pytest.mark.slow
+def test_more_features_than_32_bits_can_count():
+    n = m = 47_000  # 2.2e9 features, none of them stored
+    z = torch.linspace(-2, 2, n)[:, None]
+    layer = torch.linspace(-1, 1, m)[:, None], torch.linspace(0, 1, m)
+    wide = WideFeatures(z, layer, activation="tanh")
+    ends = torch.tensor([0, 1, n // 2, n - 2, n - 1])
+    w, a = torch.linspace(0, 1, m)[None] / m, torch.linspace(1, 2, n)[:, None] / n
+    rows = wide.select(ends).panel(0, m)
+    torch.testing.assert_close(wide.times(w)[ends].double(), rows @ w.mT.double(), rtol=1e-4, atol=1e-5)
+    columns = torch.cat([wide.panel(j, j + 1) for j in ends.tolist()], 1)
+    got = wide.transposed_times(a)[:, ends].double()
+    torch.testing.assert_close(got, a.mT.double() @ columns, rtol=1e-4, atol=1e-5)
+    product = wide.gram_times(a)[ends].double()
+    u = wide.transposed_times(a.double())
+    torch.testing.assert_close(product, rows @ u.mT, rtol=1e-4, atol=1e-2)
+
+
 BAD = [
     (lambda: as_features(np.array([["a"]])), TypeError, "features: expected numbers"),
     (lambda: as_features(np.zeros((2, 2), dtype=np.int64)), TypeError, "floating point"),
@@ -173,6 +191,7 @@ BAD = [
     (lambda: WideFeatures(torch.ones(3), _layer()[1:]), ValueError, r"z: expected shape \(n, d\)"),
     (lambda: WideFeatures(_layer()[0][:, :2], _layer()[1:]), ValueError, "weight"),
     (lambda: WideFeatures(_layer()[0], nn.Linear(5, 6)), TypeError, "WideLayer; got Linear"),
+    (lambda: WideFeatures(_layer()[0], _layer()[1]), TypeError, "layer: expected .* got Tensor"),
     (lambda: WideFeatures(_layer()[0], _layer()[1:], activation="swish"), ValueError, "activation"),
     (lambda: gcfast.certify(WideFeatures(_layer()[0] / 0, _layer()[1:])), ValueError, "z: not finite"),
     (

@@ -137,7 +137,7 @@ def plan(
         dtype: of the features, where sizes are given.
         max_bytes: memory allowed a device (default: what is free here).
         devices: over which a sharded run would be spread, see :class:`Sharding`.
-        rates: :class:`gcfast._choice.Rates`, "h100" (nominal), or None: measured here, in half a second.
+        rates: :class:`gcfast.Rates`, "h100" (nominal), or None: measured here, in half a second.
 
     Raises:
         ValueError, TypeError: naming the argument.
