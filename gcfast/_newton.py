@@ -5,14 +5,16 @@ Steps solve (S K / n + lambda I) B = -g, g = residual/n + lambda A, by conjugate
 product of K, which is the ordinary one of U: every iterate is a step down, at one product with K each.
 
 What makes it short is the preconditioner. Small lambda makes the problem harder but the curvature S sparser:
-only pairs (sample, class) with d_ic K_ii > tau n lambda matter, some hundreds of the n C. With E the rows
-e_c - e_reference of those pairs, Woodbury's identity gives the exact inverse of the curvature restricted to
-them,
+only pairs (sample, class) with d_ic K_ii > tau n lambda matter, hundreds to thousands of the n C. With E the
+rows e_c - e_reference of those pairs, Woodbury's identity gives the exact inverse of the curvature restricted
+to them,
 
     (lambda I + H~^T S~ H~ / n)^-1 = (1/lambda) (I - H~^T (n lambda S~^-1 + K~)^-1 H~),
 
 with K~ = (E E^T) o K over the active pairs and S~^-1 = diag(1/p) + 1 1^T/(1 - sum p) sample by sample. One
-Cholesky factorisation of that size a step; conjugate gradients then need a few products.
+Cholesky factorisation of that size a step; conjugate gradients then need a few products. Losses that are a
+mean over outputs have a block of samples an output instead, or, where more samples carry curvature than can
+be factored, a subspace of directions (:class:`gcfast._grams.Nystrom`).
 """
 
 from __future__ import annotations
@@ -54,10 +56,9 @@ class State:
 @dataclass
 class Problem:
     """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64.
-    ``rank`` is that of the Nystrom preconditioner, where more samples carry curvature than can be factored;
-    with 0 there is none.
 
-    The rows may be a part of the training set: ``n`` is the number of samples that losses are averaged over.
+    ``rank`` is that of the Nystrom preconditioner of separable losses; with 0 there is none. The rows may be
+    a part of the training set: ``n`` is the number of samples that losses are averaged over.
     """
 
     gram: Gram

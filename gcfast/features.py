@@ -112,6 +112,13 @@ def _tensors(x: Any) -> list[Tensor]:
     return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list)) else []
 
 
+def _all_finite(x: Tensor) -> bool:
+    """One pass without copies of x: a sum may overflow where no entry does, then parts are looked at."""
+    if bool(torch.isfinite(x.sum(-1)).all()):
+        return True
+    return all(bool(torch.isfinite(part).all()) for part in x.split(4096))
+
+
 def check_features(features: Tensor, name: str = "features") -> None:
     """Raise what is wrong with an (n, m) matrix of features."""
     if not isinstance(features, Tensor):
@@ -122,8 +129,8 @@ def check_features(features: Tensor, name: str = "features") -> None:
         raise TypeError(f"{name}: expected a real floating point dtype; got {features.dtype}")
     if features.shape[0] == 0:
         raise ValueError(f"{name}: the training set is empty (shape {tuple(features.shape)})")
-    if bool(torch.isfinite(features.sum(1)).all()):
-        return  # one pass; a sum may overflow where no entry does, so look closer below
+    if _all_finite(features):
+        return
     for start in range(0, len(features), 4096):
         bad = (~torch.isfinite(features[start : start + 4096])).nonzero()
         if len(bad):
@@ -137,7 +144,7 @@ def checked(data: Any, name: str = "features") -> Features:
         if isinstance(data, WideFeatures):
             check_features(data.z, "z")
             for part, value in (("weight", data.weight), ("bias", data.bias)):
-                if not bool(value.isfinite().all()):
+                if not _all_finite(value):
                     raise ValueError(f"{part}: the wide layer's {part} is not finite")
         elif isinstance(data, StoredFeatures):
             check_features(data.matrix, name)
