@@ -103,12 +103,17 @@ def text(results: Path) -> str:
     fits = f"Fitted from n = {FIT_FROM:,} on, by least squares in the logarithms:\n\n" + "\n".join(lines)
     inside = ""
     for key, c in known["cells"].items():
-        if not key.isdigit():
+        if "max_bytes" in c.get("solve", {}) and not key.isdigit():
             s = c["solve"]
             inside = (
                 f"Within `max_bytes` = {s['max_bytes'] / 1e9:g} GB, n = {c['n']:,}: {s['form']}, gap "
                 f"{s['gap']:.1e} in {s['seconds']:.3g} s and {s['products']} products, test error "
-                f"{s['test_error']:.2f} %; the process grew by {_size(s['bytes'])}."
+                f"{s['test_error']:.2f} %; the process grew by {_size(s['bytes'])}"
+                + (
+                    ", more than allowed: bytes were undercounted then."
+                    if s["bytes"] > s["max_bytes"]
+                    else "."
+                )
             )
     base = "\n".join(
         f"n = {c['n']:,}: SGD for all {known['epochs']} epochs ends at loss {c['base']['loss']:.3g} and test error "
@@ -145,7 +150,7 @@ def text(results: Path) -> str:
 
 def _theorem(cell: dict[str, Any]) -> str:
     return (
-        f"measured here: n = {cell['n']:,}, d = {cell['d']}, all distinct in {cell['seconds']:.0f} s; with "
+        f"measured here: n = {cell['n']:,}, d = {cell['d']}, all distinct in {cell['seconds']:.2g} s; with "
         f"{cell['planted']:,} planted pairs of equal rows, {cell['conflicts']:,} of them with conflicting labels, every "
-        f"one is named and no other in {cell['seconds_with_pairs']:.0f} s, {_size(cell['bytes'])} in all"
+        f"one is named and no other in {cell['seconds_with_pairs']:.2g} s; {_size(cell['bytes'])} held, inputs and layer included"
     )

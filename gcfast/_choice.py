@@ -123,8 +123,9 @@ def options(
         whole.append(Option(f"K, lower half, {word}", need + half, 1.3 * seconds, dtype, "tiles"))
         rows = min(s.n, 2048)
         if room is not None:
-            rows = max(256, min(rows, (left - nystrom) // 2 // (size * s.n + 1)))
-        free = common + nystrom + size * rows * s.n + 8 * rows * rows
+            rows = max(256, min(rows, (left - nystrom) // 3 // (size * s.n + 1)))
+        # the cache, what is taken from it for a step, and the systems made of that
+        free = common + nystrom + 2 * size * rows * s.n + 24 * rows * rows
         # rows of K for the preconditioner are computed as they are needed
         seconds = again * PRODUCTS * _pass(s, rates, dtype, s.c) + 8.0 * rows * s.n * s.m / rates.flops(dtype)
         name = f"K never stored, features {'recomputed' if s.d is not None else 'read'}, {word}"
