@@ -247,6 +247,11 @@ def _reason(op: str, backend: str, tensor: torch.Tensor) -> str:
     return _static_reason(op, backend) or _input_reason(op, backend, tensor)
 
 
+def serves(op: str, backend: str, tensor: torch.Tensor) -> bool:
+    """Whether ``backend`` has a kernel for `op` that takes inputs like `tensor` here."""
+    return not _reason(op, backend, tensor)
+
+
 def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend for `op` on inputs like `tensor`; raises if a forced one cannot serve them."""
     name = forced()

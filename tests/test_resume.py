@@ -181,7 +181,7 @@ def test_tiles_on_disk_prove_what_tiles_in_memory_do(condition):
 MEMORY = """
 import torch, gcfast
 from gcfast._rank_proof import proof_bytes
-n, m, d = 3000, 3300, 8
+n, m, d = 3000, 3300, 3
 g = torch.Generator().manual_seed(0)
 layer = torch.randn((m, d), generator=g) / d**0.5, torch.randn(m, generator=g)
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
