@@ -178,12 +178,7 @@ class Checkpoint:
         pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
         header, size = self._header(values, pairs)
         start = len(_head(header))
-        if not self._checked:
-            state = self.load()
-            if state is not None:
-                state.close()
-        self._acquire()
-        self._clean()
+        self._own()
         needed = start + size
         temporary = self._temporary(os.getpid())
         try:
@@ -223,12 +218,7 @@ class Checkpoint:
 
         Raises what ``load`` raises for a file that this object has neither loaded nor saved.
         """
-        if not self._checked:
-            state = self.load()
-            if state is not None:
-                state.close()
-        self._acquire()
-        self._clean()
+        self._own()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._target)
         self.close()
@@ -262,6 +252,15 @@ class Checkpoint:
             raise ValueError(f"tensors: expected distinct strings as names; got {names}")
         origin = {"kind": self.kind, "fingerprint": self.fingerprint, "gcfast": __version__}
         return {**origin, "values": values, "tensors": table}, offset
+
+    def _own(self) -> None:
+        """Lock the path, and look at a file that is there before it is replaced or removed."""
+        if not self._checked:
+            state = self.load()
+            if state is not None:
+                state.close()
+        self._acquire()
+        self._clean()
 
     def _acquire(self) -> None:
         """Take the lock, unless this process has it already."""

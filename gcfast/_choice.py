@@ -73,6 +73,11 @@ def common_bytes(s: Sizes) -> int:
     return held + (0 if s.d is None else 12 * (s.n + s.m) * s.d)
 
 
+def _block_bytes(n: int, rows: int, size: int) -> int:
+    """Of the preconditioner: rows of K, and the system of their columns."""
+    return size * rows * n + 8 * rows * rows
+
+
 def rank_of(s: Sizes) -> int:
     """Of the Nystrom preconditioner."""
     return max(1, min(512, s.n // 4))
@@ -114,12 +119,12 @@ def options(
         again = 1.0 if dtype == torch.float64 else 2.0
         formed = s.n * s.n * s.m / rates.flops(dtype)
         product = max(s.n * s.n * size / 2 / rates.memory, 2.0 * s.n * s.n * s.c / rates.flops(dtype))
-        most = min(s.n, max(1024, s.n // 8))
-        block = size * most * s.n + 8 * most * most
-        need = common + nystrom + panel * size + block
+        need = common + nystrom + panel * size
         seconds = formed + again * PRODUCTS * product
-        whole.append(Option(f"K whole, {word}", need + size * s.n**2, seconds, dtype, "dense"))
-        half = size * Tiles.count(s.n, s.device)
+        block = _block_bytes(s.n, min(s.n, 4096), size)
+        whole.append(Option(f"K whole, {word}", need + block + size * s.n**2, seconds, dtype, "dense"))
+        block = _block_bytes(s.n, min(s.n, max(1024, s.n // 8)), size)
+        half = block + size * Tiles.count(s.n, s.device)
         whole.append(Option(f"K, lower half, {word}", need + half, 1.3 * seconds, dtype, "tiles"))
         rows = min(s.n, 2048)
         if room is not None:

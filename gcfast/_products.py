@@ -165,12 +165,6 @@ def panel_slices(columns: int, inner: int) -> int:
     return columns // PANEL * -(-PANEL // inner) + -(-(columns % PANEL) // inner)
 
 
-def norm_upper(x: Tensor) -> float:
-    """Proved upper bound of ||x||_2: sqrt(||x||_1 ||x||_inf), float64."""
-    rows, columns = ops.abs_products(x)
-    return _up(math.sqrt(float(rows.amax()) * float(columns.amax())), sum(x.shape))
-
-
 def mirror_(g: Tensor, strip: int = 512) -> Tensor:
     """The lower triangle of g above the diagonal as well, in place."""
     for i in range(0, len(g), strip):

@@ -163,7 +163,7 @@ def plan(
     found = rates or measured(sizes.device)
     room = limit(max_bytes, sizes.device)
     attained = not hard and convex.name != "bce_with_logits"  # as far as sizes tell
-    stages = [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found)]
+    stages = [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found, rates)]
     sharded = _sharding(sizes, devices, found) if devices > 1 else None
     return Plan(sizes.n, sizes.m, sizes.d, sizes.c, room, found, stages, sharded)
 
@@ -210,8 +210,12 @@ def _certify(s: Sizes, room: int | None, rates: Rates) -> Stage:
     return Stage("certify", form, outside, flops, 2.0 * seconds, fits, [text])
 
 
-def _solve(s: Sizes, hard: bool, attained: bool, room: int | None, rates: Rates) -> Stage:
-    found = _choice.options(s, hard, attained, room, rates)
+def _solve(
+    s: Sizes, hard: bool, attained: bool, room: int | None, rates: Rates, given: Rates | None
+) -> Stage:
+    """``given``: rates of another machine, which choose the form too; here solve_head's own rates do."""
+    timed = {o.name: o for o in _choice.options(s, hard, attained, room, rates)}
+    found = [timed[o.name] for o in _choice.options(s, hard, attained, room, given)]
     best = found[0]
     fits = room is None or best.bytes <= room
     others = [f"{o.name}: {_reason(o, best, room)}" for o in found[1:]]

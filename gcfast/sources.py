@@ -100,10 +100,6 @@ class Features(ABC):
         """Bytes of memory that it keeps."""
         return 0
 
-    @property
-    def kind(self) -> str:
-        return type(self).__name__
-
 
 class StoredFeatures(Features):
     """A matrix in memory, or a memory-mapped one; float32 or float64, or half precision, any strides."""

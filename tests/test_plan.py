@@ -7,7 +7,7 @@ import sharded
 import torch
 
 import gcfast
-from gcfast import Rates, _choice, _products, _tiles, head
+from gcfast import Rates, _choice, _products, _tiles, head, planning
 from gcfast._products import Tiling
 
 RATES = Rates(3e11, 1.5e11, 2e10)
@@ -65,6 +65,14 @@ def test_every_form_gives_the_same_answer(loss, monkeypatch):
         # points of one path: their losses say how far apart they may be
         near = 0.05 + 0.3 * abs(torch.tensor(other.loss / first.loss).log().item())
         assert float((other.weight - first.weight).norm()) <= near * float(first.weight.norm())
+
+
+def test_rates_of_this_machine_change_the_seconds_not_the_form(monkeypatch):
+    wide, y, _ = _problem()
+    monkeypatch.setattr(planning, "measured", lambda device: Rates(1e15, 1e6, 1e12))  # no float64 to speak of
+    planned = gcfast.plan(wide, y)["solve"]
+    assert planned.form == gcfast.solve_head(wide, y, target_gap=1e-3).form
+    assert planned.seconds > gcfast.plan(wide, y, rates=RATES)["solve"].seconds
 
 
 def test_the_table_names_every_form_and_its_reason():
