@@ -61,12 +61,12 @@ CALLS = {
 
 
 # The dtype in which an op reaches its kernels, where that is not the caller's.
+_HALF_IN_SINGLE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 SEEN = {
     "wide_panel": dict.fromkeys(DTYPES, torch.float64),
-    **dict.fromkeys(
-        ("add_product", "jacobian_gram", "batched_rank"),
-        {torch.bfloat16: torch.float32, torch.float16: torch.float32},
-    ),
+    "add_product": _HALF_IN_SINGLE,
+    "jacobian_gram": _HALF_IN_SINGLE,
+    "batched_rank": _HALF_IN_SINGLE,
 }
 
 

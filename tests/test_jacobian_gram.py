@@ -1,4 +1,4 @@
-"""The Gram of a Jacobian: exact sums, layouts, errors against float64, bits that nothing may change, errors."""
+"""The Gram of a Jacobian: exact sums, layouts, errors against float64, bits that nothing may change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inputs(size, make=whole, dtype=torch.float32):
 
 def truth(out, g, h, scale, ends):
     """As it is written, in float64."""
-    (n, c, t, _), (n2, c2, t2, _) = g.shape, h.shape
+    (n, _, t, _), (n2, _, t2, _) = g.shape, h.shape
     out, g, h, scale = (x.double().cpu() for x in (out, g, h, scale))
     total = out.clone()
     for layer, begin, end in zip(scale, (0, *ends), ends):
