@@ -1,10 +1,10 @@
 """Where a forward pass used its parameters, read off the autograd graph.
 
-The graph holds every use of every parameter: by a module, by a function, by a module that ran twice, under two
-names. :class:`Graph` goes from each parameter up to the operators that took it, through views, and makes a
-:class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed as
-unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent along
-which the samples lie from exact zeros, never from a shape alone.
+The graph holds every use of every parameter: by a module, by a function, by a module that ran twice, under
+two names. :class:`Graph` goes from each parameter up to the operators that took it, through views, and makes
+a :class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed as
+unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent
+along which the samples lie, from exact zeros and never from a shape alone.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def _reshape(x: Tensor, node: Node, number: int) -> Tensor:
 
 
 def _slice(x: Tensor, node: Node, number: int) -> Tensor:
-    part = slice(*(None if v is None else _signed(v) for v in (node._saved_start, node._saved_end)))
-    before = (slice(None),) * (_signed(node._saved_dim) % x.dim())
-    return x[(*before, slice(part.start, part.stop, node._saved_step))]
+    start, end = (None if v is None else _signed(v) for v in (node._saved_start, node._saved_end))
+    part: list[slice] = [slice(None)] * (_signed(node._saved_dim) % x.dim())
+    part.append(slice(start, end, node._saved_step))
+    return x[tuple(part)]
 
 
-# A view of a parameter, made again of a tensor of the parameter's shape: (tensor, node, number of its output).
+# A view of a parameter, made again of a tensor of its shape: (tensor, node, number of the node's output).
 _VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
     "TBackward0": lambda x, f, i: x.t(),
     "TransposeBackward0": lambda x, f, i: x.transpose(_signed(f._saved_dim0), _signed(f._saved_dim1)),
@@ -114,7 +115,7 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """Axis ``axis`` of a cotangent holds the n samples: index i k + j of sample i if ``outer``, else j n + i."""
+    """A cotangent's axis that holds the samples: index i k + j is sample i's if ``outer``, else j n + i."""
 
     axis: int
     outer: bool
@@ -281,7 +282,7 @@ class Graph:
         return ""
 
     def _terminal(self, edges: set[Edge]) -> list[Edge]:
-        """Those edges below which there is no other: what must be asked of autograd to pass by all of them."""
+        """Those edges below which there is no other: autograd passes by all when it is asked for these."""
         nodes = {node for node, _ in edges}
         waiting = {node: len(self._above.get(node, [])) for node in self.nodes}
         order, ready = [], [self.nodes[0]] if self.nodes else []
@@ -446,30 +447,22 @@ def _candidates(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
                 yield Layout(axis, False)
 
 
-def locate(
-    graph: Graph, n: int, generator: torch.Generator, parameters: Mapping[str, Tensor]
-) -> list[set[Layout]]:
+def locate(graph: Graph, cotangents: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[set[Layout]]:
     """The layouts that each site's cotangents admit: those of sample i vanish wherever another one lies.
 
-    The pass is of n >= 2 samples. An empty set: a cotangent without an axis of samples, or one that several
-    samples share. More than one: the zeros do not tell.
+    ``cotangents``: of each site, (n, ...), the i-th of an output that is sample i's alone, n >= 2. An empty
+    set: there is no axis of samples, or several samples share the operator's output. More than one: the zeros
+    do not tell.
     """
-    y = graph.output
-    shapes = [shape_of(site.where) for site in graph.sites]
-    left = []
-    for site, shape in zip(graph.sites, shapes):
+    found = []
+    for site, g in zip(graph.sites, cotangents):
+        n, shape = len(g), tuple(g.shape[1:])
         allowed = _allowed(site, shape, parameters)
-        left.append({layout for layout in _candidates(shape, n) if allowed(layout)})
-    for i in range(n if graph.sites else 0):
-        u = torch.zeros_like(y)
-        u[i] = torch.randn(y.shape[1], generator=generator, dtype=torch.float64).to(y)
-
-        def look(at: int, g: Tensor, i: int = i) -> None:
-            present = g[0] != 0
-            for layout in list(left[at]):
-                others = layout.arrange(present, n)[torch.arange(n, device=g.device) != i]
-                if bool(others.any()):
-                    left[at].discard(layout)
-
-        graph.cotangents(u[None], look, batched=False, keep=True)
-    return left
+        layouts = {layout for layout in _candidates(shape, n) if allowed(layout)}
+        present = g != 0
+        for layout in list(layouts):
+            by_sample = layout.arrange(present, n, 1).flatten(2).any(2)  # (samples, cotangents)
+            if bool((by_sample & ~torch.eye(n, dtype=torch.bool, device=g.device)).any()):
+                layouts.discard(layout)
+        found.append(layouts)
+    return found
