@@ -78,12 +78,12 @@ class ConvexLoss(ABC):
         return 0.0
 
     def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
-        """Upper bound of (1/n) sum_i (loss_i - inf loss_i) where |residual|_F <= residual_norm; inf if unknown.
+        """Upper bound of (1/n) sum_i (loss_i - inf loss_i) at all outputs with |residual|_F <= residual_norm.
 
-        The residual is (n, C), of whatever outputs: the bound holds for all of them.
+        inf where none is known. y: prepared targets, n >= 1.
         """
         kappa = self.dominance(c)
-        return residual_norm**2 / (kappa * max(len(y), 1)) if kappa > 0 else math.inf
+        return residual_norm**2 / (kappa * len(y)) if kappa > 0 else math.inf
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         """Outputs near z at which every loss_i is within eps of its infimum; None if not known."""
@@ -109,9 +109,9 @@ def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _log_excess(u: float) -> float:
-    """Least k with -log(1 - v) <= v + k v^2 for all v <= u: (-log(1 - u) - u) / u^2, rounded up; inf for u >= 1.
+    """A k with -log(1 - v) <= v + k v^2 for all v <= u, inf for u >= 1: (-log(1 - u) - u) / u^2, rounded up.
 
-    Least, as (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v.
+    For (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v.
     """
     if u >= 1.0:
         return math.inf
@@ -206,7 +206,10 @@ class CrossEntropy(ConvexLoss):
         Cauchy and Schwarz sum q over the samples.
         """
         if y.dim() == 1:
-            zeros, least = torch.full_like(y, c - 1, dtype=torch.float64), torch.ones_like(y, dtype=torch.float64)
+            zeros, least = (
+                torch.full_like(y, c - 1, dtype=torch.float64),
+                torch.ones_like(y, dtype=torch.float64),
+            )
         else:
             zeros = (y == 0).sum(1).to(torch.float64)
             least = torch.where(y > 0, y, math.inf).amin(1)

@@ -9,7 +9,8 @@ where lambda_min(K_l) > 0, a small gradient means small residuals, hence for a c
 no stationary point is anything but a global minimum. This needs no wide layer and holds at any weights.
 
 What is proved is said of the Gram *as stored*. It is a rounded product of factors that backpropagation has
-rounded; that step is estimated (``rounding``), not proved, and lambda_min counts only as far as it exceeds it.
+rounded; that step is estimated (``rounding``), not proved, and lambda_min counts only as far as it exceeds
+the estimate.
 
 Source: Kawaguchi and Sun (AAAI 2021); the inequality: Polyak, *Gradient methods for the minimisation of
 functionals*, 1963; Karimi, Nutini and Schmidt, ECML 2016.
@@ -45,14 +46,14 @@ WORK = 6  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gra
 class LayerTrainability:
     """One layer, or all of them together.
 
-    ``parameters``: p_l. ``rank_lower``, ``rank_upper``: bounds of the number of singular values of the Gram as
-    stored above ``rounding``, proved; ``rank`` the number itself by estimate, None where p_l < n C, which
-    decides without it. ``lambda_min_lower``: lambda_min of the Gram as stored is at least this, proved; 0 where
-    nothing is. ``lambda_min``, ``lambda_max``: estimates; None with ``rank``. ``rounding``: an estimate, not a
-    bound, of |K_stored - J J^T|. ``pl``: |grad L|^2 >= pl (L - L*), 0 where no such inequality is known (all
-    losses but MSE). ``gradient_norm``: of L in this layer's parameters. ``gap_bound``: L - L* is at most this,
-    because the gradient is no larger; inf where nothing follows. ``pl`` and ``gap_bound`` rest on ``margin``.
-    ``reason``: the verdict in words.
+    ``parameters``: p_l. ``rank_lower``, ``rank_upper``: proved bounds of the number of singular values of the
+    Gram as stored that exceed ``rounding``; ``rank``: that number by estimate, None where p_l < n C, which
+    decides without it. ``lambda_min_lower``: proved lower bound of lambda_min of the Gram as stored, 0 where
+    none is positive. ``lambda_min``, ``lambda_max``: estimates, None with ``rank``. ``rounding``: an
+    estimate, not a bound, of |K_stored - J J^T|. ``pl``: |grad L|^2 >= pl (L - L*), 0 where no such inequality
+    is known (all losses but MSE). ``gradient_norm``: of L in this layer's parameters. ``gap_bound``: L - L* is
+    at most this, the gradient being no larger; inf where nothing follows. ``pl`` and ``gap_bound`` rest on
+    ``margin``, hence on ``rounding``. ``reason``: the verdict in words.
     """
 
     name: str
@@ -190,8 +191,8 @@ def trainability(
 ) -> Trainability:
     """Which layers could carry a guarantee at these weights, and what the gradient says of L - L* there.
 
-    The Jacobians are made in ``dtype``, in a copy of the model where it has another; the weights of a narrower
-    one are exact in it. A layer with p_l < n C cannot have rank n C and is not looked at further.
+    The Jacobians are made in ``dtype``, in a copy of the model where it has another; narrower weights are exact
+    in it. A layer with p_l < n C cannot have rank n C and is not looked at further.
 
     Args:
         model: in evaluation mode, or without anything that depends on the mode; outputs (n, C).
@@ -291,7 +292,9 @@ class _Look:
         check_convex(self.convex, z.to(torch.float64), self.y)
         residual = self.convex.residual(z, self.y)
         norms = backward(residual / self.n)
-        gradients = {layer: math.hypot(*(norms[name] for name in group)) for layer, group in self.names.items()}
+        gradients = {
+            layer: math.hypot(*(norms[name] for name in group)) for layer, group in self.names.items()
+        }
         rows, total = self._judged(gradients)
         value = float(self.convex.value(z, self.y).to(torch.float64).sum()) / self.n
         infimum = infimum_with_copies(self.convex, self.y, self.copies)
@@ -326,7 +329,7 @@ class _Look:
         return rows, self._judge("total", parameters, whole, norm)
 
     def _grams(self, narrow: list[str]) -> Iterator[tuple[str | None, Tensor]]:
-        """(layer, K_l) as float64, symmetric to the bit; first, without a name, the sum over narrow layers."""
+        """(layer, K_l), float64, symmetric to the bit; first, without a name, the sum over narrow layers."""
         wide = [name for name in self.names if name not in narrow]
         matrix = 8 * self.size**2
         require(

@@ -132,7 +132,9 @@ def eigenvalue_ranges(rows: Sequence[LayerTrainability]) -> str:
         axes.plot([max(row.lambda_min, left), row.lambda_max], [at, at], color=colour, lw=5, label=label)
         axes.plot([row.rounding] * 2, [at - 0.35, at + 0.35], color=_INK, lw=1.2, label=once("rounding"))
         if row.lambda_min_lower > 0:
-            axes.plot([row.lambda_min_lower], [at], "|", color=BASE, ms=14, mew=2, label=once("proved: none below"))
+            axes.plot(
+                [row.lambda_min_lower], [at], "|", color=BASE, ms=14, mew=2, label=once("proved: none below")
+            )
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("eigenvalues of K_l")
