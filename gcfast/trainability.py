@@ -50,10 +50,10 @@ class LayerTrainability:
     Gram as stored that exceed ``rounding``; ``rank``: that number by estimate, None where p_l < n C, which
     decides without it. ``lambda_min_lower``: proved lower bound of lambda_min of the Gram as stored, 0 where
     none is positive. ``lambda_min``, ``lambda_max``: estimates, None with ``rank``. ``rounding``: an
-    estimate, not a bound, of |K_stored - J J^T|. ``pl``: |grad L|^2 >= pl (L - L*), 0 where no such inequality
-    is known (all losses but MSE). ``gradient_norm``: of L in this layer's parameters. ``gap_bound``: L - L* is
-    at most this, the gradient being no larger; inf where nothing follows. ``pl`` and ``gap_bound`` rest on
-    ``margin``, hence on ``rounding``. ``reason``: the verdict in words.
+    estimate, not a bound, of |K_stored - J J^T|. ``pl``: |grad L|^2 >= pl (L - L*), 0 where no such is known
+    (all losses but MSE). ``gradient_norm``: of L in this layer's parameters. ``gap_bound``: L - L* is at most
+    this, the gradient being no larger; inf where nothing follows. Both rest on ``margin``, so on ``rounding``.
+    ``reason``: the verdict in words.
     """
 
     name: str
@@ -191,8 +191,8 @@ def trainability(
 ) -> Trainability:
     """Which layers could carry a guarantee at these weights, and what the gradient says of L - L* there.
 
-    The Jacobians are made in ``dtype``, in a copy of the model where it has another; narrower weights are exact
-    in it. A layer with p_l < n C cannot have rank n C and is not looked at further.
+    The Jacobians are made in ``dtype``, in a copy of the model where it has another; narrower weights are
+    exact in it. A layer with p_l < n C cannot have rank n C and is not looked at further.
 
     Args:
         model: in evaluation mode, or without anything that depends on the mode; outputs (n, C).

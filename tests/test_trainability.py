@@ -108,8 +108,8 @@ def test_rows_agree_with_explicit_jacobians():
 @pytest.mark.parametrize("name", LOSSES)
 def test_gap_bound_holds_along_training(name):
     finite = 0
-    for seed in range(4):
-        for steps in (1, 5, 20, 80):
+    for seed in range(3):
+        for steps in (3, 30):
             net, x = _net(seed=seed), _inputs(seed=seed)
             loss, y = _task(name, 8, 3, seed)
             found = gcfast.trainability(_trained(net, x, y, loss, steps), x, y, loss)
@@ -120,7 +120,7 @@ def test_gap_bound_holds_along_training(name):
                 assert found.residual_norm <= residual * (1 + 1e-9)
                 assert found.gap <= row.gap_bound + 1e-14 and row.gap_bound >= 0
                 finite += row.gap_bound < math.inf
-    assert finite >= 16  # of 64: the inequality has been tried
+    assert finite >= 8  # of 24: the inequality has been tried
 
 
 @pytest.mark.parametrize("name", LOSSES)

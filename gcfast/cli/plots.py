@@ -130,14 +130,14 @@ def eigenvalue_ranges(rows: Sequence[LayerTrainability]) -> str:
         colour = NEAREST if row.carries else TWO_PHASE
         label = once("could carry a guarantee" if row.carries else "could not")
         axes.plot([max(row.lambda_min, left), row.lambda_max], [at, at], color=colour, lw=5, label=label)
-        axes.plot([row.rounding] * 2, [at - 0.35, at + 0.35], color=_INK, lw=1.2, label=once("rounding"))
+        axes.plot([row.rounding] * 2, [at - 0.35, at + 0.35], color=_INK, lw=1.2)
         if row.lambda_min_lower > 0:
             axes.plot(
                 [row.lambda_min_lower], [at], "|", color=BASE, ms=14, mew=2, label=once("proved: none below")
             )
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("eigenvalues of K_l")
+    axes.set_xlabel("eigenvalues of K_l; black: rounding")
     _finish(axes, narrow=False)
     longest = max(len(row.name) for row in rows)
     figure.subplots_adjust(left=min(0.5, (0.3 + 0.08 * longest) / 7.6))
