@@ -52,8 +52,8 @@ class LayerTrainability:
     none is positive. ``lambda_min``, ``lambda_max``: estimates, None with ``rank``. ``rounding``: an
     estimate, not a bound, of |K_stored - J J^T|. ``pl``: |grad L|^2 >= pl (L - L*), 0 where no such is known
     (all losses but MSE). ``gradient_norm``: of L in this layer's parameters. ``gap_bound``: L - L* is at most
-    this, the gradient being no larger; inf where nothing follows. Both rest on ``margin``, so on ``rounding``.
-    ``reason``: the verdict in words.
+    this, the gradient being no larger; inf where nothing follows. Both rest on ``margin`` and so on
+    ``rounding``. ``reason``: the verdict in words.
     """
 
     name: str

@@ -108,9 +108,9 @@ def test_rows_agree_with_explicit_jacobians():
 @pytest.mark.parametrize("name", LOSSES)
 def test_gap_bound_holds_along_training(name):
     finite = 0
-    for seed in range(3):
-        for steps in (3, 30):
-            net, x = _net(seed=seed), _inputs(seed=seed)
+    for seed in range(2):
+        for steps in (5, 80):
+            net, x = _net(width=100, seed=seed), _inputs(seed=seed)
             loss, y = _task(name, 8, 3, seed)
             found = gcfast.trainability(_trained(net, x, y, loss, steps), x, y, loss)
             for row in [*found.rows, found.total]:
@@ -120,7 +120,7 @@ def test_gap_bound_holds_along_training(name):
                 assert found.residual_norm <= residual * (1 + 1e-9)
                 assert found.gap <= row.gap_bound + 1e-14 and row.gap_bound >= 0
                 finite += row.gap_bound < math.inf
-    assert finite >= 8  # of 24: the inequality has been tried
+    assert finite >= 8  # of 16: the inequality has been tried
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -343,7 +343,7 @@ def test_head_is_the_kronecker_product_that_certify_proves_the_rank_of():
 
 def test_rounding_is_not_underestimated():
     """In float32, where float64 knows the truth; an estimate that is also not absurdly large."""
-    for seed, width in ((0, 24), (1, 200), (2, 1000)):
+    for seed, width in ((0, 24), (1, 100), (2, 400)):
         net, x = _net(3, width, seed).float(), _inputs(20, seed).float()
         loss, y = _task("cross_entropy", 20, 3)
         low = gcfast.trainability(net, x, y, loss, dtype=torch.float32)
