@@ -22,19 +22,21 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gcfast._distinct import equal_samples
 from gcfast._large_rank import count_above
-from gcfast._products import check_products, exact_products, mirror_
+from gcfast._products import check_products, exact_products
 from gcfast._shift import prove_least_eigenvalue
-from gcfast.jacobian import LayerJacobians
+from gcfast._trace import call_arguments
+from gcfast.jacobian import LayerJacobians, Layers
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
 from gcfast.memory import limit, require
 from gcfast.rank import matrix_rank
@@ -181,11 +183,11 @@ class Trainability:
 
 def trainability(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Tensor,
     loss: str | nn.Module | ConvexLoss = "cross_entropy",
     *,
-    layers: Sequence[str] | None = None,
+    layers: Layers | None = None,
     dtype: torch.dtype = torch.float64,
     max_bytes: int | None = None,
 ) -> Trainability:
@@ -196,12 +198,14 @@ def trainability(
 
     Args:
         model: in evaluation mode, or without anything that depends on the mode; outputs (n, C).
-        x: (n, ...), one training sample a row; floating inputs are taken in ``dtype``.
+        x: the training samples, n >= 1: (n, ...), or a tuple or dict of such tensors; floating ones are taken
+            in ``dtype``.
         y: targets, as ``loss`` takes them.
         loss: as for ``solve_head``.
-        layers: names as in ``LayerJacobians.layers``; default: all but those that are frozen whole.
+        layers: as ``LayerJacobians`` takes them: names, patterns or classes; default: what is not frozen.
         dtype: float64 or float32; the latter is cheaper and resolves less.
-        max_bytes: memory for n C x n C matrices (default: what is free); given to ``LayerJacobians`` as well.
+        max_bytes: memory to use (default: what is free): all for n C x n C matrices, half of it while
+            ``LayerJacobians`` works with the other half.
 
     Raises:
         TypeError, ValueError: naming the argument, and what :class:`LayerJacobians` refuses; MemoryError: the
@@ -209,22 +213,19 @@ def trainability(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor; got {type(value).__name__}")
-    if x.dim() == 0 or len(x) == 0:
-        raise ValueError(f"x: expected (n, ...) with n >= 1; got shape {tuple(x.shape)}")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a tensor; got {type(y).__name__}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float64 or torch.float32; got {dtype}")
     convex = resolve_loss(loss)
-    model, inputs = _in_dtype(model, dtype), x.detach()
-    if inputs.is_floating_point():
-        inputs = inputs.to(dtype)
-    jacobians = LayerJacobians(model, inputs, layers=layers, max_bytes=max_bytes)
-    names = dict(jacobians.layers)
-    if layers is None:
-        names = _trained(model, names)
-    return _Look(jacobians, names, convex, equal_samples([x]), max_bytes).run(model, inputs, y)
+    model = _in_dtype(model, dtype)
+    inputs = tree_map(
+        lambda v: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, x
+    )
+    limit(max_bytes, torch.device("cpu"))  # before it is halved
+    half = None if max_bytes is None else max(1, max_bytes // 2)
+    jacobians = LayerJacobians(model, inputs, layers=layers, max_bytes=half)
+    return _Look(jacobians, convex, inputs, max_bytes).run(x, y)
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -238,62 +239,33 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"model: cannot be copied to {dtype}: {error}; convert it yourself") from error
 
 
-def _trained(model: nn.Module, names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The layers of which a parameter requires a gradient. ValueError where there is none."""
-    parameters = dict(model.named_parameters())
-    trained = {k: v for k, v in names.items() if any(parameters[name].requires_grad for name in v)}
-    if not trained:
-        raise ValueError("model: no parameter requires a gradient; name the layers to look at: layers=[...]")
-    return trained
-
-
-def _outputs(
-    model: nn.Module, x: Tensor, wanted: Sequence[str]
-) -> tuple[Tensor, Callable[[Tensor], dict[str, float]]]:
-    """Outputs (n, C), and what takes d L / d outputs to the norms of the gradients of ``wanted``."""
-    parameters = {k: p.detach().requires_grad_(k in wanted) for k, p in model.named_parameters()}
-    with torch.enable_grad():
-        outputs = torch.func.functional_call(model, parameters, (x,))
-
-    def backward(cotangent: Tensor) -> dict[str, float]:
-        leaves = [parameters[name] for name in wanted]
-        found = torch.autograd.grad(outputs, leaves, cotangent.to(outputs.dtype), allow_unused=True)
-        return {
-            name: 0.0 if g is None else float(torch.linalg.vector_norm(g.to(torch.float64)))
-            for name, g in zip(wanted, found)
-        }
-
-    return outputs.detach(), backward
-
-
 class _Look:
     """One run: Grams in groups as memory allows, each judged and added to the total."""
 
-    def __init__(
-        self,
-        jacobians: LayerJacobians,
-        names: dict[str, tuple[str, ...]],
-        convex: ConvexLoss,
-        copies: list[list[int]],
-        max_bytes: int | None,
-    ):
-        self.jacobians, self.names, self.convex = jacobians, names, convex
-        self.copies, self.max_bytes = copies, max_bytes
+    def __init__(self, jacobians: LayerJacobians, convex: ConvexLoss, x: Any, max_bytes: int | None):
+        self.jacobians, self.convex, self.x, self.max_bytes = jacobians, convex, x, max_bytes
         self.n, self.c = jacobians.n, jacobians.c
         self.size = self.n * self.c
 
-    def run(self, model: nn.Module, x: Tensor, y: Tensor) -> Trainability:
-        self.device, eps = x.device, torch.finfo(next(model.parameters()).dtype).eps
-        # an entry of J and a product of two of its rows are sums of about so many rounded terms at most
-        self.relative = eps * math.sqrt(sum(p.numel() for p in model.parameters()) + x[0].numel())
-        wanted = [name for group in self.names.values() for name in group]
-        z, backward = _outputs(model, x, wanted)
+    def run(self, stored: Any, y: Tensor) -> Trainability:
+        """``stored``: x as it was given, by which equal samples are told."""
+        args, kwargs = call_arguments(self.x)
+        with torch.no_grad():
+            z = self.jacobians.model(*args, **kwargs)
+        self.device = z.device
         self.y = self.convex.prepare(y.detach().to(z.device), self.n, self.c)
         check_convex(self.convex, z.to(torch.float64), self.y)
+        self.copies = equal_samples([v for v in tree_leaves(stored) if isinstance(v, Tensor)])
+        inputs = sum(v[0].numel() for v in tree_leaves(self.x) if isinstance(v, Tensor))
+        # an entry of J and a product of two of its rows are sums of about so many rounded terms at most
+        terms = sum(p.numel() for p in self.jacobians.model.parameters()) + inputs
+        self.relative = torch.finfo(z.dtype).eps * math.sqrt(terms)
         residual = self.convex.residual(z, self.y)
-        norms = backward(residual / self.n)
+        slopes = self.jacobians.vjp((residual / self.n).to(z.dtype))
+        norms = {name: float(torch.linalg.vector_norm(g.to(torch.float64))) for name, g in slopes.items()}
         gradients = {
-            layer: math.hypot(*(norms[name] for name in group)) for layer, group in self.names.items()
+            layer: math.hypot(*(norms[name] for name in names))
+            for layer, names in self.jacobians.layers.items()
         }
         rows, total = self._judged(gradients)
         value = float(self.convex.value(z, self.y).to(torch.float64).sum()) / self.n
@@ -301,7 +273,7 @@ class _Look:
         return Trainability(
             n=self.n,
             c=self.c,
-            rows=[rows[name] for name in self.names],
+            rows=[rows[name] for name in self.jacobians.layers],
             total=total,
             loss_name=self.convex.name,
             loss=value,
@@ -314,7 +286,7 @@ class _Look:
 
     def _judged(self, gradients: dict[str, float]) -> tuple[dict[str, LayerTrainability], LayerTrainability]:
         """Rows by layer, and that of all together."""
-        numel = {name: self.jacobians.numel[name] for name in self.names}
+        numel = self.jacobians.numel
         rows = {name: self._narrow(name, p, gradients[name]) for name, p in numel.items() if p < self.size}
         parameters, norm = sum(numel.values()), math.hypot(*gradients.values())
         if parameters < self.size:
@@ -329,8 +301,8 @@ class _Look:
         return rows, self._judge("total", parameters, whole, norm)
 
     def _grams(self, narrow: list[str]) -> Iterator[tuple[str | None, Tensor]]:
-        """(layer, K_l), float64, symmetric to the bit; first, without a name, the sum over narrow layers."""
-        wide = [name for name in self.names if name not in narrow]
+        """(layer, K_l) in float64; first, without a name, the sum over narrow layers."""
+        wide = [name for name in self.jacobians.layers if name not in narrow]
         matrix = 8 * self.size**2
         require(
             f"trainability of n C = {self.size} outputs",
@@ -340,7 +312,10 @@ class _Look:
             "fewer samples, or more max_bytes",
         )
         allowed = limit(self.max_bytes, self.device)
-        at_once = len(wide) if allowed is None else max(1, allowed // matrix - WORK - 1)
+        if allowed is None:
+            at_once = len(wide)
+        else:  # the other half is LayerJacobians'
+            at_once = max(1, min(allowed // matrix - WORK, allowed // 2 // matrix) - 1)
         if narrow:
             yield None, self._stored("total", self.jacobians.gram(narrow))
         for start in range(0, len(wide), at_once):
@@ -349,7 +324,7 @@ class _Look:
                 yield name, self._stored(name, grams.pop(name))
 
     def _stored(self, name: str, gram: Tensor) -> Tensor:
-        gram = mirror_(gram.to(torch.float64))
+        gram = gram.to(torch.float64)
         if not bool(torch.isfinite(gram).all()):
             raise ValueError(f"model: the Jacobian Gram of {name!r} is not finite")
         return gram

@@ -291,19 +291,54 @@ def test_too_few_parameters_are_named_without_a_gram(monkeypatch):
     assert asked == [["0"], ["2", "4"]]  # the second call needed no Gram at all
 
 
-def test_frozen_layers_are_left_out_unless_named():
+def test_frozen_parameters_are_left_out():
     net, x = _net(), _inputs()
     net[2].requires_grad_(False)
     loss, y = _task("cross_entropy", 8, 3)
     found = gcfast.trainability(net, x, y, loss)
     assert [row.name for row in found.rows] == ["0", "4"]
     assert found.total.parameters == sum(row.parameters for row in found.rows)
-    both = gcfast.trainability(net, x, y, loss, layers=["2", "4"])
-    assert [row.name for row in both.rows] == ["2", "4"] and both.rows[0].gradient_norm > 0
+    with pytest.raises(ValueError, match=r"'2\.weight' has requires_grad=False"):
+        gcfast.trainability(net, x, y, loss, layers=["2"])
+    net[2].bias.requires_grad_(True)
+    part = gcfast.trainability(net, x, y, loss).rows[1]
+    assert (part.name, part.parameters) == ("2", 24)  # its bias alone
     assert not net[2].weight.requires_grad and all(p.grad is None for p in net.parameters())
     net.requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
         gcfast.trainability(net, x, y, loss)
+
+
+def test_several_inputs_and_a_parameter_used_twice():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.head = nn.Linear(5, 40), nn.Linear(40, 2)
+
+        def forward(self, left, right):
+            return self.head(torch.tanh(self.shared(left)) - torch.tanh(self.shared(right)) ** 2)
+
+    torch.manual_seed(0)
+    net, left, right = Two().double(), _inputs(6, 1), _inputs(6, 2)
+    right[4], left[4] = right[1], left[1]
+    loss, y = _task("mse", 6, 2)
+    assert gcfast.trainability(net, (left, right), y, loss).copies == [[1, 4]]
+    left[4, 0] += 0.5  # one input alike, the other not
+    found = gcfast.trainability(net, {"left": left, "right": right}, y, loss)
+    assert found.copies == [] and found.carriers == ["shared", "head"]
+    jacobian = torch.stack(
+        [
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(o, list(net.shared.parameters()), retain_graph=True)
+                ]
+            )
+            for o in net(left, right).flatten()
+        ]
+    )
+    true = float(torch.linalg.svdvals(jacobian)[-1]) ** 2
+    assert 0.75 * true <= found.rows[0].lambda_min_lower <= true * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 1), (1, 3), (7, 1)])
@@ -368,16 +403,30 @@ def test_model_is_left_as_it_was():
     assert math.isclose(found.loss, gcfast.trainability(net.double(), x, y, loss).loss, rel_tol=1e-15)
 
 
-def test_layers_in_groups_where_memory_is_short():
-    net, x = _net(), _inputs()
-    loss, y = _task("cross_entropy", 8, 3)
-    matrix = 8 * 24**2
-    at_once, one_by_one = (
-        gcfast.trainability(net, x, y, loss, max_bytes=size) for size in (10**9, (WORK + 2) * matrix)
+def test_layers_in_groups_where_memory_is_short(monkeypatch):
+    from gcfast.trainability import LayerJacobians
+
+    asked = []
+    gram = LayerJacobians.gram
+    monkeypatch.setattr(
+        LayerJacobians, "gram", lambda self, layers=None, **k: asked.append(layers) or gram(self, layers, **k)
     )
-    assert at_once.to_dict() == one_by_one.to_dict()
-    with pytest.raises(MemoryError, match=rf"n C = 24 outputs needs {(WORK + 2) * matrix:,} bytes.*Way out"):
-        gcfast.trainability(net, x, y, loss, max_bytes=(WORK + 2) * matrix - 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, 150), nn.Tanh(), nn.Linear(150, 70), nn.Tanh(), nn.Linear(70, 6)
+    ).double()
+    loss, y = _task("cross_entropy", 130, 6)
+    matrix = 8 * 780**2
+    free, short = (
+        gcfast.trainability(net, _inputs(130), y, loss, max_bytes=size)
+        for size in (10**9, (WORK + 2) * matrix)
+    )
+    assert asked == [["4"], ["0", "2"], ["4"], ["0"], ["2"]]
+    for row, other in zip([*free.rows, free.total], [*short.rows, short.total]):
+        assert (row.name, row.rank, row.gap_bound) == (other.name, other.rank, other.gap_bound)
+        assert row.lambda_max == pytest.approx(other.lambda_max, rel=1e-10)
+    with pytest.raises(MemoryError, match=rf"n C = 780 outputs needs {(WORK + 2) * matrix:,} bytes.*Way out"):
+        gcfast.trainability(net, _inputs(130), y, loss, max_bytes=(WORK + 2) * matrix - 1)
 
 
 def test_printed_and_plain(tmp_path):
@@ -400,9 +449,16 @@ def test_printed_and_plain(tmp_path):
     ("change", "error", "match"),
     [
         ({"model": lambda x: x}, TypeError, "model: expected a torch.nn.Module"),
-        ({"x": [[1.0]]}, TypeError, "x: expected a tensor; got list"),
+        ({"x": [[1.0]]}, TypeError, "x must be a tensor, or a tuple or dict of tensors; got list"),
         ({"y": [0]}, TypeError, "y: expected a tensor; got list"),
-        ({"x": torch.zeros(0, 5)}, ValueError, r"x: expected \(n, ...\) with n >= 1"),
+        ({"x": torch.zeros(0, 5)}, ValueError, r"x must hold at least one sample"),
+        ({"x": torch.full((8, 5), math.nan)}, ValueError, "x must be finite"),
+        (
+            {"model": nn.Sequential(_net(), nn.BatchNorm1d(3).double())},
+            ValueError,
+            "takes statistics of the batch",
+        ),
+        ({"model": nn.Sequential(_net(), nn.Unflatten(1, (3, 1)))}, ValueError, r"outputs of shape \(n, C\)"),
         (
             {"y": torch.zeros(7, dtype=torch.int64)},
             ValueError,
@@ -411,7 +467,7 @@ def test_printed_and_plain(tmp_path):
         ({"y": torch.full((8,), 3)}, ValueError, "label 3 of sample 0 is out of range for 3 outputs"),
         ({"loss": "hinge"}, ValueError, "loss: expected one of"),
         ({"loss": "mse", "y": torch.zeros(8)}, ValueError, r"targets: expected shape \(8, 3\)"),
-        ({"layers": ["5"]}, ValueError, "5"),
+        ({"layers": ["5"]}, ValueError, "layers: '5' names no layer or parameter"),
         ({"dtype": torch.float16}, ValueError, "dtype: expected torch.float64 or torch.float32"),
         ({"max_bytes": 0}, ValueError, "max_bytes: expected a positive number"),
     ],
