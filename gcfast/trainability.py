@@ -380,17 +380,21 @@ class _Look:
 
 def _rank_bounds(k: Tensor, tolerance: float) -> tuple[int, int]:
     """Proved bounds of the number of singular values above ``tolerance`` of symmetric k."""
-    found = matrix_rank(k, atol=tolerance, rtol=0.0)
-    lower, upper = int(found.lower), int(found.upper)
-    if lower < upper:  # the inertia of k itself reaches further than that of k k^T
-        low = k.tril()
-        with exact_products():
-            check_products(k.device)
-            above, error = count_above(low, 0.5 * tolerance)
-            at_least, other = count_above(low, -0.5 * tolerance)
-        half = 0.499 * tolerance  # 0.5, less what the comparison rounds
-        if error <= half and other <= half and at_least == len(k):
-            upper = max(min(upper, above), lower)
+    n, lower, upper, low = len(k), 0, len(k), k.tril()
+    with exact_products():
+        check_products(k.device)
+        # (p, e): p eigenvalues above shift - e, at most p above shift + e; 0.499: what comparing rounds
+        p, error = count_above(low, 1.5 * tolerance)
+        if error <= 0.499 * tolerance:
+            lower = p
+        p, error = count_above(low, 0.5 * tolerance)
+        if error <= 0.499 * tolerance:
+            q, error = count_above(low, -0.5 * tolerance)
+            if q == n and error <= 0.499 * tolerance:  # none is below -tolerance
+                upper = p
+    if lower < upper:
+        found = matrix_rank(k, atol=tolerance, rtol=0.0)
+        lower, upper = max(lower, int(found.lower)), min(upper, int(found.upper))
     return lower, upper
 
 
