@@ -476,3 +476,18 @@ def test_errors_name_the_argument(change, error, match):
     arguments = {"model": _net(), "x": _inputs(), "y": torch.zeros(8, dtype=torch.int64), **change}
     with pytest.raises(error, match=match):
         gcfast.trainability(**arguments)
+
+
+def test_rank_bounds_count_singular_values_of_either_sign():
+    from gcfast.trainability import _rank_bounds
+
+    for values in ([1.0, -1.0, 0.0, 1e-3], [3.0, 1e-9, 0.2, 0.3], [0.05, 0.2, -0.05, -0.3]):
+        q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+        k = (q * torch.tensor(values, dtype=torch.float64)) @ q.mT
+        k = k.tril() + k.tril(-1).mT
+        for tolerance in (0.1, 1e-2, 1e-6):
+            count = sum(abs(v) > tolerance for v in values)
+            assert _rank_bounds(k, tolerance) == (count, count)
+    # what lies at the tolerance is left open
+    lower, upper = _rank_bounds(torch.diag(torch.tensor([1.0, 0.1, 0.0], dtype=torch.float64)), 0.1)
+    assert lower == 1 and upper in (1, 2)
