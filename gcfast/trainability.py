@@ -41,7 +41,10 @@ from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve
 from gcfast.memory import limit, require
 from gcfast.rank import matrix_rank
 
-WORK = 6  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gram need beside it
+WORK = 9  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gram take beside it, measured
+SMALL = (
+    256  # rows up to which matrix_rank closes what counts of eigenvalues leave open; beyond it takes an SVD
+)
 
 
 @dataclass(frozen=True)
@@ -380,19 +383,21 @@ class _Look:
 
 def _rank_bounds(k: Tensor, tolerance: float) -> tuple[int, int]:
     """Proved bounds of the number of singular values above ``tolerance`` of symmetric k."""
+    if not bool(k.any()):
+        return 0, 0
     n, lower, upper, low = len(k), 0, len(k), k.tril()
     with exact_products():
         check_products(k.device)
-        # (p, e): p eigenvalues above shift - e, at most p above shift + e; 0.499: what comparing rounds
-        p, error = count_above(low, 1.5 * tolerance)
-        if error <= 0.499 * tolerance:
-            lower = p
-        p, error = count_above(low, 0.5 * tolerance)
-        if error <= 0.499 * tolerance:
-            q, error = count_above(low, -0.5 * tolerance)
-            if q == n and error <= 0.499 * tolerance:  # none is below -tolerance
+        # (p, e) of a shift: p eigenvalues above shift - e, at most p above shift + e
+        lost = 1.1 * count_above(low, tolerance)[1]
+        if math.isfinite(lost):
+            p, e = count_above(low, tolerance + lost)
+            lower = p if e <= 0.999 * lost else 0
+        if lost < tolerance:
+            (p, e), (q, f) = count_above(low, tolerance - lost), count_above(low, lost - tolerance)
+            if max(e, f) <= 0.999 * lost and q == n:  # none is below -tolerance
                 upper = p
-    if lower < upper:
+    if lower < upper and n <= SMALL:
         found = matrix_rank(k, atol=tolerance, rtol=0.0)
         lower, upper = max(lower, int(found.lower)), min(upper, int(found.upper))
     return lower, upper
