@@ -14,7 +14,7 @@ from torch import nn
 import gcfast
 from gcfast._shift import prove_least_eigenvalue
 from gcfast.losses import resolve_loss
-from gcfast.trainability import WORK
+from gcfast.trainability import WORK, LayerJacobians, _rank_bounds
 
 LOSSES = ["cross_entropy", "soft", "smoothed", "mse", "bce_with_logits", "soft_bce", "huber"]
 
@@ -157,6 +157,11 @@ def test_loss_of_a_residual_norm_is_never_above_its_bound(name, c):
             torch.zeros(6, dtype=torch.int64),
             torch.tensor([[7.0, 0.0]]).double().expand(6, 2),
         ),
+        (
+            "cross_entropy",
+            torch.tensor([[0.5, 0.5, 0.0, 0.0]]).double().expand(3, 4),
+            torch.tensor([[0.498, 0.498, 0.002, 0.002]]).double().log().expand(3, 4),
+        ),
     ],
 )
 def test_gap_bound_is_sharp(loss, y, z):
@@ -243,6 +248,14 @@ def test_equal_samples_never_leave_a_positive_bound():
     assert "equal samples: [2, 5]" in str(found)
 
 
+def test_equal_samples_outweigh_what_is_proved_of_the_stored_gram(monkeypatch):
+    net, x = _net(), _inputs()
+    x[5] = x[2] = 0.0
+    monkeypatch.setattr("gcfast.trainability.prove_least_eigenvalue", lambda k: 1.0)
+    found = gcfast.trainability(net, x, torch.zeros(8, 3), "mse")
+    assert found.copies == [[2, 5]] and found.carriers == [] and found.total.lambda_min_lower == 0.0
+
+
 def test_rows_that_depend_in_exact_arithmetic_never_leave_a_positive_bound():
     """A linear model: J is [x, 1] for each output, of rank 4 at most, whatever rounding makes of K."""
     torch.manual_seed(0)
@@ -272,8 +285,6 @@ def test_a_dead_layer_has_rank_zero():
 
 
 def test_too_few_parameters_are_named_without_a_gram(monkeypatch):
-    from gcfast.trainability import LayerJacobians
-
     asked = []
     gram = LayerJacobians.gram
     monkeypatch.setattr(
@@ -352,8 +363,6 @@ def test_one_sample_or_one_output(n, c):
 
 def test_head_is_the_kronecker_product_that_certify_proves_the_rank_of():
     """K of a linear head is (H1 H1^T) x I_C, H1 the features with a column of ones."""
-    from gcfast.trainability import LayerJacobians
-
     for n, width in ((12, 24), (12, 11), (12, 7)):
         net, x = _net(3, width), _inputs(n)
         features = torch.cat([net[:4](x), torch.ones(n, 1)], 1).detach()
@@ -404,8 +413,6 @@ def test_model_is_left_as_it_was():
 
 
 def test_layers_in_groups_where_memory_is_short(monkeypatch):
-    from gcfast.trainability import LayerJacobians
-
     asked = []
     gram = LayerJacobians.gram
     monkeypatch.setattr(
@@ -479,8 +486,6 @@ def test_errors_name_the_argument(change, error, match):
 
 
 def test_rank_bounds_count_singular_values_of_either_sign():
-    from gcfast.trainability import _rank_bounds
-
     for values in ([1.0, -1.0, 0.0, 1e-3], [3.0, 1e-9, 0.2, 0.3], [0.05, 0.2, -0.05, -0.3]):
         q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
         k = (q * torch.tensor(values, dtype=torch.float64)) @ q.mT
@@ -491,3 +496,10 @@ def test_rank_bounds_count_singular_values_of_either_sign():
     # what lies at the tolerance is left open
     lower, upper = _rank_bounds(torch.diag(torch.tensor([1.0, 0.1, 0.0], dtype=torch.float64)), 0.1)
     assert lower == 1 and upper in (1, 2)
+
+
+def test_ranks_of_larger_grams_are_closed_by_counts():
+    a = torch.randn((300, 290), dtype=torch.float64)
+    k = a @ a.mT
+    k = k.tril() + k.tril(-1).mT
+    assert _rank_bounds(k, 1e-13 * float(k.trace())) == (290, 290)
