@@ -18,6 +18,7 @@ from gcfast.optim import TwoPhase
 from gcfast.planning import Plan, Rates, plan
 from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.sources import WideFeatures
+from gcfast.trainability import LayerTrainability, Trainability, trainability
 from gcfast.wide import (
     WideGram,
     WideHead,
@@ -38,11 +39,13 @@ __all__ = [
     "HeadSolution",
     "JacobianPlan",
     "LayerJacobians",
+    "LayerTrainability",
     "Offender",
     "Plan",
     "Progress",
     "RankEstimate",
     "Rates",
+    "Trainability",
     "TwoPhase",
     "WideFeatures",
     "WideGram",
@@ -58,6 +61,7 @@ __all__ = [
     "softmax_curvature",
     "softmax_residual",
     "solve_head",
+    "trainability",
     "wide_forward",
     "wide_gram",
     "wide_gram_product",
