@@ -18,7 +18,7 @@ from gcfast.optim import TwoPhase
 from gcfast.planning import Plan, Rates, plan
 from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.sources import WideFeatures
-from gcfast.trainability import LayerTrainability, Trainability, trainability
+from gcfast._trainability import LayerTrainability, Trainability, trainability
 from gcfast.wide import (
     WideGram,
     WideHead,

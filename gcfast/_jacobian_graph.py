@@ -2,8 +2,8 @@
 
 The graph holds every use of every parameter: by a module, by a function, by a module that ran twice, under
 two names. :class:`Graph` goes from each parameter up to the operators that took it, through views, and makes
-a :class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed as
-unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent
+a :class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed
+as unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent
 along which the samples lie, from exact zeros and never from a shape alone.
 """
 

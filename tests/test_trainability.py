@@ -15,7 +15,7 @@ from torch import nn
 import gcfast
 from gcfast._shift import prove_least_eigenvalue
 from gcfast.losses import resolve_loss
-from gcfast.trainability import WORK, LayerJacobians, _rank_bounds
+from gcfast._trainability import WORK, LayerJacobians, _rank_bounds
 
 LOSSES = ["cross_entropy", "soft", "smoothed", "mse", "bce_with_logits", "soft_bce", "huber"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gcfast.trainability import LayerTrainability
+    from gcfast._trainability import LayerTrainability
 
 __all__ = ["eigenvalue_ranges", "lambda_path", "loss_curves", "singular_values"]
 
