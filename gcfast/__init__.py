@@ -6,6 +6,7 @@ that finishes phase two.
 """
 
 from gcfast._solution import HeadSolution, Progress
+from gcfast._trainability import LayerTrainability, Trainability, trainability
 from gcfast._version import __version__
 from gcfast.cache import FeatureCache
 from gcfast.certificate import Assumption, Certificate, Offender, certify
@@ -18,7 +19,6 @@ from gcfast.optim import TwoPhase
 from gcfast.planning import Plan, Rates, plan
 from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.sources import WideFeatures
-from gcfast._trainability import LayerTrainability, Trainability, trainability
 from gcfast.wide import (
     WideGram,
     WideHead,

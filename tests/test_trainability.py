@@ -14,8 +14,8 @@ from torch import nn
 
 import gcfast
 from gcfast._shift import prove_least_eigenvalue
-from gcfast.losses import resolve_loss
 from gcfast._trainability import WORK, LayerJacobians, _rank_bounds
+from gcfast.losses import resolve_loss
 
 LOSSES = ["cross_entropy", "soft", "smoothed", "mse", "bce_with_logits", "soft_bce", "huber"]
 
@@ -252,7 +252,7 @@ def test_equal_samples_never_leave_a_positive_bound():
 def test_equal_samples_outweigh_what_is_proved_of_the_stored_gram(monkeypatch):
     net, x = _net(), _inputs()
     x[5] = x[2] = 0.0
-    module = importlib.import_module("gcfast.trainability")  # the package has the function under this name
+    module = importlib.import_module("gcfast._trainability")
     monkeypatch.setattr(module, "prove_least_eigenvalue", lambda k: 1.0)
     found = gcfast.trainability(net, x, torch.zeros(8, 3), "mse")
     assert found.copies == [[2, 5]] and found.carriers == [] and found.total.lambda_min_lower == 0.0
