@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -281,7 +281,7 @@ class Graph:
                 return str(node.name())
         return ""
 
-    def _terminal(self, edges: set[Edge]) -> list[Edge]:
+    def _terminal(self, edges: Collection[Edge]) -> list[Edge]:
         """Those edges below which there is no other: autograd passes by all when it is asked for these."""
         nodes = {node for node, _ in edges}
         waiting = {node: len(self._above.get(node, [])) for node in self.nodes}
@@ -312,7 +312,7 @@ class Graph:
         at: dict[Edge, list[int]] = {}
         for i, site in enumerate(self.sites):
             at.setdefault(site.where, []).append(i)
-        ends = self._terminal(set(at))
+        ends = self._terminal(at)  # in the order of sites, so that sums have one order
         inputs = [GradientEdge(*edge) for edge in ends]
         passes = [edge for edge in at if edge not in set(ends)]
         options = {"dtype": u.dtype, "device": u.device}
@@ -331,12 +331,13 @@ class Graph:
 
         if batched:
             with _tapped(passes, deliver, len(u), options):
-                found = torch.func.vmap(lambda v: backward(v, True))(u)
+                # receivers may draw random numbers: one draw for the whole batch
+                found = torch.func.vmap(lambda v: backward(v, True), randomness="same")(u)
             for edge, g in zip(ends, found):
                 deliver(edge, g)
             return
         kept: dict[Edge, Tensor] = {}
-        for c, v in enumerate(u):
+        for c, v in enumerate(u):  # receivers read what the operators have saved: the graph stays
 
             def store(edge: Edge, g: Tensor, c: int = c) -> None:
                 if edge not in kept:
@@ -344,7 +345,7 @@ class Graph:
                 kept[edge][c] = g
 
             with _tapped(passes, store, 0, options):
-                found = backward(v, c == len(u) - 1)
+                found = backward(v, False)
             for edge, g in zip(ends, found):
                 store(edge, g)
         for edge in (*passes, *ends):
