@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import NEEDS_INTERPRETER, TARGETS
 
 from gcfast import _dispatch, ops, reference
 
@@ -199,6 +199,52 @@ def test_no_bit_depends_on_threads_or_pieces(dtype):
         part = scales[:, i, :, j].flatten(1, 2).flatten(2)
         got = added(piece, g[i, 1:3], h[j], part, ends=ends)
         assert torch.equal(got, four[i, 1:3, j].flatten(0, 1).flatten(1))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("lower", [False, True])
+def test_where_torch_allows_tf32(lower, poison):
+    """Three products of TF32, which the interpreter makes as if they were float32's."""
+    pytest.importorskip("triton")
+    from gcfast.triton_kernels.jacobian_gram import jacobian_gram
+
+    size = (23, 3, 1, 23, 3, 1, (16, 40, 77))
+    out, g, h, scale = inputs(size)
+    want = truth(out, g, h, scale, size[-1])
+    kept = out.triu(1)
+    jacobian_gram(out, g, h, scale, size[-1], lower, "tf32")
+    assert torch.equal(out.tril().double(), want.tril())
+    assert torch.equal(out.triu(1), kept if lower else want.triu(1).float())
+
+
+@on_each
+@pytest.mark.parametrize("which", ["samples", "outputs", "positions", "layers", "rows", "columns", "out"])
+def test_offsets_beyond_32_bits(target, which):
+    """Tensors spread over more than 2^31 elements, of which only the pages that they touch are ever there."""
+    if target.device.type != "cpu":
+        pytest.skip("their memory would be there")
+    size = (3, 4, 5, 3, 4, 5, (9, 11))
+    out, g, h, scale = inputs(size)
+    strides = {
+        "samples": (2**30 + 1, 55, 11, 1),
+        "outputs": (55, 2**30 + 1, 165, 1),
+        "positions": (44, 11, 2**30, 1),
+    }
+    scales = {"layers": (2**31 - 100, 15, 1), "rows": (15, 2**28 + 1, 1), "columns": (1, 2, 2**28)}
+    try:
+        store = torch.empty(2**32 + 2**10)
+    except RuntimeError as error:
+        pytest.skip(f"so much address space is not to be had: {error}")
+    want = truth(out, g, h, scale, size[-1])
+    if which in strides:
+        g = store.as_strided(g.shape, strides[which]).copy_(g)
+        h = store[1000:].as_strided(h.shape, strides[which]).copy_(h) if which != "positions" else h
+    elif which in scales:
+        scale = store.as_strided(scale.shape, scales[which]).copy_(scale)
+    else:
+        out = store.as_strided(out.shape, (2**28 + 1, 1)).copy_(out)
+    ops.jacobian_gram(out, g, h, scale, ends=size[-1])
+    assert torch.equal(out.double(), want)
 
 
 @on_each
