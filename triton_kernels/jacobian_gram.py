@@ -10,9 +10,10 @@ Count for an MLP in float32 with `lower`: n = 512, C = 10, layers of 512, 512 an
 H100's nominal 60 TFLOP/s of IEEE float32, 0.2 ms at a third of TF32's 400. Half of out read and written,
 105 MB, both factors, 42 MB, and the scales, 3 MB: 0.05 ms at 3 TB/s. A tile of 64 x 64 takes 512 bytes an o
 for 8,192 FLOP: 27 GFLOP are 1.7 GB through L2, 0.3 ms at 5.5 TB/s, under IEEE's products, half above TF32's.
-Of torch's products and multiplications a layer's factor Gram of 105 MB would be written and read twice, and all
-of out read and written, for each: 1.9 GB of memory, 0.6 ms, besides twice the products. A late convolution (n = 8,
-C = 10, 16 positions, 512 columns) is 3 tiles of 256 products each: too few programs for the device.
+Of torch's products and multiplications a layer's factor Gram of 105 MB would be written and read twice, and
+all of out read and written, for each layer: 1.9 GB of memory, 0.6 ms, besides twice the products. A late
+convolution (n = 8, C = 10, 16 positions, 512 columns) is 3 tiles of 256 products each: too few programs for
+the device.
 """
 
 # mypy: disable-error-code=no-untyped-def
