@@ -313,8 +313,11 @@ def jacobian_gram(
             s = slice(s0, s0 + together)
             part = g[i, :, p, begin:end].flatten(0, 1) @ h[j, :, s, begin:end].flatten(0, 2).mT
             part = part.view(i.stop - i0, c, tile.shape[1], -1)
-            part *= layer[i, p, j, s].repeat_interleave(c2, 1).unsqueeze(1)
-            sums += part.sum(-1).view(sums.shape)
+            weights = layer[i, p, j, s].repeat_interleave(c2, 1).unsqueeze(1)
+            if part.shape[-1] == 1:
+                sums.view(part.shape).addcmul_(part, weights)
+            else:
+                sums += part.mul_(weights).sum(-1).view(sums.shape)
         if lower and i0 == j0:
             keep = torch.ones_like(tile, dtype=torch.bool).tril_()
             tile.copy_(torch.where(keep, tile + sums, tile))
