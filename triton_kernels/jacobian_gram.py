@@ -32,8 +32,8 @@ from ._wide import INSTRUCTION
 
 # Square, as the triangle's numbering wants. A thread holds as many totals as sums, 16 each, and the gather of
 # scales takes another 50 registers: 168 to 247 as compiled, a program of 8 warps a multiprocessor. By 4 warps
-# 64 x 64 spilled in float64, on sm_80 in tf32x3, and 128 x 128 by 8 or 16 everywhere; so did twice the BK of
-# tf32x3, whose operands are in registers twice where products take them from there (not on sm_100), and on
+# 64 x 64 spilled in float64 and on sm_80 in tf32x3, and 128 x 128 by 8 or 16 in float32; so did twice the BK
+# of tf32x3, whose operands are in registers twice where products take them from there (not on sm_100), and on
 # sm_80 of IEEE.
 _BLOCKS = {
     "fp64": Launch({"BM": 64, "BN": 64, "BK": 16}, num_warps=8, num_stages=3),
