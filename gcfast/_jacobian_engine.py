@@ -33,7 +33,7 @@ from gcfast._jacobian_factors import (
     scatter,
     vector_rows,
 )
-from gcfast._jacobian_graph import Graph, Layout, Site, View, _signed, locate, shape_of
+from gcfast._jacobian_graph import Graph, Layout, Rewriting, Site, View, _signed, locate, shape_of
 from gcfast._trace import call_arguments
 from gcfast.wide import WideLayer
 
@@ -127,9 +127,10 @@ class Engine:
 
     # --- forward passes
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Any, rewriting: bool = False) -> Tensor:
+        """The output (n, C), checked; ``rewriting``: for a backward pass to intermediate edges alone."""
         args, kwargs = call_arguments(inputs)
-        with _observable(self.model):
+        with _observable(self.model), Rewriting() if rewriting else contextlib.nullcontext():
             y = self.model(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"the model must return one tensor (n, C); got {type(y).__name__}")
@@ -271,7 +272,7 @@ class Engine:
 
     def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> Graph:
         """The graph of a pass over a few samples; ``left`` becomes the layouts that each site admits."""
-        y = self.forward(batch)
+        y = self.forward(batch, rewriting=True)
         graph = Graph(y, self._names, self._views)
         if operator := graph.coupled():
             raise ValueError(
@@ -446,12 +447,14 @@ class Engine:
         """One forward and one backward pass: ``receive`` gets every group's number and factor."""
         batch = rows_of(self.inputs, tile.i, tile.j)
         with _observable(self.model):
-            graph = Graph(self._checked(self.forward(batch)), self._names, self._views)
+            y = self._checked(self.forward(batch, rewriting=True))
+            graph = Graph(y, self._names, self._views)
             n = tile.n
             if graph.key != self._key and n == 1:
                 # strides of size one let torch take another course: the sample twice, and its half of it all
                 n = 2
-                graph = Graph(self.forward(_stack([batch, batch])), self._names, self._views)
+                y = self.forward(_stack([batch, batch]), rewriting=True)
+                graph = Graph(y, self._names, self._views)
             if graph.key != self._key or graph.output.shape[1] != self.c:
                 raise RuntimeError(
                     f"the model's forward pass took another course for samples {tile.i} to {tile.j - 1} than "

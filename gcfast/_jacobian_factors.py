@@ -356,8 +356,12 @@ def _convolution(site: Site, g: Tensor, n: int, bias: bool, shape: Sequence[int]
 def _normalized(site: Site) -> Tensor:
     """The normalised input of a normalisation, of the input's shape."""
     node = site.node
-    x = node._saved_input.detach()
     name = node.name()
+    if name == "EvalNormBackward":
+        x, _, mean, var = (t.detach() for t in node.saved_tensors)
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return (x - mean.view(shape)) * (var + node.eps).rsqrt().view(shape)
+    x = node._saved_input.detach()
     if name == "NativeLayerNormBackward0":
         return (x - node._saved_result1) * node._saved_result2
     if name == "NativeGroupNormBackward0":
