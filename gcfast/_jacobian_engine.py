@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.checkpoint import CheckpointError
 
 from gcfast._jacobian_factors import (
     Factor,
@@ -33,7 +34,17 @@ from gcfast._jacobian_factors import (
     scatter,
     vector_rows,
 )
-from gcfast._jacobian_graph import Graph, Layout, Rewriting, Site, View, _signed, locate, shape_of
+from gcfast._jacobian_graph import (
+    Graph,
+    Layout,
+    Rewriting,
+    Site,
+    View,
+    _signed,
+    growing,
+    locate,
+    shape_of,
+)
 from gcfast._trace import call_arguments
 from gcfast.wide import WideLayer
 
@@ -233,15 +244,22 @@ class Engine:
         samples: list[Any] = []
         outputs: list[Tensor] = []
         left: list[set[Layout]] = []
+        earlier = torch.empty(0)
         self.saved = 0
         for size in (2, 3):  # where the zeros of two samples do not tell the axis, those of three may
             for i in range(len(samples), min(self.n, size)):
-                self._alone(i, samples, outputs)
+                y = self._alone(i, samples, outputs)
+                earlier = y if i == 0 else earlier
             picked = [k % len(samples) for k in range(size)]
             batch = _stack([samples[k] for k in picked])
             graph = self._located(batch, torch.cat([outputs[k] for k in picked]), left)
-            if all(len(found) == 1 for found in left):
+            before = Graph(earlier, self._names, self._views)
+            same = before.key == graph.key  # if one sample takes another course, three tell of two
+            if same:
+                left[:] = growing(left, graph, size, before, len(earlier))
+            if same and all(len(found) == 1 for found in left):
                 break
+            earlier = graph.output
         self._layouts = [next(iter(found)) if len(found) == 1 else None for found in left]
         self._key = graph.key
         missing = [name for name in self.parameters if name not in graph.seen]
@@ -258,8 +276,8 @@ class Engine:
         self._make_groups(graph)
         self._measure(graph, size)
 
-    def _alone(self, i: int, samples: list[Any], outputs: list[Tensor]) -> None:
-        """One sample's output, and the bytes that its forward pass keeps."""
+    def _alone(self, i: int, samples: list[Any], outputs: list[Tensor]) -> Tensor:
+        """One sample's output with its graph, and the bytes that its forward pass keeps."""
         samples.append(rows_of(self.inputs, i, i + 1))
         count = _SavedBytes(self.parameters.values())
         with count:
@@ -269,6 +287,7 @@ class Engine:
         self.c, self.dtype, self.device = y.shape[1], y.dtype, y.device
         if self.c == 0:
             raise ValueError(f"the model must return at least one output; got shape {tuple(y.shape)}")
+        return y
 
     def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> Graph:
         """The graph of a pass over a few samples; ``left`` becomes the layouts that each site admits."""
@@ -465,6 +484,12 @@ class Engine:
             u = torch.zeros((tile.outputs, n, self.c), dtype=self.dtype, device=self.device)
             for k in range(tile.outputs):
                 u[k, :, tile.c + k] = 1
+            mix: Tensor | None = None
+            if graph.routed:
+                draws = torch.Generator().manual_seed(1)
+                mix = torch.randn((n, tile.outputs), generator=draws, dtype=torch.float64).to(u)
+                u = torch.cat([u, u.new_zeros(1, n, self.c)])
+                u[-1, :, tile.c : tile.e] = mix
             wanted: dict[int, list[tuple[int, Use]]] = {}
             for number, group in enumerate(self.groups):
                 for use in group.uses:
@@ -473,6 +498,9 @@ class Engine:
 
             @torch.no_grad()
             def take(at: int, g: Tensor) -> None:
+                if mix is not None:
+                    self._check_order(graph.sites[at], g, mix)
+                    g = g[:-1]
                 for number, use in wanted.get(at, []):
                     group, found = self.groups[number], parts.setdefault(number, {})
                     found[use.site, use.role] = self._part(graph, group, use, g, n)
@@ -481,11 +509,33 @@ class Engine:
                         receive(number, factor if n == tile.n else factor.first())
 
             if graph.sites:
-                graph.cotangents(u, take, self._batched)
+                try:
+                    graph.cotangents(u, take, self._batched)
+                except CheckpointError as error:
+                    raise RuntimeError(
+                        "the model recomputes a part of its forward pass (torch.utils.checkpoint), and what it "
+                        "saved can be read once only: switch checkpointing off"
+                    ) from error
             assert not parts, "a group of parameters was not reached by backpropagation"
             for number, group in enumerate(self.groups):
                 if group.form == "samples":
                     receive(number, Rows(self._by_samples(group.parameters, batch, tile)))
+
+    def _check_order(self, site: Site, g: Tensor, mix: Tensor) -> None:
+        """Refuses samples whose cotangents lie elsewhere than the probe's. ``g``: of single outputs and,
+        last, those of sample i's outputs weighted by mix[i], which must be the same sums of them."""
+        if site.layout is None:
+            return
+        n = len(mix)
+        if g.shape[1 + site.layout.axis] % n == 0:
+            g = site.layout.arrange(g, n, 1).flatten(2)
+            if _close((g[:, :-1] * mix.unsqueeze(2)).sum(1), g[:, -1]):
+                return
+        layer = self.layers[next(iter(site.roles.values())).parameter]
+        raise RuntimeError(
+            f"layer {layer!r}: the model gathers rows by the values of its input (sorting, masks, routing), "
+            "and those of these samples lie in another order than the first ones': no one form serves them all"
+        )
 
     def _by_samples(self, names: Sequence[str], batch: Any, tile: Tile) -> Tensor:
         """J (n, c, p) of a few parameters, by torch.func or, where that does not work, one row at a time."""

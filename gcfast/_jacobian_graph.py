@@ -152,7 +152,9 @@ Role = tuple[str, str, float]  # kind, role, sign
 
 def _addmm(node: Node, at: int) -> Role | None:
     if at == 0 and node._saved_beta == 1:
-        return "linear", "bias", 1.0
+        # autograd itself sums over what a shorter bias was broadcast to
+        whole = math.prod(shape_of(node.next_functions[0])) == shape_of((node, 0))[-1]
+        return ("linear", "bias", 1.0) if whole else None
     return ("linear", "weight", 1.0) if at == 2 and node._saved_alpha == 1 else None
 
 
@@ -249,11 +251,19 @@ class Rewriting(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         given = (running_mean, running_var, weight, bias)
-        if training or any(t is None for t in given):
+        # what is computed has a gradient that this one would not give
+        if training or any(t is None or t.grad_fn is not None for t in given):
             plain = torch.nn.functional.batch_norm
             return plain(x, running_mean, running_var, weight, bias, training, momentum, eps)
         out: Tensor = EvalNorm.apply(x, weight, bias, running_mean, running_var, eps)
         return out
+
+
+# What may move rows by values of the input: samples that were in order for one batch need not be for another.
+_ROUTES = (
+    *("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Take", "Put", "Sort", "Topk"),
+    *("RepeatInterleave", "PackPaddedSequence"),
+)
 
 
 def walk(output: Tensor) -> list[Node]:
@@ -292,6 +302,7 @@ class Graph:
             for at, (child, number) in enumerate(parent.next_functions):
                 if child is not None:
                     self._above.setdefault(child, []).append((parent, at, number))
+        self.routed = any(node.name().startswith(_ROUTES) for node in self.nodes)
         self.seen: set[str] = set()
         self.unknown: dict[str, str] = {}
         sites: dict[tuple[int, str], Site] = {}
@@ -502,6 +513,15 @@ def _candidates(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
             yield Layout(axis, True)
             if size > n:
                 yield Layout(axis, False)
+
+
+def growing(found: Sequence[set[Layout]], graph: Graph, n: int, other: Graph, m: int) -> list[set[Layout]]:
+    """Those layouts of ``graph``, of n samples, whose axis is m / n as long in ``other``, of m samples: where
+    an operator's output is made of parameters alone, zeros can look like samples."""
+    return [
+        {at for at in layouts if shape_of(a.where)[at.axis] * m == shape_of(b.where)[at.axis] * n}
+        for layouts, a, b in zip(found, graph.sites, other.sites)
+    ]
 
 
 def locate(graph: Graph, cotangents: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[set[Layout]]:

@@ -248,14 +248,20 @@ class LayerJacobians:
 
     def _among(self, layers: Layers) -> set[str]:
         owners = {name: layer for layer, names in self.layers.items() for name in names}
-        chosen = _select(self.model, owners, layers, set(self.layers))
+        items = [layers] if isinstance(layers, (str, type)) else list(layers)
+        # a layer by its name, although parameters that it shares may stand under another one
+        named = {item for item in items if isinstance(item, str) and item in self.layers}
+        rest = [item for item in items if item not in named]
+        if named and not rest:
+            return named
+        chosen = _select(self.model, owners, rest, set(self.layers))
         part = {layer for layer in self.layers if any(name in chosen for name in self.layers[layer])}
         for layer in part:
             if any(name not in chosen for name in self.layers[layer]):
                 raise ValueError(
                     f"layers: {layers!r} is a part of layer {layer!r}; give it to LayerJacobians(layers=...)"
                 )
-        return part
+        return part | named
 
     def _outputs(self, name: str, u: Tensor) -> Tensor:
         if not isinstance(u, Tensor):
@@ -431,6 +437,11 @@ def _refuse_training(model: nn.Module) -> None:
                 f"{where} takes statistics of the batch, so that one sample's outputs depend on the others: "
                 "call model.eval() first"
                 + ("" if module.track_running_stats else "; it keeps no running statistics")
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+            raise ValueError(
+                f"{where} has scale_grad_by_freq: its gradient is divided by counts in the batch, and is no "
+                "derivative of the output"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"{where} drops at random: call model.eval() first")
