@@ -45,7 +45,7 @@ from gcfast._jacobian_graph import (
     locate,
     shape_of,
 )
-from gcfast._trace import call_arguments
+from gcfast._trace import call_arguments, copy_tensors
 from gcfast.wide import WideLayer
 
 log = logging.getLogger("gcfast")
@@ -110,8 +110,8 @@ def _observable(model: nn.Module) -> Iterator[None]:
 
 
 def rows_of(inputs: Any, first: int, last: int) -> Any:
-    """Samples [first, last) of every tensor, copied: a model may change its input in place."""
-    keep = torch.contiguous_format  # one layout in memory, so that every pass takes the same course
+    """Samples [first, last) of every tensor, in one layout in memory: every pass takes the same course."""
+    keep = torch.contiguous_format
     return tree_map(
         lambda v: v[first:last].detach().clone(memory_format=keep) if isinstance(v, Tensor) else v, inputs
     )
@@ -140,7 +140,7 @@ class Engine:
 
     def forward(self, inputs: Any, rewriting: bool = False) -> Tensor:
         """The output (n, C), checked; ``rewriting``: for a backward pass to intermediate edges alone."""
-        args, kwargs = call_arguments(inputs)
+        args, kwargs = call_arguments(copy_tensors(inputs))  # the model may change them in place
         with _observable(self.model), Rewriting() if rewriting else contextlib.nullcontext():
             y = self.model(*args, **kwargs)
         if not isinstance(y, Tensor):
@@ -209,7 +209,7 @@ class Engine:
         return self._push_by_rows
 
     def _push_forward(self, direction: Mapping[str, Tensor], batch: Any) -> Tensor:
-        args, kwargs = call_arguments(batch)
+        args, kwargs = call_arguments(copy_tensors(batch))
         parameters = {name: self.parameters[name].detach() for name in direction}
 
         def outputs(p: dict[str, Tensor]) -> Tensor:
@@ -513,8 +513,8 @@ class Engine:
                     graph.cotangents(u, take, self._batched)
                 except CheckpointError as error:
                     raise RuntimeError(
-                        "the model recomputes a part of its forward pass (torch.utils.checkpoint), and what it "
-                        "saved can be read once only: switch checkpointing off"
+                        "the model recomputes a part of its forward pass (torch.utils.checkpoint), and "
+                        "what that saves can be read once only: switch checkpointing off"
                     ) from error
             assert not parts, "a group of parameters was not reached by backpropagation"
             for number, group in enumerate(self.groups):
@@ -534,7 +534,7 @@ class Engine:
         layer = self.layers[next(iter(site.roles.values())).parameter]
         raise RuntimeError(
             f"layer {layer!r}: the model gathers rows by the values of its input (sorting, masks, routing), "
-            "and those of these samples lie in another order than the first ones': no one form serves them all"
+            "and these samples' rows lie in another order than those of the first ones"
         )
 
     def _by_samples(self, names: Sequence[str], batch: Any, tile: Tile) -> Tensor:
@@ -562,7 +562,7 @@ class Engine:
 
     def _by_func(self, names: Sequence[str], batch: Any, tile: Tile) -> Tensor:
         chosen = {name: self.parameters[name].detach() for name in names}
-        leaves, spec = tree_flatten(batch)
+        leaves, spec = tree_flatten(copy_tensors(batch))
         tensors = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
 
         def outputs(parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:

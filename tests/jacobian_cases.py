@@ -567,6 +567,11 @@ case(
     lambda: rand(N, 2, 4, 4),
 )
 case(
+    "input changed in place",
+    lambda: read(Fn(lambda x, f, p: f(x.mul_(2)) + torch.tanh(p * p), f=nn.Linear(3, 4), p=rand(4))),
+    lambda: rand(N, 3),
+)
+case(
     "written into a slice",
     lambda: read(Fn(lambda x, p, f: _write(f(x), p), p=rand(4), f=nn.Linear(3, 4))),
     lambda: rand(N, 2, 3),
