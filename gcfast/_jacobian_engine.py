@@ -128,7 +128,8 @@ class Engine:
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._batched = True
         self._push: Callable[[Mapping[str, Tensor], Any], Tensor] | None = None
-        self._functional: bool | None = None  # whether torch.func serves the groups that need it
+        # whether torch.func serves parameters that need it, by their names and the number of outputs
+        self._functional: dict[tuple[tuple[str, ...], int], bool] = {}
         self._views: frozenset[int] = frozenset()
         self._layouts: list[Layout | None] = []
         self._key: tuple[Any, ...] = ()
@@ -167,6 +168,7 @@ class Engine:
     def on(self, inputs: Any) -> Engine:
         """The same model on other samples."""
         other = copy.copy(self)
+        other._functional = {}
         other.inputs, other.n = inputs, len(next(v for v in tree_leaves(inputs) if isinstance(v, Tensor)))
         return other
 
@@ -539,23 +541,27 @@ class Engine:
 
     def _by_samples(self, names: Sequence[str], batch: Any, tile: Tile) -> Tensor:
         """J (n, c, p) of a few parameters, by torch.func or, where that does not work, one row at a time."""
-        if self._functional is None:
-            self._functional = self._agree(names, rows_of(batch, 0, 1), tile)
-        if self._functional:
+        key = (tuple(names), tile.outputs)
+        if key not in self._functional:
+            self._functional[key] = self._agree(names, tile)
+        if self._functional[key]:
             return self._by_func(names, batch, tile)
         rows = [self._by_row(names, rows_of(batch, i, i + 1), tile) for i in range(tile.n)]
         return torch.stack(rows)
 
-    def _agree(self, names: Sequence[str], one: Any, tile: Tile) -> bool:
-        """Whether torch.func gives autograd's rows for one sample: some operators' batching rules fail to."""
+    def _agree(self, names: Sequence[str], tile: Tile) -> bool:
+        """Whether torch.func gives autograd's rows for a few different samples: some operators' batching
+        rules do not, or only for some numbers of samples and outputs."""
+        picked = sorted({0, self.n // 2, self.n - 1})
+        samples = [rows_of(self.inputs, i, i + 1) for i in (picked if self.n > 1 else [0, 0])]
         try:
-            found = self._by_func(names, _stack([one, one]), tile)[1]
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            found = self._by_func(names, _stack(samples), tile)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
             log.info(
                 "LayerJacobians: row by row, for torch.func refuses this model: %s", str(error).split(".")[0]
             )
             return False
-        if _close(found, self._by_row(names, one, tile)):
+        if all(_close(rows, self._by_row(names, one, tile)) for rows, one in zip(found, samples)):
             return True
         log.info("LayerJacobians: row by row, for torch.func differs from autograd on this model")
         return False
