@@ -399,7 +399,7 @@ def _mix(seed: int, number: int) -> int:
 def _sketch_add(out: Tensor, j: Tensor, k: int, method: str, generator: torch.Generator) -> None:
     p = j.shape[1]
     if method == "gaussian":
-        omega = torch.randn((p, k), generator=generator).to(j.device, j.dtype)
+        omega = torch.randn((p, k), generator=generator, dtype=torch.float32).to(j.device, j.dtype)
         out.addmm_(j, omega, alpha=k**-0.5)
         return
     draws = torch.randint(0, 2 * k, (p,), generator=generator).to(j.device)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from jacobian_cases import CASES, Fn, Read, Vit, explicit, rand, read
+from jacobian_cases import CASES, explicit, rand, read
 from random_models import random_model
 from torch import nn
 
@@ -107,7 +107,7 @@ def test_other_samples_of_another_length():
             self.place = nn.Embedding(6, 3)
 
         def forward(self, x):
-            z = x + self.position[:, : x.shape[1]] * self.place(torch.arange(x.shape[1]))
+            z = x + self.position[:, : x.shape[1]] + self.place(torch.arange(x.shape[1]))
             return torch.tanh(self.f(z)).sum(1)
 
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_a_plan_says_what_gram_does(monkeypatch):
         assert sorted(order) == [(i, group.form) for i, group in enumerate(plan.groups)]
         forms |= {group.form for group in plan.groups}
         assert all(g.operations > 0 and g.bytes > 0 and g.numel > 0 and g.positions > 0 for g in plan.groups)
-        assert sum(g.numel for g in plan.groups) == jac.shape[1]
+        assert 0 <= jac.shape[1] - sum(g.numel for g in plan.groups) <= 24  # parts of tables not used
         assert plan.gram_bytes == 8 * jac.shape[0] ** 2 and plan.operations > 0
         assert json.loads(json.dumps(plan.to_dict()))["groups"][0]["layer"] == plan.groups[0].layer
         text = str(plan)
@@ -280,9 +280,9 @@ MEMORY = """
 import sys, torch, gcfast
 from torch import nn
 torch.manual_seed(0)
-n, c, budget = 64, 20, {budget}
+n, c, budget = 48, 10, {budget}
 net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                    nn.Linear(1024, 3072), nn.ReLU(), nn.Linear(3072, 256), nn.ReLU(), nn.Linear(256, c))
+                    nn.Linear(1024, 3584), nn.ReLU(), nn.Linear(3584, 128), nn.ReLU(), nn.Linear(256, c))
 p = sum(q.numel() for q in net.parameters())
 x = torch.randn(n, 3, 16, 16)
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
@@ -307,9 +307,9 @@ def test_memory_is_that_of_a_tile(budget, call, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     grown, stored, tiles, planned = map(int, done.stdout.split())
-    assert stored > 16e9  # the Jacobian
+    assert stored > 7e9  # the Jacobian
     assert planned <= budget and (tiles > 1) == (budget < 200 << 20)
-    assert grown < 1.25 * budget + 30e6  # the Gram, 7 MB, lies beside it
+    assert grown < 1.25 * budget + 30e6  # the Gram lies beside it
 
 
 # --- precision
@@ -351,7 +351,7 @@ def test_float32_is_as_good_as_autograd():
 
 # --- random models
 
-SEEDS = (*range(24), 34, 111)  # and two that torch.func gave wrong numbers for
+SEEDS = (*range(20), 34, 111, 285)  # and three that torch.func gave wrong numbers for
 
 
 @pytest.mark.parametrize("seed", SEEDS)
