@@ -42,6 +42,7 @@ from gcfast._jacobian_graph import (
     View,
     _signed,
     growing,
+    live_positions,
     locate,
     shape_of,
 )
@@ -132,6 +133,7 @@ class Engine:
         self._functional: dict[tuple[tuple[str, ...], int], bool] = {}
         self._views: frozenset[int] = frozenset()
         self._layouts: list[Layout | None] = []
+        self._live: list[tuple[Tensor, Tensor] | None] = []
         self._key: tuple[Any, ...] = ()
         self.n = len(next(v for v in tree_leaves(inputs) if isinstance(v, Tensor)))
         self.groups: list[Group] = []
@@ -243,18 +245,14 @@ class Engine:
     # --- the probe
 
     def _probe(self) -> None:
-        samples: list[Any] = []
-        outputs: list[Tensor] = []
         left: list[set[Layout]] = []
-        earlier = torch.empty(0)
         self.saved = 0
         for size in (2, 3):  # where the zeros of two samples do not tell the axis, those of three may
-            for i in range(len(samples), min(self.n, size)):
-                y = self._alone(i, samples, outputs)
-                earlier = y if i == 0 else earlier
-            picked = [k % len(samples) for k in range(size)]
-            batch = _stack([samples[k] for k in picked])
-            graph = self._located(batch, torch.cat([outputs[k] for k in picked]), left)
+            picked = [rows_of(self.inputs, k % self.n, k % self.n + 1) for k in range(size)]
+            if size == 2:  # two alone: one may be what the others depend on
+                earlier, *rest = [self._alone(one) for one in picked[: self.n]]
+                alone = torch.cat([earlier, *rest]).detach()
+            graph = self._located(_stack(picked), alone, left)
             before = Graph(earlier, self._names, self._views)
             same = before.key == graph.key  # if one sample takes another course, three tell of two
             if same:
@@ -262,7 +260,6 @@ class Engine:
             if same and all(len(found) == 1 for found in left):
                 break
             earlier = graph.output
-        self._layouts = [next(iter(found)) if len(found) == 1 else None for found in left]
         self._key = graph.key
         missing = [name for name in self.parameters if name not in graph.seen]
         if missing:
@@ -278,14 +275,12 @@ class Engine:
         self._make_groups(graph)
         self._measure(graph, size)
 
-    def _alone(self, i: int, samples: list[Any], outputs: list[Tensor]) -> Tensor:
-        """One sample's output with its graph, and the bytes that its forward pass keeps."""
-        samples.append(rows_of(self.inputs, i, i + 1))
+    def _alone(self, one: Any) -> Tensor:
+        """One sample's output (1, C) with its graph, and the bytes that its forward pass keeps."""
         count = _SavedBytes(self.parameters.values())
         with count:
-            y = self._checked(self.forward(samples[-1]))
-        self.saved = max(self.saved, count.bytes)
-        outputs.append(y.detach())
+            y = self._checked(self.forward(one, rewriting=True))
+        self.saved = count.bytes
         self.c, self.dtype, self.device = y.shape[1], y.dtype, y.device
         if self.c == 0:
             raise ValueError(f"the model must return at least one output; got shape {tuple(y.shape)}")
@@ -300,14 +295,13 @@ class Engine:
                 f"the model takes statistics of the batch ({operator.removesuffix('Backward0')}): one "
                 "sample's outputs depend on the others. Call model.eval() first"
             )
-        _compare(y.detach(), alone)
+        _compare(y.detach()[: len(alone)], alone)
         n, generator = len(y), torch.Generator().manual_seed(0)
         u = torch.zeros((n, *y.shape), dtype=y.dtype, device=y.device)
         for i in range(n):
             u[i, i] = torch.randn(self.c, generator=generator, dtype=torch.float64).to(y)
-        found: list[set[Layout]] = []
-        if graph.sites:
-            found = locate(graph, self._cotangents_of_samples(graph, u), self.parameters)
+        cotangents = self._cotangents_of_samples(graph, u) if graph.sites else []
+        found = locate(graph, cotangents, self.parameters)
         shared = {
             graph.number[site.node]
             for site, layouts in zip(graph.sites, found)
@@ -319,6 +313,10 @@ class Engine:
             left.clear()
             return self._located(batch, alone, left)
         left[:] = [a & b for a, b in zip(left, found)] if left else found
+        self._layouts = [next(iter(layouts)) if len(layouts) == 1 else None for layouts in left]
+        for site, layout in zip(graph.sites, self._layouts):
+            site.layout = layout
+        self._live = [live_positions(site, g) for site, g in zip(graph.sites, cotangents)]
         return graph
 
     def _cotangents_of_samples(self, graph: Graph, u: Tensor) -> list[Tensor]:
@@ -343,8 +341,8 @@ class Engine:
 
     def _make_groups(self, graph: Graph) -> None:
         unknown = dict(graph.unknown)
-        for site, layout in zip(graph.sites, self._layouts):
-            site.layout = layout
+        for site, layout, live in zip(graph.sites, self._layouts, self._live):
+            site.live = live
             if layout is None:
                 for view in site.roles.values():
                     unknown.setdefault(view.parameter, site.node.name().removesuffix("Backward0"))
@@ -401,7 +399,11 @@ class Engine:
     def _measure(self, graph: Graph, n: int) -> None:
         """Extents and bytes of every group, from the shapes of a pass of n samples."""
         item = self.dtype.itemsize
-        self.largest = max((math.prod(shape_of((f, 0))) for f in graph.nodes if f._input_metadata), default=0)
+        views = {node for site in graph.sites for view in site.roles.values() for node, _ in view.steps}
+        passed = [node for node in graph.nodes if node._input_metadata and node not in views]
+        self.largest = max(
+            (math.prod(shape_of((f, 0))) for f in passed if not hasattr(f, "variable")), default=0
+        )
         self.largest = self.largest // n * item
         for group in self.groups:
             group.numel = sum(self.parameters[name].numel() for name in group.parameters)
@@ -481,8 +483,8 @@ class Engine:
                     f"the model's forward pass took another course for samples {tile.i} to {tile.j - 1} than "
                     "for the first ones: it must not depend on the values of its input"
                 )
-            for site, layout in zip(graph.sites, self._layouts):
-                site.layout = layout
+            for site, layout, live in zip(graph.sites, self._layouts, self._live):
+                site.layout, site.live = layout, live
             u = torch.zeros((tile.outputs, n, self.c), dtype=self.dtype, device=self.device)
             for k in range(tile.outputs):
                 u[k, :, tile.c + k] = 1

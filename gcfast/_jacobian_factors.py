@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._jacobian_graph import Layout, Node, Site, View, _padding
+from gcfast._products import mirror_
 
 # A block of J: in the last-level cache between who makes it and the product. On a GPU a count, not measured.
 BLOCK_BYTES = {"cpu": 1 << 23, "cuda": 3 << 23}
@@ -186,6 +187,29 @@ class Outer(Factor):
         ends = [r * (k + 1) for k in range(q)]
         ops.jacobian_gram(out, g, h, scale, ends=ends, lower=lower)
 
+    def by_rows(self, other: Factor, out: Tensor, lower: bool) -> None:
+        assert isinstance(other, Outer)
+        size = self.size
+        if size.q > 1 or min(size.t, other.size.t) == 1:
+            super().by_rows(other, out, lower)
+            return
+        # Rows in the order (c, i): blocks of J are products of the factors as they lie, nothing is copied.
+        width = block_width(max(self.n * self.c, other.n * other.c), out)
+        step = max(1, min(size.r, width // size.s))
+        makers = [_RowMaker(self, step)] if other is self else [_RowMaker(self, step), _RowMaker(other, step)]
+        total = out.new_zeros(self.c * self.n, other.c * other.n)
+        for first in range(0, size.r, step):
+            blocks = [maker.block(first, min(first + step, size.r)) for maker in makers]
+            gram_add_(total, blocks[0], blocks[-1], other is self)
+        if size.bias:
+            biases = [maker.bias() for maker in makers]
+            gram_add_(total, biases[0], biases[-1], other is self)
+        if other is self:
+            mirror_(total)
+        shape = (self.c, self.n, other.c, other.n)
+        view = out.view(self.n, self.c, other.n, other.c)
+        view += total.view(shape).permute(1, 0, 3, 2)
+
     def squares(self) -> Tensor:
         size, t = self.size, self.size.t
         a = self.a()
@@ -201,6 +225,27 @@ class Outer(Factor):
             of_g = torch.einsum("itqk,isqk->iqts", g[:, c], g[:, c])
             out[:, c] = (of_a * of_g).sum((1, 2, 3))
         return out
+
+
+class _RowMaker:
+    """Blocks of an :class:`Outer`'s J (one q) in one buffer, rows in the order (c, i)."""
+
+    def __init__(self, factor: Outer, step: int) -> None:
+        self.n, self.c = factor.n, factor.c
+        self._g = factor.g()[:, :, :, 0].permute(1, 0, 3, 2)  # (c, n, r, T)
+        self._a = factor.a()[:, :, 0]  # (n, T, s)
+        self._s = factor.size.s
+        self._buffer = self._a.new_empty(self.c * self.n * step * self._s)
+
+    def block(self, first: int, last: int) -> Tensor:
+        rows = last - first
+        out = self._buffer[: self.c * self.n * rows * self._s].view(self.c, self.n, rows, self._s)
+        for g, j in zip(self._g, out):
+            torch.bmm(g[:, first:last], self._a, out=j)
+        return out.view(self.c * self.n, -1)
+
+    def bias(self) -> Tensor:
+        return self._g.sum(3).flatten(0, 1)
 
 
 class Lookup(Factor):
@@ -317,6 +362,10 @@ def _linear(site: Site, g: Tensor, n: int, bias: bool, transposed: bool) -> Oute
     x = site.node._saved_mat1 if site.node.name() == "AddmmBackward0" else site.node._saved_self
     x = layout.arrange(x.detach(), n)
     x = x.reshape(n, -1, 1, x.shape[-1])
+    if site.live is not None:
+        live, dead = site.live
+        if g.is_meta or not bool(g.index_select(2, dead).any()):  # not reached in the probe nor here
+            g, x = g.index_select(2, live.to(g.device)), x.index_select(1, live)
     size = Size(1, o, x.shape[-1], x.shape[1], bias)
     return Outer(g, x, (g, x), n, c, size, (0, 1, 2) if transposed else (0, 2, 1))
 

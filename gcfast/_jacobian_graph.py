@@ -139,6 +139,7 @@ class Site:
     roles: dict[str, View] = field(default_factory=dict)
     sign: float = 1.0
     layout: Layout | None = None
+    live: tuple[Tensor, Tensor] | None = None  # positions that cotangents reach, and the others; None: all
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -522,6 +523,20 @@ def growing(found: Sequence[set[Layout]], graph: Graph, n: int, other: Graph, m:
         {at for at in layouts if shape_of(a.where)[at.axis] * m == shape_of(b.where)[at.axis] * n}
         for layouts, a, b in zip(found, graph.sites, other.sites)
     ]
+
+
+def live_positions(site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A linear operator's positions that cotangents (c, ...) of n = c samples reach, and the others.
+
+    None: all or none. A head that reads one token leaves the last block's others without cotangents.
+    """
+    if site.kind != "linear" or site.layout is None:
+        return None
+    g = site.layout.arrange(g, len(g), 1)
+    live = (g != 0).reshape(*g.shape[:2], -1, g.shape[-1]).any(3).any(1).any(0)
+    return (
+        (live.nonzero()[:, 0], (~live).nonzero()[:, 0]) if bool(live.any()) and not bool(live.all()) else None
+    )
 
 
 def locate(graph: Graph, cotangents: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[set[Layout]]:

@@ -143,7 +143,7 @@ def _needed(engine: Engine, n: int, c: int, stored: bool, grams: int) -> int:
     spread = max((group.spread for group in engine.groups), default=0)
     kept = sum(group.kept for group in engine.groups)
     shared = sum(group.shared for group in engine.groups)
-    cotangents = 3 * engine.largest
+    cotangents = 6 * engine.largest  # on their way, and what operators make on theirs
     need = (
         n * (engine.saved + 2 * spread)
         + n * c * (cotangents + 2 * moving)

@@ -32,8 +32,8 @@ class LayerJacobians:
 
     J_l = d vec f(x) / d w_l has a row for each sample i and output c, at index i C + c, and a column for each
     of layer l's parameters. K = sum_l J_l J_l^T is the empirical neural tangent kernel (Jacot, Gabriel,
-    Hongler 2018). Nothing of J's size is stored: cotangents of all outputs go back through the model together, and
-    what a layer makes of them is multiplied out and dropped as backpropagation passes.
+    Hongler 2018). Nothing of J's size is stored: cotangents of all outputs go back through the model
+    together, and what a layer makes of them is multiplied out and dropped as backpropagation passes.
 
     Args:
         model: gives (n, C) for n samples, each from its own input alone: batch normalisation that takes

@@ -96,6 +96,13 @@ MODELS = {
         ValueError,
         "depends on the other samples",
     ),
+    "difference to the first sample": (
+        lambda: function(lambda x, f: f(x - x[:1])),
+        X,
+        {},
+        ValueError,
+        "depends on the other samples",
+    ),
     "functional statistics of the batch": (
         lambda: function(lambda x, f: F.batch_norm(f(x).mT, None, None, training=True).sum(2)),
         rand(4, 2, 3),
