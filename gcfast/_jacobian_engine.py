@@ -252,7 +252,7 @@ class Engine:
             if size == 2:  # two alone: one may be what the others depend on
                 earlier, *rest = [self._alone(one) for one in picked[: self.n]]
                 alone = torch.cat([earlier, *rest]).detach()
-            graph = self._located(_stack(picked), alone, left)
+            graph, cotangents = self._located(_stack(picked), alone, left)
             before = Graph(earlier, self._names, self._views)
             same = before.key == graph.key  # if one sample takes another course, three tell of two
             if same:
@@ -260,6 +260,10 @@ class Engine:
             if same and all(len(found) == 1 for found in left):
                 break
             earlier = graph.output
+        self._layouts = [next(iter(layouts)) if len(layouts) == 1 else None for layouts in left]
+        for site, layout in zip(graph.sites, self._layouts):
+            site.layout = layout
+        self._live = [live_positions(site, g) for site, g in zip(graph.sites, cotangents)]
         self._key = graph.key
         missing = [name for name in self.parameters if name not in graph.seen]
         if missing:
@@ -286,8 +290,11 @@ class Engine:
             raise ValueError(f"the model must return at least one output; got shape {tuple(y.shape)}")
         return y
 
-    def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> Graph:
-        """The graph of a pass over a few samples; ``left`` becomes the layouts that each site admits."""
+    def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> tuple[Graph, list[Tensor]]:
+        """The graph of a pass over a few samples, and its sites' cotangents of each sample alone.
+
+        ``left`` becomes the layouts that each site admits.
+        """
         y = self.forward(batch, rewriting=True)
         graph = Graph(y, self._names, self._views)
         if operator := graph.coupled():
@@ -313,11 +320,7 @@ class Engine:
             left.clear()
             return self._located(batch, alone, left)
         left[:] = [a & b for a, b in zip(left, found)] if left else found
-        self._layouts = [next(iter(layouts)) if len(layouts) == 1 else None for layouts in left]
-        for site, layout in zip(graph.sites, self._layouts):
-            site.layout = layout
-        self._live = [live_positions(site, g) for site, g in zip(graph.sites, cotangents)]
-        return graph
+        return graph, cotangents
 
     def _cotangents_of_samples(self, graph: Graph, u: Tensor) -> list[Tensor]:
         """Each site's cotangents (n, ...) of u (n, n, C); decides whether vmap can take the backward pass and
