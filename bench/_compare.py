@@ -124,8 +124,8 @@ def compare(
 
     `device` says whose clock counts; by default it is where the first candidate's result lives, or else
     :func:`bench_device`. On a GPU the L2 cache is flushed before every timed call. Candidates named in `once`
-    run in the first round only, without warm-up. A candidate that does a part of the work is named in `scale`,
-    with the factor from its time to that of the whole.
+    run in the first round only, without warm-up. `scale` names candidates that do a part of the work, with
+    the factor from its time to that of the whole.
     """
     value: object = None
     for name, f in reversed(candidates.items()):  # the first one last, for its result

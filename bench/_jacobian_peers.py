@@ -17,12 +17,12 @@ from _jacobian_models import Problem, problem
 from torch import Tensor
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
-from gcfast.jacobian import LayerJacobians
+from gcfast import LayerJacobians
 
 
 @dataclass(frozen=True)
 class Peer:
-    """``gram()`` is the part of the Gram that begins at ``corner``; the whole takes ``scale`` times as long."""
+    """``gram()`` is the part of J J^T that begins at ``corner``; the whole takes ``scale`` times as long."""
 
     gram: Callable[[], Tensor]
     scale: float = 1.0
@@ -80,7 +80,7 @@ def torch_func(p: Problem) -> Peer:
 
 
 def torch_func_products(p: Problem) -> Peer:
-    """J (J^T e) for every row of J, as in PyTorch's tutorial, 32 samples at a time; the first block is run."""
+    """J (J^T e) for every row of J, as in PyTorch's tutorial, 32 samples at a time: one block is run."""
     parameters, f = _function(p)
     block = min(len(p.x), 32)
 
@@ -102,7 +102,7 @@ def torch_func_products(p: Problem) -> Peer:
 
 
 def backpack_sqrt_ggn(p: Problem) -> Peer:
-    """One backward pass of all outputs, J layer by layer: with the squared loss its SqrtGGN is sqrt(2) J^T."""
+    """One backward pass of all outputs, J layer by layer: SqrtGGN of the squared loss is sqrt(2) J^T."""
     from backpack import backpack, extend
     from backpack.extensions import SqrtGGNExact
 
@@ -182,7 +182,7 @@ def curvlinops(p: Problem) -> Peer:
     def columns() -> Tensor:
         out = []
         for k in range(0, part, step):
-            e = torch.zeros(p.rows, step, dtype=p.x.dtype, device=p.x.device)
+            e = torch.zeros(p.rows, min(step, part - k), dtype=p.x.dtype, device=p.x.device)
             e[k : k + step].fill_diagonal_(1)
             out.append(jac @ (adjoint @ e))
         return torch.cat(out, 1)

@@ -1,14 +1,16 @@
 """The empirical NTK of whole models, J J^T summed over layers, beside all others who compute it.
 
-The peers (neural-tangents, BackPACK, curvlinops) are left out, with the reason, where they are not installed or
-cannot run a model. neural-tangents 0.6.5 needs a JAX of its time: jax==0.4.23 jaxlib==0.4.23 tf2jax==0.3.5
-numpy<2 runs all of its implementations; from 0.4.26 on structured derivatives fail, from 0.6 on the import.
+The peers (neural-tangents, BackPACK, curvlinops) are left out, with the reason, where they are not installed
+or cannot run a model. neural-tangents 0.6.5 needs a JAX of its time: with jax==0.4.23 jaxlib==0.4.23
+tf2jax==0.3.5 numpy<2 all of its implementations run; with 0.4.26 to 0.5.3 structured derivatives fail, with
+0.6.2 and 0.10.2 the import.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ SIZES = {
     "cuda": {"resnet18": 64, "mlp": 512, "mlp, small": 64, "vit": 64},
 }
 SLOWER = 3.0  # a peer this many times behind the best one runs in one round only
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of gcfast; the peers' products of long rows may lose ten times as much
 TARGETS = {"resnet18": (4, 0.2), "mlp": (10, None), "mlp, small": (10, None), "vit": (3, None)}
 
 
@@ -64,20 +66,20 @@ def bench_table(benchmark, device, case):
     n, kind = SIZES[device.type][case], case.split(",")[0]
     p = problem(kind, n, device)
     want = truth(p)
-    peers, errors, failed = {}, {}, {}
+    peers, errors, seconds, failed = {}, {}, {}, {}
     for name, make in PEERS.items():
         try:
             peers[name] = make(p)
+            start = time.perf_counter()
             errors[name] = error(peers[name], want)
+            seconds[name] = (time.perf_counter() - start) * peers[name].scale
         except Exception as reason:  # what it cannot run is part of the result
             peers.pop(name, None)
             failed[name] = f"{type(reason).__name__}: {(str(reason).strip().splitlines() or [''])[0][:200]}"
     assert "gcfast" in peers, failed["gcfast"]
-    wrong = {name: value for name, value in errors.items() if value > TOLERANCE}
+    wrong = {k: e for k, e in errors.items() if not e <= (TOLERANCE if k == "gcfast" else 10 * TOLERANCE)}
     assert not wrong
-    first = compare({name: peer.gram for name, peer in peers.items()}, repeats=1, warmup=0, device=device)
     print()
-    seconds = {t.name: t.best * peers[t.name].scale for t in first}
     baseline = min((name for name in seconds if name.startswith("torch.func")), key=seconds.__getitem__)
     order = [baseline, *(name for name in peers if name != baseline)]
     timings = benchmark.pedantic(
