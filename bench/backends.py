@@ -33,6 +33,14 @@ def _add(x: torch.Tensor) -> None:
     ops.add_product(torch.zeros(len(x), len(x), dtype=wide.dtype, device=x.device), wide, wide.mT, lower=True)
 
 
+def _jacobian(x: torch.Tensor) -> None:
+    """64 samples of 10 outputs and 10 positions, a number of a row each."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    g = wide[:64].reshape(64, 10, 10, 1)
+    out = torch.zeros(640, 640, dtype=wide.dtype, device=x.device)
+    ops.jacobian_gram(out, g, g, torch.ones_like(out)[None], lower=True)
+
+
 # An op's call on x (n, 100); those that are missing here fail below, by name.
 CALLS = {
     "activation": lambda x: ops.activation(x),
@@ -46,16 +54,19 @@ CALLS = {
     "wide_gram_product": lambda x: ops.wide_gram_product(*_layer(x), x[:, :3]),
     "wide_panel": lambda x: ops.wide_panel(*_layer(x)),
     "add_product": _add,
+    "jacobian_gram": _jacobian,
     "batched_rank": lambda x: gcfast.matrix_rank(x[:64].reshape(4, 16, 100)),
     "gram_product": lambda x: ops.gram_product(x[:8] @ x[:8].mT, x[:8, :8].contiguous()),
 }
 
 
 # The dtype in which an op reaches its kernels, where that is not the caller's.
+_HALF_IN_SINGLE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 SEEN = {
     "wide_panel": dict.fromkeys(DTYPES, torch.float64),
-    "add_product": {torch.bfloat16: torch.float32, torch.float16: torch.float32},
-    "batched_rank": {torch.bfloat16: torch.float32, torch.float16: torch.float32},
+    "add_product": _HALF_IN_SINGLE,
+    "jacobian_gram": _HALF_IN_SINGLE,
+    "batched_rank": _HALF_IN_SINGLE,
 }
 
 

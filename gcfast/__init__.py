@@ -11,6 +11,7 @@ from gcfast.cache import FeatureCache
 from gcfast.certificate import Assumption, Certificate, Offender, certify
 from gcfast.head import solve_head
 from gcfast.inspection import HeadError, find_head
+from gcfast.jacobian import JacobianPlan, LayerJacobians
 from gcfast.losses import ConvexLoss
 from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
 from gcfast.optim import TwoPhase
@@ -35,6 +36,8 @@ __all__ = [
     "FeatureCache",
     "HeadError",
     "HeadSolution",
+    "JacobianPlan",
+    "LayerJacobians",
     "Offender",
     "Plan",
     "Progress",

@@ -32,6 +32,7 @@ OPS = (
     "wide_panel",
     "gram_product",
     "add_product",
+    "jacobian_gram",
     "batched_rank",
 )
 _WIDE = ("wide_forward", "wide_head_grad", "wide_gram_product")

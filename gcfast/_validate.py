@@ -48,6 +48,17 @@ def is_float64(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device}; got {value.device}")
 
 
+def is_added_to(out: Tensor, shape: str) -> None:
+    """A matrix of float32 or float64 that an op may add to: no element is there twice."""
+    is_float("out", out)
+    if out.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"out must be float32 or float64; got {_short(out.dtype)}")
+    if out.dim() != 2:
+        raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
+        raise ValueError(f"out must not be expanded: its strides are {tuple(out.stride())}")
+
+
 def matrix_without_gradient(op: str, name: str, value: Tensor, *others: Tensor | None) -> None:
     """2-d and floating; an error if `op`, which has no gradient, would need one."""
     is_float(name, value)

@@ -12,6 +12,7 @@ else). All kernels are deterministic.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast._ops_activation import activation_op, activation_out_op
 from gcfast._ops_gram import abs_products_op, add_product_op, gram_error_bound_op, gram_product_op
+from gcfast._ops_jacobian import jacobian_gram_op
 from gcfast._ops_rank import batched_rank_op
 from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
 from gcfast._ops_wide import wide_forward_op, wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
@@ -36,6 +38,7 @@ __all__ = [
     "batched_rank",
     "gram_error_bound",
     "gram_product",
+    "jacobian_gram",
     "last_backend",
     "softmax_curvature",
     "softmax_residual",
@@ -350,13 +353,7 @@ def add_product(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    _validate.is_float("out", out)
-    if out.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"out must be float32 or float64; got {str(out.dtype).removeprefix('torch.')}")
-    if out.dim() != 2:
-        raise ValueError(f"out must have shape (r, c); got {tuple(out.shape)}")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
-        raise ValueError(f"out must not be expanded: its strides are {tuple(out.stride())}")
+    _validate.is_added_to(out, "(r, c)")
     r, c = out.shape
     for name, value in (("a", a), ("b", b)):
         _validate.matches(name, value, "out", out)
@@ -371,6 +368,60 @@ def add_product(
         raise ValueError(f"out must be square with lower=True; got {(r, c)}")
     _validate.without_gradient("add_product", out=out, a=a, b=b)
     add_product_op(out, a, b, float(alpha), inner, bool(lower))
+
+
+def jacobian_gram(
+    out: Tensor,
+    g: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    *,
+    ends: Sequence[int] | None = None,
+    lower: bool = False,
+) -> None:
+    """Adds the Gram of a Jacobian to out in place, from what its layers' gradients are made of.
+
+    out[(i, c), (j, e)] += sum over l, t, s of scale[l, (i, t), (j, s)] sum_o g[i, c, t, o] h[j, e, s, o],
+    the inner sum over the columns o of layer l. With g the gradients of output c of sample i in what layer l
+    puts out at position t, and scale the products of what it takes in, x_it . x_js, that is the Gram of the
+    Jacobian in the layers' weights: a gradient is the sum over positions of g_t x_t^T, and
+    <g_t x_t^T, h_s y_s^T> = <g_t, h_s> <x_t, y_s>. Neither the factors' Gram nor its product with the scales
+    is stored; out is read and written once.
+
+    Args:
+        out: (n C, n2 C2) float32 or float64, any strides that keep its elements apart (best: a unit stride of
+            columns); it shares none with the others.
+        g: (n, C, T, R), h: (n2, C2, T2, R), of out's dtype and device, any strides (copied unless o has unit
+            stride); they may overlap.
+        scale: (L, n T, n2 T2), row (i, t) and column (j, s), any strides.
+        ends: where each layer's columns end, not descending, the last at R; (R,) by default.
+        lower: h has g's shape, and nothing above out's diagonal is read or written, in about half the time.
+
+    Sums begin at zero and are added to out with one rounding. Repeatable bit for bit: on the CPU's kernels
+    neither the number of threads nor the samples and outputs that a call is given change a bit of the others.
+    Products of float32 follow IEEE; on a GPU where ``torch`` allows its own TF32, they are made of three TF32
+    ones (errors near float32's), on the reference backend as torch makes them. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.is_added_to(out, "(n C, n2 C2)")
+    for name, value in (("g", g), ("h", h), ("scale", scale)):
+        _validate.matches(name, value, "out", out)
+    if g.dim() != 4:
+        raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
+    if h.dim() != 4 or h.shape[3] != g.shape[3]:
+        raise ValueError(f"h must have shape (n2, C2, T2, {g.shape[3]}), R from g; got {tuple(h.shape)}")
+    if lower and g.shape != h.shape:
+        raise ValueError(f"h must have g's shape, {tuple(g.shape)}, with lower=True; got {tuple(h.shape)}")
+    (n, c, t, r), (n2, c2, t2, _) = g.shape, h.shape
+    _validate.has_shape("out", out, (n * c, n2 * c2), "n C from g, n2 C2 from h")
+    ends = (r,) if ends is None else tuple(ends)
+    if any(a > b for a, b in zip((0, *ends), ends)) or (ends or (0,))[-1] != r:
+        raise ValueError(f"ends must not descend and the last be R, {r} from g; got {ends}")
+    _validate.has_shape("scale", scale, (len(ends), n * t, n2 * t2), "L from ends, n T from g, n2 T2 from h")
+    _validate.without_gradient("jacobian_gram", out=out, g=g, h=h, scale=scale)
+    jacobian_gram_op(out, g, h, scale, list(ends), bool(lower))
 
 
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ imports neither Triton nor the compiled modules.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -276,6 +278,48 @@ def add_product(
                 sums.add_(part, alpha=alpha)
             if diagonal:
                 tile.copy_(torch.where(torch.ones_like(tile, dtype=torch.bool).tril_(), sums, tile))
+
+
+_ROOM = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements of a tile of products
+
+
+def jacobian_gram(
+    out: Tensor,
+    g: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    *,
+    ends: Sequence[int] | None = None,
+    lower: bool = False,
+) -> None:
+    """out[(i, c), (j, e)] += sum_{l,t,s} scale[l, (i, t), (j, s)] sum_{o in l} g[i, c, t, o] h[j, e, s, o].
+
+    g (n, C, T, R), h (n2, C2, T2, R), scale (L, n T, n2 T2); `lower`: on and below the diagonal only. A block
+    of samples a side and a position t at a time, with as many positions s as the scratch has room for.
+    """
+    (n, c, t, r), (n2, c2, t2, _) = g.shape, h.shape
+    room = _ROOM["cpu" if out.device.type == "cpu" else "cuda"]
+    side = max(1, math.isqrt(room // (c * c2)))
+    together = max(1, room // (min(side, n) * c * min(side, n2) * c2))  # positions s
+    out4, scales = out.view(n, c, n2, c2), scale.view(-1, n, t, n2, t2)
+    layers = list(zip(scales, (0, *(ends or (r,))), ends or (r,)))
+    for i0, j0 in itertools.product(range(0, n, side), range(0, n2, side)):
+        i, j = slice(i0, i0 + side), slice(j0, j0 + side)
+        if lower and j0 > i0:
+            continue
+        tile = out4[i, :, j]
+        sums = torch.zeros_like(tile)
+        for (layer, begin, end), s0, p in itertools.product(layers, range(0, t2, together), range(t)):
+            s = slice(s0, s0 + together)
+            part = g[i, :, p, begin:end].flatten(0, 1) @ h[j, :, s, begin:end].flatten(0, 2).mT
+            part = part.view(*tile.shape, -1)
+            sums += part.mul_(layer[i, p, j, s].unsqueeze(2).unsqueeze(1)).sum(-1)
+        if lower and i0 == j0:
+            sums = sums.flatten(0, 1).flatten(1)
+            keep = torch.ones_like(sums, dtype=torch.bool).tril_().view(tile.shape)
+            tile.copy_(torch.where(keep, tile + sums.view(tile.shape), tile))
+        else:
+            tile += sums
 
 
 _BLOCK = 1 << 18  # elements of |a| in float64 at a time

@@ -27,6 +27,12 @@ def _added(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _jacobian(out: torch.Tensor, g: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    out = out.clone()
+    ops.jacobian_gram(out, g, g, scale, ends=(4, 7))
+    return out
+
+
 # op -> (differentiable, function, arguments of n rows). Every function calls its op exactly once.
 CALLS: dict[str, tuple[bool, Callable, Callable]] = {
     "activation": (True, ops.activation, lambda d, n: (_on(d, n, 6), _on(d, 6))),
@@ -59,6 +65,11 @@ CALLS: dict[str, tuple[bool, Callable, Callable]] = {
         lambda d, n: (_on(d, n, n), _on(d, n, 3)),
     ),
     "add_product": (False, _added, lambda d, n: (_on(d, n, 4), _on(d, n, 7), _on(d, 7, 4))),
+    "jacobian_gram": (
+        False,
+        _jacobian,
+        lambda d, n: (_on(d, 3 * n, 3 * n), _on(d, n, 3, 2, 7), _on(d, 2, 2 * n, 2 * n)),
+    ),
     "batched_rank": (
         False,
         lambda a, atol: ops.batched_rank(a, atol, 1e-6 + 0 * atol)[0],

@@ -7,11 +7,9 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "clones.h"
+#include "cut.h"
 
 #ifndef GCFAST_LEVEL
 #define GCFAST_LEVEL instruction_level()  // a test runs all of them on one processor
@@ -43,43 +41,9 @@ template <class T> struct Slice {
   int64_t rows, columns;  // of which packed rows and columns are multiples
 };
 
-namespace baseline {
-#define GCFAST_VECTOR 16
-#define GCFAST_ROWS 4
-#define GCFAST_VECTORS 3
-#include "add_product_tiles.h"
-#undef GCFAST_VECTOR
-#undef GCFAST_ROWS
-#undef GCFAST_VECTORS
-}  // namespace baseline
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GCFAST_NO_CLONES)
-#define GCFAST_X86 1
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define GCFAST_VECTOR 32
-#define GCFAST_ROWS 4
-#define GCFAST_VECTORS 3
-#include "add_product_tiles.h"
-#undef GCFAST_VECTOR
-#undef GCFAST_ROWS
-#undef GCFAST_VECTORS
-}  // namespace v3
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define GCFAST_VECTOR 64
-#define GCFAST_ROWS 8
-#define GCFAST_VECTORS 3
-#include "add_product_tiles.h"
-#undef GCFAST_VECTOR
-#undef GCFAST_ROWS
-#undef GCFAST_VECTORS
-}  // namespace v4
-#pragma GCC pop_options
-#endif
+#define GCFAST_TILES "add_product_tiles.h"
+#include "each_instruction_set.h"
+#undef GCFAST_TILES
 
 template <class T> const Slice<T>& slice() {
 #if defined(GCFAST_X86)
@@ -89,28 +53,6 @@ template <class T> const Slice<T>& slice() {
 #endif
   return *baseline::slice<T>();
 }
-
-int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-int64_t padded(int64_t size, int64_t step) { return blocks(size, step) * step; }
-
-// How out is cut into tasks: blocks of rows x columns, as even as the steps allow.
-struct Cut {
-  int64_t rows, columns, row_blocks, column_blocks;
-  template <class T> Cut(const AddProductArgs<T>& p, const Slice<T>& s, int64_t inner, int64_t tasks) {
-    const auto pieces = [&](int64_t size, int64_t step, int64_t bytes) {
-      return blocks(size, std::max(step, bytes / (inner * static_cast<int64_t>(sizeof(T))) / step * step));
-    };
-    int64_t i = pieces(p.r, s.rows, kRowBytes), j = pieces(p.c, s.columns, kColumnBytes);
-    for (;;) {
-      rows = padded(blocks(p.r, i), s.rows), columns = padded(blocks(p.c, j), s.columns);
-      row_blocks = blocks(p.r, rows), column_blocks = blocks(p.c, columns);
-      // Packing costs 1 / rows + 1 / columns of the products: the longer side is cut, as long as that is little.
-      const bool down = rows > 8 * s.rows, across = columns > 4 * s.columns;
-      if (row_blocks * column_blocks >= tasks || !(down || across)) return;
-      ++(down && (rows > columns || !across) ? i : j);
-    }
-  }
-};
 
 template <class T> void run(AddProductArgs<T> p) {
   if (p.r == 0 || p.c == 0 || p.k == 0) return;
@@ -125,14 +67,13 @@ template <class T> void run(AddProductArgs<T> p) {
   // A team costs as much as some hundred thousand products.
   const double products = static_cast<double>(p.r) * static_cast<double>(p.c) * static_cast<double>(p.k);
   const int team = static_cast<int>(std::max(1.0, std::min<double>(p.threads, products / (1 << 19))));
-  const Cut cut(p, s, inner, team == 1 ? 1 : team * kTasks * (side == 0 ? 1 : 2));
+  const int64_t bytes = inner * static_cast<int64_t>(sizeof(T));
+  const Cut cut({p.r, s.rows, kRowBytes / bytes, 8}, {p.c, s.columns, kColumnBytes / bytes, 4},
+                team == 1 ? 1 : team * kTasks * (side == 0 ? 1 : 2));
   const int64_t tasks = cut.row_blocks * cut.column_blocks;
   const int threads = static_cast<int>(std::min<int64_t>(team, tasks));
   const int64_t packed = padded((cut.rows + cut.columns) * inner, 64 / sizeof(T));
-  struct Free { void operator()(T* x) const { std::free(x); } };
-  const std::unique_ptr<T, Free> scratch(
-      static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(packed * threads) * sizeof(T))));
-  if (!scratch) throw std::bad_alloc();
+  const Scratch<T> scratch(packed * threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     int64_t i0 = task / cut.column_blocks * cut.rows, j0 = task % cut.column_blocks * cut.columns;

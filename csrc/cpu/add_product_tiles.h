@@ -1,45 +1,18 @@
-// One slice of a product for one instruction set; see vectors.h. GCFAST_ROWS and GCFAST_VECTORS are the tile that the
-// micro-kernel holds in registers.
+// One slice of a product for one instruction set; see packed_tiles.h.
 
-#include "vectors.h"
+#include "packed_tiles.h"
 
-template <class T> constexpr int kGroup = GCFAST_ROWS > Lanes<T>::width ? GCFAST_ROWS : Lanes<T>::width;
-
-// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns: out, or with `add` alpha times it is added to out.
+// The sums of a tile: out, or with `add` alpha times they are added to out.
 template <class T, int V, bool add>
 __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t k, T* out, int64_t ldo, T alpha) {
   using Vec = typename Lanes<T>::Vec;
-  constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = V * W, G = kGroup<T>;
-  Vec sum[R][V];
+  Vec sum[GCFAST_ROWS][V];
+  sum_tile<T, V, add>(a, b, k, out, ldo, sum);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
-  // What is added to is fetched meanwhile, a row in 8 steps: all rows at once would hold up the operands.
-  const T* ahead = out;
-  for (int64_t i = 0; i < k;) {
-    const int64_t stop = add && k - i > 8 ? i + 8 : k;
-    if constexpr (add)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(ahead + v * W, 1);
-    ahead += i < 8 * (R - 1) ? ldo : 0;
-    for (; i < stop; ++i) {
-      Vec x[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vec*>(b + i * N + v * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const T s = a[i * G + r];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += s * x[v];
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < GCFAST_ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vec* o = reinterpret_cast<Vec*>(out + r * ldo + v * W);
+      Vec* o = reinterpret_cast<Vec*>(out + r * ldo + v * Lanes<T>::width);
       if constexpr (add)
         *o += alpha * sum[r][v];
       else
@@ -101,41 +74,6 @@ template <class T> void multiply(const Block<T>& t) {
       columns_of<T, 2>(t, b, j, here);
     else
       columns_of<T, 1>(t, b, j, here);
-  }
-}
-
-// k numbers of each of `count` rows or columns, `lane` apart, in groups of `group`: out[i G + l] for number i of row l,
-// G = group, or in the last one as many times `step` as there are; zero beyond `count`.
-template <class T>
-void pack(const T* x, int64_t count, int64_t lane, int64_t stride, int64_t k, int64_t group, int64_t step, T* out) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int64_t W = Lanes<T>::width, kLine = 64 / sizeof(T), kAtOnce = 8;
-  int64_t done = 0;
-  if (lane == 1 && group % W == 0) {
-    done = count / group * group;
-    // A few numbers of all rows at a time: they are read as they lie.
-    for (int64_t i = 0; i < k; i += kAtOnce)
-      for (int64_t l = 0; l < done; l += group)
-        for (int64_t e = i; e < k && e < i + kAtOnce; ++e) {
-          const T* from = x + e * stride + l;
-          T* to = out + l * k + e * group;
-          for (int64_t v = 0; v < group; v += W)
-            *reinterpret_cast<Vec*>(to + v) = *reinterpret_cast<const Vec*>(from + v);
-        }
-  }
-  for (int64_t l = done; l < count; l += group) {
-    const int64_t here = count - l < group ? count - l : group, to = (here + step - 1) / step * step;
-    const T* from = x + l * lane;
-    T* target = out + l * k;
-    if (stride == 1) {
-      const int64_t next = count - l - here < group ? count - l - here : group;
-      for (int64_t r = 0; r < next; ++r)
-        for (int64_t i = 0; i < k; i += kLine) __builtin_prefetch(from + (group + r) * lane + i);
-      transpose<T>(from, lane, here, k, target, to, to);
-    } else {
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t v = 0; v < to; ++v) target[i * to + v] = v < here ? from[i * stride + v * lane] : T(0);
-    }
   }
 }
 

@@ -9,6 +9,7 @@
 #include "clones.h"
 #include "gram_error_bound.h"
 #include "gram_product.h"
+#include "jacobian_gram.h"
 #include "softmax_residual.h"
 #include "wide.h"
 
@@ -59,6 +60,18 @@ void add_product(uintptr_t out, uintptr_t a, uintptr_t b, int64_t r, int64_t c, 
   gcfast::cpu::add_product(AddProductArgs<T>{ptr<T>(out), ptr<const T>(a), ptr<const T>(b), r, c, k, out_rows,
                                              out_columns, a_rows, a_columns, b_rows, b_columns, inner,
                                              static_cast<T>(alpha), lower, threads});
+}
+
+template <class T>
+void jacobian_gram(uintptr_t out, uintptr_t g, uintptr_t h, uintptr_t scale, uintptr_t ends, int64_t layers, int64_t n,
+                   int64_t c, int64_t t, int64_t n2, int64_t c2, int64_t t2, int64_t out_rows, int64_t out_columns,
+                   int64_t g_sample, int64_t g_output, int64_t g_position, int64_t h_sample, int64_t h_output,
+                   int64_t h_position, int64_t scale_layers, int64_t scale_rows, int64_t scale_columns, bool lower,
+                   int threads) {
+  gcfast::cpu::jacobian_gram(gcfast::cpu::JacobianGramArgs<T>{
+      ptr<T>(out), {ptr<const T>(g), n, c, t, g_sample, g_output, g_position},
+      {ptr<const T>(h), n2, c2, t2, h_sample, h_output, h_position}, ptr<const T>(scale), ptr<const int64_t>(ends),
+      layers, out_rows, out_columns, scale_layers, scale_rows, scale_columns, lower, threads});
 }
 
 template <class T>
@@ -144,6 +157,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gram_error_bound_f64", &gram_error_bound<double>, nogil);
   m.def("gram_product_f32", &gram_product<float>, nogil);
   m.def("gram_product_f64", &gram_product<double>, nogil);
+  m.def("jacobian_gram_f32", &jacobian_gram<float>, nogil);
+  m.def("jacobian_gram_f64", &jacobian_gram<double>, nogil);
   m.def("softmax_residual_f32", &softmax_residual<float>, nogil);
   m.def("softmax_residual_f64", &softmax_residual<double>, nogil);
   m.def("softmax_curvature_f32", &softmax_curvature<float>, nogil);
@@ -158,5 +173,5 @@ PYBIND11_MODULE(_cpu, m) {
   GCFAST_DEF(wide_panel)
   m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 7;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 8;  // gcfast/_native.py refuses a module built from other sources
 }

@@ -24,9 +24,21 @@ template <class T, int S> __attribute__((always_inline)) inline void exchange(ty
     }
 }
 
-// rows x columns at `in`, transposed into columns x `to` at out, zero from `rows` on.
-template <class T>
-void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t to, int64_t ldo) {
+// The rows of a matrix `lane` apart, and rows with a list of their places.
+template <class T> struct Evenly {
+  const T* x;
+  int64_t lane;
+  const T* operator()(int64_t row) const { return x + row * lane; }
+};
+template <class T> struct Listed {
+  const T* x;
+  const int64_t* at;
+  const T* operator()(int64_t row) const { return x + at[row]; }
+};
+
+// Rows [first, first + rows) x columns, transposed into columns x `to` at out, zero from `rows` on.
+template <class T, class Rows>
+void transpose(const Rows& in, int64_t first, int64_t rows, int64_t columns, T* out, int64_t to, int64_t ldo) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int W = Lanes<T>::width;
   for (int64_t i = 0; i < to; i += W) {
@@ -35,7 +47,7 @@ void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, i
     if (fits == W)
       for (; k + W <= columns; k += W) {
         Vec a[W];
-        for (int r = 0; r < W; ++r) a[r] = r < here ? *reinterpret_cast<const Vec*>(in + (i + r) * ld + k) : Vec{};
+        for (int r = 0; r < W; ++r) a[r] = r < here ? *reinterpret_cast<const Vec*>(in(first + i + r) + k) : Vec{};
         if constexpr (W == 16) exchange<T, 8>(a);
         if constexpr (W >= 8) exchange<T, 4>(a);
         if constexpr (W >= 4) exchange<T, 2>(a);
@@ -43,6 +55,12 @@ void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, i
         for (int r = 0; r < W; ++r) *reinterpret_cast<Vec*>(out + (k + r) * ldo + i) = a[r];
       }
     for (; k < columns; ++k)
-      for (int r = 0; r < fits; ++r) out[k * ldo + i + r] = r < here ? in[(i + r) * ld + k] : T(0);
+      for (int r = 0; r < fits; ++r) out[k * ldo + i + r] = r < here ? in(first + i + r)[k] : T(0);
   }
+}
+
+// The same for rows `ld` apart.
+template <class T>
+void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t to, int64_t ldo) {
+  transpose<T>(Evenly<T>{in, ld}, 0, rows, columns, out, to, ldo);
 }

@@ -1,0 +1,607 @@
+"""One pass over a tile of samples and outputs: what every group of parameters has of the Jacobian there.
+
+A group is a layer's parameters that belong together: a weight and its bias, or one parameter that several
+operators took. :class:`Engine` runs the model on a probe of two or three samples once, finds the groups, the
+axes of the samples and what the tiles will cost; after that a pass hands out one group's
+:class:`~gcfast._jacobian_factors.Factor` at a time, as backpropagation reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from gcfast._jacobian_factors import (
+    Factor,
+    Lookup,
+    Outer,
+    Rows,
+    Size,
+    joined,
+    matrix_factor,
+    scatter,
+    vector_rows,
+)
+from gcfast._jacobian_graph import Graph, Layout, View, _signed, locate, shape_of
+from gcfast._trace import call_arguments
+from gcfast.wide import WideLayer
+
+log = logging.getLogger("gcfast")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A parameter at a site (by number), as what, and the shape of the view that was taken."""
+
+    site: int
+    role: str
+    view: View
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Group:
+    """Parameters whose part of the Jacobian is one factor."""
+
+    layer: str
+    parameters: tuple[str, ...]
+    uses: tuple[Use, ...]
+    form: str  # outer, lookup, rows, sum, or samples (by torch.func, sample by sample)
+    bias: bool = False
+    numel: int = 0
+    size: Size | None = None  # of an outer and a lookup
+    kept: int = 0  # bytes of a factor that is stored, a sample and output,
+    shared: int = 0  # and a sample
+    moved: int = 0  # bytes of scratch, a sample and output,
+    spread: int = 0  # and a sample
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Samples and outputs [first, last)."""
+
+    i: int
+    j: int
+    c: int
+    e: int
+
+    @property
+    def n(self) -> int:
+        return self.j - self.i
+
+    @property
+    def outputs(self) -> int:
+        return self.e - self.c
+
+
+@contextlib.contextmanager
+def _observable(model: nn.Module) -> Iterator[None]:
+    """Wide layers are called as such, not fused with their head; attention has derivatives of every kind."""
+    hooks = [m.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, WideLayer)]
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rows_of(inputs: Any, first: int, last: int) -> Any:
+    """Samples [first, last) of every tensor, copied: a model may change its input in place."""
+    keep = torch.contiguous_format  # one layout in memory, so that every pass takes the same course
+    return tree_map(
+        lambda v: v[first:last].detach().clone(memory_format=keep) if isinstance(v, Tensor) else v, inputs
+    )
+
+
+class Engine:
+    """The model on its inputs, with what the probe found."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Any, parameters: Mapping[str, nn.Parameter], layers: Mapping[str, str]
+    ) -> None:
+        """``parameters``: those that count, by name; ``layers``: the layer of each."""
+        self.model, self.inputs, self.parameters, self.layers = model, inputs, dict(parameters), layers
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._batched = True
+        self._push: Callable[[Mapping[str, Tensor], Any], Tensor] | None = None
+        self._functional: bool | None = None  # whether torch.func serves the groups that need it
+        self._views: frozenset[int] = frozenset()
+        self._layouts: list[Layout | None] = []
+        self._key: tuple[Any, ...] = ()
+        self.n = len(next(v for v in tree_leaves(inputs) if isinstance(v, Tensor)))
+        self.groups: list[Group] = []
+        self._probe()
+
+    # --- forward passes
+
+    def forward(self, inputs: Any) -> Tensor:
+        args, kwargs = call_arguments(inputs)
+        with _observable(self.model):
+            y = self.model(*args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"the model must return one tensor (n, C); got {type(y).__name__}")
+        samples = len(next(v for v in tree_leaves(inputs) if isinstance(v, Tensor)))
+        if y.dim() != 2 or len(y) != samples:
+            raise ValueError(
+                f"the model must return outputs of shape (n, C), here ({samples}, C); got {tuple(y.shape)}"
+            )
+        if not y.is_floating_point():
+            raise TypeError(f"the model's outputs must be floating; got {y.dtype}")
+        if y.grad_fn is None:
+            raise ValueError(
+                "the model's output depends on none of its parameters by autograd: was it computed under "
+                "torch.no_grad(), or detached?"
+            )
+        return y
+
+    def _checked(self, y: Tensor) -> Tensor:
+        if not bool(y.detach().isfinite().all()):
+            raise ValueError("the model's output holds a NaN or an infinity: its Jacobian is not defined")
+        return y
+
+    def on(self, inputs: Any) -> Engine:
+        """The same model on other samples."""
+        other = copy.copy(self)
+        other.inputs, other.n = inputs, len(next(v for v in tree_leaves(inputs) if isinstance(v, Tensor)))
+        return other
+
+    # --- products with vectors
+
+    def pull(self, u: Tensor, tile: Tile) -> dict[str, Tensor]:
+        """J^T u by parameter, for the samples of a tile."""
+        with _observable(self.model):
+            y = self._checked(self.forward(rows_of(self.inputs, tile.i, tile.j)))
+            grads = torch.autograd.grad(y, list(self.parameters.values()), u, materialize_grads=True)
+        return dict(zip(self.parameters, grads))
+
+    def push(self, direction: Mapping[str, Tensor], tile: Tile) -> Tensor:
+        """J v, (n, C), for the samples of a tile, along a direction for every parameter."""
+        if self._push is None:
+            self._push = self._choose_push()
+        return self._push(direction, rows_of(self.inputs, tile.i, tile.j))
+
+    def _choose_push(self) -> Callable[[Mapping[str, Tensor], Any], Tensor]:
+        """The first way that agrees with rows of J on a sample: an operator may have no forward derivative, or
+        none that the dispatcher misses, and a backward one without a derivative of its own."""
+        one = rows_of(self.inputs, 0, 1)
+        generator = torch.Generator().manual_seed(2)
+        draw = {
+            name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            for name, p in self.parameters.items()
+        }
+        truth = self._push_by_rows(draw, one)
+        # the row of an embedding's padding_idx has a forward derivative and no gradient
+        ways = (self._push_transposed,) if self._padded else (self._push_forward, self._push_transposed)
+        for way in ways:
+            try:
+                if _close(way(draw, one), truth):
+                    return way
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+                log.debug("LayerJacobians: %s refused: %s", way.__name__, error)
+        log.info(
+            "LayerJacobians: jvp goes row by row: an operator has neither a forward nor a second derivative"
+        )
+        return self._push_by_rows
+
+    def _push_forward(self, direction: Mapping[str, Tensor], batch: Any) -> Tensor:
+        args, kwargs = call_arguments(batch)
+        parameters = {name: self.parameters[name].detach() for name in direction}
+
+        def outputs(p: dict[str, Tensor]) -> Tensor:
+            y: Tensor = torch.func.functional_call(self.model, p, args, kwargs)
+            return y
+
+        with _observable(self.model):
+            _, along = torch.func.jvp(outputs, (parameters,), (dict(direction),))
+        return along.detach()
+
+    def _push_transposed(self, direction: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """<J^T u, v> is linear in u: its gradient is J v."""
+        with _observable(self.model):
+            y = self.forward(batch)
+            u = torch.zeros_like(y, requires_grad=True)
+            parameters = [self.parameters[name] for name in direction]
+            grads = torch.autograd.grad(y, parameters, u, create_graph=True, allow_unused=True)
+            along = torch.stack([(g * v).sum() for g, v in zip(grads, direction.values()) if g is not None])
+            return torch.autograd.grad(along.sum(), u)[0].detach()
+
+    def _push_by_rows(self, direction: Mapping[str, Tensor], batch: Any) -> Tensor:
+        v = torch.cat([part.flatten() for part in direction.values()])
+        n = len(next(x for x in tree_leaves(batch) if isinstance(x, Tensor)))
+        tile = Tile(0, n, 0, self.c)
+        return torch.stack(
+            [self._by_row(list(direction), rows_of(batch, i, i + 1), tile) @ v for i in range(n)]
+        )
+
+    # --- the probe
+
+    def _probe(self) -> None:
+        samples: list[Any] = []
+        outputs: list[Tensor] = []
+        saved = 0
+        for i in range(min(self.n, 3)):
+            one = rows_of(self.inputs, i, i + 1)
+            count = _SavedBytes(self.parameters.values())
+            with count:
+                y = self._checked(self.forward(one))
+            saved = max(saved, count.bytes)
+            samples.append(one)
+            outputs.append(y.detach())
+        self.c, self.dtype, self.device = outputs[0].shape[1], outputs[0].dtype, outputs[0].device
+        self.saved = saved
+        if self.c == 0:
+            raise ValueError(
+                f"the model must return at least one output; got shape {tuple(outputs[0].shape)}"
+            )
+        left: list[set[Layout]] = []
+        for size in (2, 3):
+            picked = [k % len(samples) for k in range(size)]
+            batch = _stack([samples[k] for k in picked])
+            alone = torch.cat([outputs[k] for k in picked])
+            graph = self._located(batch, alone, left)
+            if all(len(found) == 1 for found in left):
+                break
+        self._layouts = [next(iter(found)) if len(found) == 1 else None for found in left]
+        self._key = graph.key
+        missing = [name for name in self.parameters if name not in graph.seen]
+        if missing:
+            raise ValueError(
+                f"parameter {missing[0]!r}{_others(missing)} has no part in the output: the forward pass does "
+                "not use it, or not by autograd (torch.no_grad(), detach(), .data). Leave it out by layers=, or "
+                "by requires_grad_(False)"
+            )
+        self._padded = any(
+            node.name() == "EmbeddingBackward0" and _signed(node._saved_padding_idx) >= 0
+            for node in graph.nodes
+        )
+        self._make_groups(graph)
+        self._measure(graph, size)
+        self._choose_batched(graph)
+
+    def _choose_batched(self, graph: Graph) -> None:
+        """Whether vmap can take this model's backward pass, and gives what autograd gives."""
+        if not graph.sites:
+            return
+        y = graph.output
+        generator = torch.Generator().manual_seed(1)
+        u = torch.randn((2, *y.shape), generator=generator, dtype=torch.float64).to(y)
+        plain: dict[int, Tensor] = {}
+        equal: list[bool] = []
+        with _observable(self.model):
+            graph.cotangents(u, plain.__setitem__, batched=False, keep=True)
+            try:
+                graph.cotangents(u, lambda at, g: equal.append(_close(g, plain[at])), batched=True)
+            except (RuntimeError, NotImplementedError) as error:
+                self._batched = False
+                reason = f"refuses: {str(error).split('.')[0]}"
+            else:
+                self._batched, reason = all(equal), "differs from autograd"
+        if not self._batched:
+            log.info("LayerJacobians: one backward pass an output, for vmap %s", reason)
+
+    def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> Graph:
+        """The graph of a pass over a few samples; ``left`` becomes the layouts that each site admits."""
+        y = self.forward(batch)
+        graph = Graph(y, self._names, self._views)
+        if operator := graph.coupled():
+            raise ValueError(
+                f"the model takes statistics over the samples of a batch ({operator.removesuffix('Backward0')}): "
+                "the Jacobian of one sample depends on the others. Call model.eval() first"
+            )
+        _compare(y.detach(), alone)
+        with _observable(self.model):
+            found = locate(graph, len(alone), torch.Generator().manual_seed(0), self.parameters)
+        shared = {
+            graph.number[site.node]
+            for site, layouts in zip(graph.sites, found)
+            if not layouts and site.kind in ("share", "lookup")
+        }
+        if shared:
+            # the same for all samples: a view of its parameter, for the operator that brings the samples in
+            self._views |= shared
+            left.clear()
+            return self._located(batch, alone, left)
+        if left:
+            left[:] = [a & b for a, b in zip(left, found)]
+        else:
+            left[:] = found
+        return graph
+
+    def _make_groups(self, graph: Graph) -> None:
+        unknown = dict(graph.unknown)
+        for site, layout in zip(graph.sites, self._layouts):
+            site.layout = layout
+            if layout is None:
+                for view in site.roles.values():
+                    unknown.setdefault(view.parameter, site.node.name().removesuffix("Backward0"))
+        uses: dict[str, list[Use]] = {}
+        for i, site in enumerate(graph.sites):
+            for role, view in site.roles.items():
+                if view.parameter not in unknown:
+                    shape = _view_shape(view, self.parameters[view.parameter])
+                    uses.setdefault(view.parameter, []).append(Use(i, role, view, shape))
+        parts = {name: _parts(found, self.parameters[name]) for name, found in uses.items()}
+        done: set[tuple[str, int]] = set()
+        for name in uses:  # weights first, which take their biases along
+            for k, part in enumerate(parts[name]):
+                if _alike(graph, part):
+                    bias = self._bias_of(graph, name, part, parts)
+                    done |= {(name, k)} if bias is None else {(name, k), (bias, 0)}
+                    together = (name,) if bias is None else (name, bias)
+                    self.groups.append(Group(self.layers[name], together, part, "outer", bias is not None))
+        for name in uses:
+            for k, part in enumerate(parts[name]):
+                if (name, k) not in done:
+                    single = len(part) == 1 and part[0].view.injective
+                    lookup = single and graph.sites[part[0].site].kind == "lookup"
+                    form = "lookup" if lookup else "rows" if single else "sum"
+                    self.groups.append(Group(self.layers[name], (name,), part, form))
+        by_layer: dict[str, list[str]] = {}
+        for name in unknown:
+            by_layer.setdefault(self.layers[name], []).append(name)
+        for layer, names in by_layer.items():
+            self.groups.append(Group(layer, tuple(names), (), "samples"))
+            log.info(
+                "LayerJacobians: layer %r (%s) is differentiated sample by sample by torch.func: what %s does with "
+                "it has no form of its own",
+                *(layer, ", ".join(names), unknown[names[0]]),
+            )
+        order = {name: i for i, name in enumerate(self.parameters)}
+        self.groups.sort(key=lambda group: order[group.parameters[0]])
+
+    def _bias_of(
+        self, graph: Graph, name: str, part: Sequence[Use], parts: Mapping[str, Sequence[Sequence[Use]]]
+    ) -> str | None:
+        """The bias that the same operators took, and they alone, if it is of the same layer."""
+        first = graph.sites[part[0].site]
+        view = first.roles.get("bias")
+        if view is None or self.layers[view.parameter] != self.layers[name] or view.parameter not in parts:
+            return None
+        if first.kind == "convolution" and first.node._saved_transposed:
+            return None
+        mine = [(use.site, "bias") for use in part]
+        found = [[(use.site, use.role) for use in other] for other in parts[view.parameter]]
+        return view.parameter if found == [mine] and view.injective else None
+
+    def _measure(self, graph: Graph, n: int) -> None:
+        """Extents and bytes of every group, from the shapes of a pass of n samples."""
+        item = self.dtype.itemsize
+        self.largest = max((math.prod(shape_of((f, 0))) for f in graph.nodes if f._input_metadata), default=0)
+        self.largest = self.largest // n * item
+        for group in self.groups:
+            group.numel = sum(self.parameters[name].numel() for name in group.parameters)
+            if group.form == "samples":
+                group.kept = group.moved = group.numel * item
+                continue
+            for use in group.uses:
+                group.kept += math.prod(shape_of(graph.sites[use.site].where)) // n * item
+            factor: Factor | None = None
+            if group.form in ("outer", "lookup"):
+                parts = {}
+                for use in group.uses:
+                    shape = (1, *shape_of(graph.sites[use.site].where))
+                    g = torch.empty(shape, dtype=self.dtype, device="meta")
+                    parts[use.site, use.role] = self._part(graph, group, use, g, n)
+                factor = self._factor(group, parts)
+            if isinstance(factor, (Outer, Lookup)):
+                group.size = size = factor.size
+                group.numel = size.numel
+                if isinstance(factor, Outer):
+                    group.shared = factor.shared // n
+                    group.spread = size.q * size.s * size.t * item
+                group.moved = size.q * size.r * size.t * item
+            else:
+                group.numel = sum(math.prod(use.shape) for use in group.uses[:1])
+                group.moved = group.numel * item * (1 + len(group.uses))
+                group.kept = group.numel * item
+
+    # --- a pass
+
+    def _part(self, graph: Graph, group: Group, use: Use, g: Tensor, n: int) -> Factor:
+        """What one use adds to its group, from the cotangents (c, ...) of its site."""
+        site = graph.sites[use.site]
+        view = site.roles[use.role]
+        if use.role == "weight" and site.kind in ("linear", "convolution", "lookup"):
+            part: Factor = matrix_factor(site, g, n, group.bias, view, use.shape)
+        else:
+            part = Rows(vector_rows(site, use.role, g, n, use.shape))
+        if group.form != "sum":
+            return part
+        p = self.parameters[group.parameters[0]]
+        in_order = view.whole or (view.transposed and isinstance(part, Outer))
+        return Rows(scatter(part.rows(), None if in_order else view.index(p.shape), p.numel()))
+
+    def _factor(self, group: Group, parts: Mapping[tuple[int, str], Factor]) -> Factor:
+        factors = [parts[use.site, use.role] for use in group.uses]
+        if len(factors) == 1:
+            return factors[0]
+        outer = [f for f in factors if isinstance(f, Outer)]
+        return joined(outer) if outer else Rows(torch.stack([f.rows() for f in factors]).sum(0))
+
+    def run(self, tile: Tile, receive: Callable[[int, Factor], None]) -> None:
+        """One forward and one backward pass: ``receive`` is given the number and the factor of every group."""
+        batch = rows_of(self.inputs, tile.i, tile.j)
+        with _observable(self.model):
+            graph = Graph(self._checked(self.forward(batch)), self._names, self._views)
+            n = tile.n
+            if graph.key != self._key and n == 1:
+                # strides of size one let torch take another course: the sample twice, and its half of it all
+                n = 2
+                graph = Graph(self.forward(_stack([batch, batch])), self._names, self._views)
+            if graph.key != self._key or graph.output.shape[1] != self.c:
+                raise RuntimeError(
+                    f"the model's forward pass took another course for samples {tile.i} to {tile.j - 1} than for "
+                    "the first ones: LayerJacobians needs one that does not depend on the values of its input"
+                )
+            for site, layout in zip(graph.sites, self._layouts):
+                site.layout = layout
+            u = torch.zeros((tile.outputs, n, self.c), dtype=self.dtype, device=self.device)
+            for k in range(tile.outputs):
+                u[k, :, tile.c + k] = 1
+            wanted: dict[int, list[tuple[int, Use]]] = {}
+            for number, group in enumerate(self.groups):
+                for use in group.uses:
+                    wanted.setdefault(use.site, []).append((number, use))
+            parts: dict[int, dict[tuple[int, str], Factor]] = {}
+
+            @torch.no_grad()
+            def take(at: int, g: Tensor) -> None:
+                for number, use in wanted.get(at, []):
+                    group, found = self.groups[number], parts.setdefault(number, {})
+                    found[use.site, use.role] = self._part(graph, group, use, g, n)
+                    if len(found) == len(group.uses):
+                        factor = self._factor(group, parts.pop(number))
+                        receive(number, factor if n == tile.n else factor.first())
+
+            if graph.sites:
+                graph.cotangents(u, take, self._batched)
+            assert not parts, "a group of parameters was not reached by backpropagation"
+            for number, group in enumerate(self.groups):
+                if group.form == "samples":
+                    receive(number, Rows(self._by_samples(group.parameters, batch, tile)))
+
+    def _by_samples(self, names: Sequence[str], batch: Any, tile: Tile) -> Tensor:
+        """J (n, c, p) of a few parameters, by torch.func or, where that does not work, one row at a time."""
+        if self._functional is None:
+            self._functional = self._agree(names, rows_of(batch, 0, 1), tile)
+        if self._functional:
+            return self._by_func(names, batch, tile)
+        rows = [self._by_row(names, rows_of(batch, i, i + 1), tile) for i in range(tile.n)]
+        return torch.stack(rows)
+
+    def _agree(self, names: Sequence[str], one: Any, tile: Tile) -> bool:
+        """Whether torch.func gives autograd's rows for one sample: some operators' batching rules fail to."""
+        try:
+            found = self._by_func(names, _stack([one, one]), tile)[1]
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            log.info(
+                "LayerJacobians: row by row, for torch.func refuses this model: %s", str(error).split(".")[0]
+            )
+            return False
+        if _close(found, self._by_row(names, one, tile)):
+            return True
+        log.info("LayerJacobians: row by row, for torch.func differs from autograd on this model")
+        return False
+
+    def _by_func(self, names: Sequence[str], batch: Any, tile: Tile) -> Tensor:
+        chosen = {name: self.parameters[name].detach() for name in names}
+        leaves, spec = tree_flatten(batch)
+        tensors = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+        def outputs(parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:
+            parts = list(leaves)
+            for k, x in zip(tensors, sample):
+                parts[k] = x.unsqueeze(0)
+            args, kwargs = call_arguments(tree_unflatten(parts, spec))
+            y: Tensor = torch.func.functional_call(self.model, parameters, args, kwargs)
+            return y[0, tile.c : tile.e]
+
+        in_dims = (None, *(0 for _ in tensors))
+        found = torch.func.vmap(torch.func.jacrev(outputs), in_dims)(chosen, *(leaves[k] for k in tensors))
+        rows = [found[name].reshape(len(leaves[tensors[0]]), tile.outputs, -1) for name in names]
+        return torch.cat(rows, 2).detach()
+
+    def _by_row(self, names: Sequence[str], one: Any, tile: Tile) -> Tensor:
+        parameters = [self.parameters[name] for name in names]
+        y = self.forward(one)[0, tile.c : tile.e]
+        rows = []
+        for k in range(len(y)):
+            last = k == len(y) - 1
+            with _observable(self.model):
+                found = torch.autograd.grad(y[k], parameters, retain_graph=not last, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in found]))
+        return torch.stack(rows)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding."""
+    scale = max(float(a.abs().max()), float(b.abs().max())) if a.numel() else 0.0
+    return scale == 0.0 or float((a - b).abs().max()) <= torch.finfo(a.dtype).eps ** 0.5 * scale
+
+
+def _alike(graph: Graph, part: Sequence[Use]) -> bool:
+    """Whether all are the weight of one kind of linear operator, whose positions can stand one after another."""
+    kinds = set()
+    for use in part:
+        site = graph.sites[use.site]
+        if use.role != "weight" or site.kind not in ("linear", "convolution") or not use.view.injective:
+            return False
+        geometry = (
+            (site.node._saved_groups, site.node._saved_transposed) if site.kind == "convolution" else ()
+        )
+        kinds.add((site.kind, use.view.steps_names, use.shape, geometry))
+    return len(kinds) == 1 and (len(part) == 1 or part[0].view.plain)
+
+
+def _view_shape(view: View, p: Tensor) -> tuple[int, ...]:
+    if view.whole:
+        return tuple(p.shape)
+    return tuple(reversed(p.shape)) if view.transposed else tuple(view.index(p.shape).shape)
+
+
+def _parts(uses: Sequence[Use], p: Tensor) -> list[tuple[Use, ...]]:
+    """The uses of a parameter by what shares elements of it: gradients add up before anything is squared."""
+    if len(uses) == 1 or any(use.view.plain for use in uses):
+        return [tuple(uses)]
+    parts: list[tuple[Tensor, tuple[Use, ...]]] = []
+    for use in uses:
+        mask = torch.zeros(p.numel() + 1, dtype=torch.bool)
+        mask[use.view.index(p.shape).flatten()] = True  # a constant's -1 is the last one
+        mask[-1] = False
+        meet = [part for part in parts if bool((part[0] & mask).any())]
+        parts = [part for part in parts if all(part is not other for other in meet)]
+        members: tuple[Use, ...] = ()
+        for other, found in meet:
+            mask, members = mask | other, members + found
+        parts.append((mask, (*members, use)))
+    return [tuple(sorted(members, key=lambda use: use.site)) for _, members in parts]
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more: {', '.join(map(repr, names[1:4]))})" if len(names) > 1 else ""
+
+
+def _stack(samples: Sequence[Any]) -> Any:
+    """Batches of one sample as one batch."""
+    return tree_map(lambda *v: torch.cat(v) if isinstance(v[0], Tensor) else v[0], *samples)
+
+
+def _compare(together: Tensor, alone: Tensor) -> None:
+    """A sample's output must not depend on the batch that it is in, nor on the draw of a random number."""
+    if not _close(together, alone):
+        error, scale = float((together - alone).abs().max()), float(alone.abs().max())
+        raise ValueError(
+            f"the model's output for a sample in a batch differs from its output for the sample alone (by {error:.2e} "
+            f"where outputs are up to {scale:.2e}): it depends on the other samples or on random numbers (active "
+            "dropout, batch statistics). Call model.eval() first"
+        )
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what a forward pass keeps for the backward pass, beside parameters."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.bytes = 0
+        seen = {p.untyped_storage().data_ptr() for p in parameters}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return x
+
+        super().__init__(pack, lambda x: x)
