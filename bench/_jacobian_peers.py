@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _jacobian_models import Problem, problem
 from torch import Tensor
@@ -33,6 +34,13 @@ def gcfast(p: Problem) -> Peer:
     return Peer(lambda: LayerJacobians(p.model, p.x).gram())
 
 
+def _blocks(p: Problem) -> tuple[int, int]:
+    """Blocks and their samples: on a CPU 64 at a time where J exceeds 6 GiB."""
+    if p.x.is_cuda or p.rows * sum(q.nbytes for q in p.model.parameters()) < 6 << 30:
+        return 1, len(p.x)
+    return -(-len(p.x) // 64), 64
+
+
 # -- torch.func
 
 
@@ -51,7 +59,7 @@ def jacobian(p: Problem, x: Tensor) -> Iterator[Tensor]:
 
 
 def torch_func(p: Problem) -> Peer:
-    """vmap(jacrev), a product for every parameter; by pairs of blocks of 64 samples once J exceeds 6 GiB.
+    """vmap(jacrev), a product for every parameter; by pairs of blocks where J is too large.
 
     With k blocks, k (k + 1) / 2 blocks of J are computed, as many products, and two blocks of J are held:
     one of these pairs is run.
@@ -63,11 +71,9 @@ def torch_func(p: Problem) -> Peer:
             gram.addmm_(j, j.mT)
         return gram
 
-    size = sum(q.nbytes for q in p.model.parameters())
-    if p.x.is_cuda or size * p.rows < 6 << 30:
+    k, block = _blocks(p)
+    if k == 1:
         return Peer(whole)
-    block = 64
-    k = -(-len(p.x) // block)
     held = list(jacobian(p, p.x[:block]))
 
     def pair() -> Tensor:
@@ -80,9 +86,9 @@ def torch_func(p: Problem) -> Peer:
 
 
 def torch_func_products(p: Problem) -> Peer:
-    """J (J^T e) for every row of J, as in PyTorch's tutorial, 32 samples at a time: one block is run."""
+    """J (J^T e) for every row of J, as in PyTorch's tutorial, by blocks of samples: one is run."""
     parameters, f = _function(p)
-    block = min(len(p.x), 32)
+    block = min(len(p.x), 32 if p.kind == "mlp" else 1)
 
     def rows() -> Tensor:
         def of_sample(one: Tensor) -> Tensor:
@@ -109,6 +115,8 @@ def backpack_sqrt_ggn(p: Problem) -> Peer:
     model = copy.deepcopy(p.model)
     if p.kind == "resnet18":
         model.avgpool = torch.nn.AvgPool2d(4)  # the same numbers; of AdaptiveAvgPool2d it has no derivative
+    if _blocks(p)[0] > 1:
+        raise MemoryError("J of a layer is held: 8 GB for the first one")
     model = extend(_out_of_place(model), use_converter=p.kind != "mlp")
     loss = extend(torch.nn.MSELoss(reduction="sum"))
     return Peer(lambda: _backpack_gram(p, model, loss, backpack, SqrtGGNExact()))
@@ -136,8 +144,8 @@ def backpack_batch_grad(p: Problem) -> Peer:
     from backpack.extensions import BatchGrad
 
     model = extend(_out_of_place(copy.deepcopy(p.model)))
-    if sum(q.nbytes for q in model.parameters()) * p.rows > 6 << 30 and not p.x.is_cuda:
-        raise MemoryError("J exceeds 6 GiB")
+    if _blocks(p)[0] > 1:
+        raise MemoryError("J exceeds 6 GiB, and every output's pass takes all of it")
 
     def whole() -> Tensor:
         jac: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
@@ -267,13 +275,15 @@ def _neural_tangents(implementation: str) -> Callable[[Problem], Peer]:
         x = jax.numpy.asarray(_numpy(p.x))
         kind = nt.NtkImplementation[implementation]
         ntk = nt.empirical_ntk_fn(f, trace_axes=(), vmap_axes=0, implementation=kind)
-        compiled = jax.jit(lambda x, q: ntk(x, None, q)).lower(x, q).compile()
+        k, block = _blocks(p)
+        first, second = (x, None) if k == 1 else (x[:block], x[block : 2 * block])
+        compiled = jax.jit(ntk).lower(first, second, q).compile()
 
-        def whole() -> Tensor:
-            gram = compiled(x, q).block_until_ready()  # (n, n, C, C)
-            return torch.from_dlpack(gram).permute(0, 2, 1, 3).reshape(p.rows, p.rows)
+        def pair() -> Tensor:
+            gram = compiled(first, second, q).block_until_ready()  # (n, n, C, C)
+            return torch.from_numpy(np.array(gram)).permute(0, 2, 1, 3).reshape(10 * block, 10 * block)
 
-        return Peer(whole)
+        return Peer(pair, k * (k + 1) / 2, (0, 0 if k == 1 else 10 * block))
 
     return make
 
