@@ -1,4 +1,4 @@
-"""The Gram of a Jacobian from its factors: composed of torch's products, the kernel, and the product alone."""
+"""The Gram of a Jacobian from its factors: composed of torch's products, the kernel, a product alone."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHAPES = {
 
 
 def composed(out, g, h, scale, ends):
-    """In plain torch, by pairs of positions: a product, its scales repeated for the outputs, and two passes."""
-    (_, c, t, _), (_, c2, t2, _) = g.shape, h.shape
+    """In plain torch, by positions of g: a product with all of h, its scales repeated, a sum."""
+    (n, c, t, _), (n2, c2, t2, _) = g.shape, h.shape
     for layer, begin, end in zip(scale, (0, *ends), ends):
         for p in range(t):
-            rows = g[:, :, p, begin:end].flatten(0, 1)
-            for s in range(t2):
-                gram = rows @ h[:, :, s, begin:end].flatten(0, 1).mT
-                out += gram.mul_(layer[p::t, s::t2].repeat_interleave(c, 0).repeat_interleave(c2, 1))
+            part = g[:, :, p, begin:end].flatten(0, 1) @ h[..., begin:end].flatten(0, 2).mT
+            part = part.view(n, c, n2 * c2, t2)
+            part *= layer[p::t].view(n, n2, t2).repeat_interleave(c2, 1).unsqueeze(1)
+            out += (part.sum(-1) if t2 > 1 else part).view(out.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -42,7 +42,7 @@ def bench_table(benchmark, device, shape, dtype):
     composed(want, *args, ends)
     eps = torch.finfo(dtype).eps
     size = (ends[-1] * t * t) ** 0.5
-    torch.testing.assert_close(out, want.tril(), rtol=0, atol=100 * eps * size)
+    torch.testing.assert_close(out, want.tril(), rtol=0, atol=(100 + 10 * t) * eps * size)
     ours = ops.last_backend("jacobian_gram")
     assert ours == ("cpu" if device.type == "cpu" else "triton")
     candidates = {

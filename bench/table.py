@@ -91,6 +91,7 @@ ROWS = (
     Row("the same with bf16 products allowed, {size}", "wide_gram_product with bf16 products"),
     Row("`wide_gram`, {size}", "wide_gram", kernels=False),
     Row("`gram_product`, {size}", "gram_product", ours=("cpu",), kernels=False),
+    Row("`jacobian_gram`, {size}", "jacobian_gram", against=("", "reference")),
     Row("`add_product`, {size}", "add_product", ours=("cpu",), kernels=False),
 )
 

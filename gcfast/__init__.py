@@ -6,6 +6,7 @@ that finishes phase two.
 """
 
 from gcfast._solution import HeadSolution, Progress
+from gcfast._trainability import LayerTrainability, Trainability, trainability
 from gcfast._version import __version__
 from gcfast.cache import FeatureCache
 from gcfast.certificate import Assumption, Certificate, Offender, certify
@@ -38,11 +39,13 @@ __all__ = [
     "HeadSolution",
     "JacobianPlan",
     "LayerJacobians",
+    "LayerTrainability",
     "Offender",
     "Plan",
     "Progress",
     "RankEstimate",
     "Rates",
+    "Trainability",
     "TwoPhase",
     "WideFeatures",
     "WideGram",
@@ -58,6 +61,7 @@ __all__ = [
     "softmax_curvature",
     "softmax_residual",
     "solve_head",
+    "trainability",
     "wide_forward",
     "wide_gram",
     "wide_gram_product",

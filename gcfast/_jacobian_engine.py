@@ -33,7 +33,17 @@ from gcfast._jacobian_factors import (
     scatter,
     vector_rows,
 )
-from gcfast._jacobian_graph import Graph, Layout, View, _signed, locate, shape_of
+from gcfast._jacobian_graph import (
+    Graph,
+    Layout,
+    Rewriting,
+    Site,
+    View,
+    _signed,
+    live_positions,
+    locate,
+    shape_of,
+)
 from gcfast._trace import call_arguments
 from gcfast.wide import WideLayer
 
@@ -120,6 +130,7 @@ class Engine:
         self._functional: bool | None = None  # whether torch.func serves the groups that need it
         self._views: frozenset[int] = frozenset()
         self._layouts: list[Layout | None] = []
+        self._live: list[tuple[Tensor, Tensor] | None] = []
         self._key: tuple[Any, ...] = ()
         self.n = len(next(v for v in tree_leaves(inputs) if isinstance(v, Tensor)))
         self.groups: list[Group] = []
@@ -127,9 +138,10 @@ class Engine:
 
     # --- forward passes
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Any, rewriting: bool = False) -> Tensor:
+        """The output (n, C), checked; ``rewriting``: for a backward pass to intermediate edges alone."""
         args, kwargs = call_arguments(inputs)
-        with _observable(self.model):
+        with _observable(self.model), Rewriting() if rewriting else contextlib.nullcontext():
             y = self.model(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"the model must return one tensor (n, C); got {type(y).__name__}")
@@ -174,8 +186,8 @@ class Engine:
         return self._push(direction, rows_of(self.inputs, tile.i, tile.j))
 
     def _choose_push(self) -> Callable[[Mapping[str, Tensor], Any], Tensor]:
-        """The first way that agrees with rows of J on a sample: an operator may have no forward derivative, or
-        none that the dispatcher misses, and a backward one without a derivative of its own."""
+        """The first way that agrees with rows of J on a sample: operators may lack a forward derivative, some
+        without a word, or a derivative of the backward one."""
         one = rows_of(self.inputs, 0, 1)
         generator = torch.Generator().manual_seed(2)
         draw = {
@@ -205,7 +217,7 @@ class Engine:
             return y
 
         with _observable(self.model):
-            _, along = torch.func.jvp(outputs, (parameters,), (dict(direction),))
+            along: Tensor = torch.func.jvp(outputs, (parameters,), (dict(direction),))[1]
         return along.detach()
 
     def _push_transposed(self, direction: Mapping[str, Tensor], batch: Any) -> Tensor:
@@ -229,39 +241,22 @@ class Engine:
     # --- the probe
 
     def _probe(self) -> None:
-        samples: list[Any] = []
-        outputs: list[Tensor] = []
-        saved = 0
-        for i in range(min(self.n, 3)):
-            one = rows_of(self.inputs, i, i + 1)
-            count = _SavedBytes(self.parameters.values())
-            with count:
-                y = self._checked(self.forward(one))
-            saved = max(saved, count.bytes)
-            samples.append(one)
-            outputs.append(y.detach())
-        self.c, self.dtype, self.device = outputs[0].shape[1], outputs[0].dtype, outputs[0].device
-        self.saved = saved
-        if self.c == 0:
-            raise ValueError(
-                f"the model must return at least one output; got shape {tuple(outputs[0].shape)}"
-            )
         left: list[set[Layout]] = []
-        for size in (2, 3):
-            picked = [k % len(samples) for k in range(size)]
-            batch = _stack([samples[k] for k in picked])
-            alone = torch.cat([outputs[k] for k in picked])
-            graph = self._located(batch, alone, left)
+        self.saved = 0
+        for size in (2, 3):  # where the zeros of two samples do not tell the axis, those of three may
+            picked = [rows_of(self.inputs, k % self.n, k % self.n + 1) for k in range(size)]
+            if not left:
+                alone = self._alone(picked[0])
+            graph = self._located(_stack(picked), alone, left)
             if all(len(found) == 1 for found in left):
                 break
-        self._layouts = [next(iter(found)) if len(found) == 1 else None for found in left]
         self._key = graph.key
         missing = [name for name in self.parameters if name not in graph.seen]
         if missing:
             raise ValueError(
-                f"parameter {missing[0]!r}{_others(missing)} has no part in the output: the forward pass does "
-                "not use it, or not by autograd (torch.no_grad(), detach(), .data). Leave it out by layers=, or "
-                "by requires_grad_(False)"
+                f"parameter {missing[0]!r}{_others(missing)} has no part in the output: the forward pass "
+                "does not use it, or not by autograd (torch.no_grad(), detach(), .data). Leave it out by "
+                "layers= or by requires_grad_(False)"
             )
         self._padded = any(
             node.name() == "EmbeddingBackward0" and _signed(node._saved_padding_idx) >= 0
@@ -269,41 +264,34 @@ class Engine:
         )
         self._make_groups(graph)
         self._measure(graph, size)
-        self._choose_batched(graph)
 
-    def _choose_batched(self, graph: Graph) -> None:
-        """Whether vmap can take this model's backward pass, and gives what autograd gives."""
-        if not graph.sites:
-            return
-        y = graph.output
-        generator = torch.Generator().manual_seed(1)
-        u = torch.randn((2, *y.shape), generator=generator, dtype=torch.float64).to(y)
-        plain: dict[int, Tensor] = {}
-        equal: list[bool] = []
-        with _observable(self.model):
-            graph.cotangents(u, plain.__setitem__, batched=False, keep=True)
-            try:
-                graph.cotangents(u, lambda at, g: equal.append(_close(g, plain[at])), batched=True)
-            except (RuntimeError, NotImplementedError) as error:
-                self._batched = False
-                reason = f"refuses: {str(error).split('.')[0]}"
-            else:
-                self._batched, reason = all(equal), "differs from autograd"
-        if not self._batched:
-            log.info("LayerJacobians: one backward pass an output, for vmap %s", reason)
+    def _alone(self, one: Any) -> Tensor:
+        """One sample's output (1, C), and the bytes that its forward pass keeps."""
+        count = _SavedBytes(self.parameters.values())
+        with count:
+            y = self._checked(self.forward(one))
+        self.saved = count.bytes
+        self.c, self.dtype, self.device = y.shape[1], y.dtype, y.device
+        if self.c == 0:
+            raise ValueError(f"the model must return at least one output; got shape {tuple(y.shape)}")
+        return y.detach()
 
     def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> Graph:
         """The graph of a pass over a few samples; ``left`` becomes the layouts that each site admits."""
-        y = self.forward(batch)
+        y = self.forward(batch, rewriting=True)
         graph = Graph(y, self._names, self._views)
         if operator := graph.coupled():
             raise ValueError(
-                f"the model takes statistics over the samples of a batch ({operator.removesuffix('Backward0')}): "
-                "the Jacobian of one sample depends on the others. Call model.eval() first"
+                f"the model takes statistics of the batch ({operator.removesuffix('Backward0')}): one "
+                "sample's outputs depend on the others. Call model.eval() first"
             )
-        _compare(y.detach(), alone)
-        with _observable(self.model):
-            found = locate(graph, len(alone), torch.Generator().manual_seed(0), self.parameters)
+        _compare(y.detach()[:1], alone)
+        n, generator = len(y), torch.Generator().manual_seed(0)
+        u = torch.zeros((n, *y.shape), dtype=y.dtype, device=y.device)
+        for i in range(n):
+            u[i, i] = torch.randn(self.c, generator=generator, dtype=torch.float64).to(y)
+        cotangents = self._cotangents_of_samples(graph, u) if graph.sites else []
+        found = locate(graph, cotangents, self.parameters)
         shared = {
             graph.number[site.node]
             for site, layouts in zip(graph.sites, found)
@@ -314,16 +302,37 @@ class Engine:
             self._views |= shared
             left.clear()
             return self._located(batch, alone, left)
-        if left:
-            left[:] = [a & b for a, b in zip(left, found)]
-        else:
-            left[:] = found
+        left[:] = [a & b for a, b in zip(left, found)] if left else found
+        self._layouts = [next(iter(layouts)) if len(layouts) == 1 else None for layouts in left]
+        for site, layout in zip(graph.sites, self._layouts):
+            site.layout = layout
+        self._live = [live_positions(site, g) for site, g in zip(graph.sites, cotangents)]
         return graph
+
+    def _cotangents_of_samples(self, graph: Graph, u: Tensor) -> list[Tensor]:
+        """Each site's cotangents (n, ...) of u (n, n, C); decides whether vmap can take the backward pass and
+        gives what autograd gives."""
+        found: dict[int, Tensor] = {}
+        with _observable(self.model):
+            if self._batched:
+                plain: dict[int, Tensor] = {}
+                graph.cotangents(u[:1], plain.__setitem__, batched=False, keep=True)
+                reason = "differs from autograd"
+                try:
+                    graph.cotangents(u, found.__setitem__, batched=True, keep=True)
+                    self._batched = all(_close(g[0], plain[at][0]) for at, g in found.items())
+                except (RuntimeError, NotImplementedError) as error:
+                    self._batched, reason = False, f"refuses: {str(error).split('.')[0]}"
+                if not self._batched:
+                    log.info("LayerJacobians: one backward pass an output, for vmap %s", reason)
+            if not self._batched:
+                graph.cotangents(u, found.__setitem__, batched=False, keep=True)
+        return [found[at] for at in range(len(graph.sites))]
 
     def _make_groups(self, graph: Graph) -> None:
         unknown = dict(graph.unknown)
-        for site, layout in zip(graph.sites, self._layouts):
-            site.layout = layout
+        for site, layout, live in zip(graph.sites, self._layouts, self._live):
+            site.live = live
             if layout is None:
                 for view in site.roles.values():
                     unknown.setdefault(view.parameter, site.node.name().removesuffix("Backward0"))
@@ -337,11 +346,12 @@ class Engine:
         done: set[tuple[str, int]] = set()
         for name in uses:  # weights first, which take their biases along
             for k, part in enumerate(parts[name]):
-                if _alike(graph, part):
+                form = "outer" if _alike(graph, part) else "rows" if _is_scale(graph, part) else ""
+                if form:
                     bias = self._bias_of(graph, name, part, parts)
                     done |= {(name, k)} if bias is None else {(name, k), (bias, 0)}
                     together = (name,) if bias is None else (name, bias)
-                    self.groups.append(Group(self.layers[name], together, part, "outer", bias is not None))
+                    self.groups.append(Group(self.layers[name], together, part, form, bias is not None))
         for name in uses:
             for k, part in enumerate(parts[name]):
                 if (name, k) not in done:
@@ -355,8 +365,8 @@ class Engine:
         for layer, names in by_layer.items():
             self.groups.append(Group(layer, tuple(names), (), "samples"))
             log.info(
-                "LayerJacobians: layer %r (%s) is differentiated sample by sample by torch.func: what %s does with "
-                "it has no form of its own",
+                "LayerJacobians: layer %r (%s) is differentiated sample by sample by torch.func: what %s "
+                "does with it has no form of its own",
                 *(layer, ", ".join(names), unknown[names[0]]),
             )
         order = {name: i for i, name in enumerate(self.parameters)}
@@ -379,7 +389,11 @@ class Engine:
     def _measure(self, graph: Graph, n: int) -> None:
         """Extents and bytes of every group, from the shapes of a pass of n samples."""
         item = self.dtype.itemsize
-        self.largest = max((math.prod(shape_of((f, 0))) for f in graph.nodes if f._input_metadata), default=0)
+        views = {node for site in graph.sites for view in site.roles.values() for node, _ in view.steps}
+        passed = [node for node in graph.nodes if node._input_metadata and node not in views]
+        self.largest = max(
+            (math.prod(shape_of((f, 0))) for f in passed if not hasattr(f, "variable")), default=0
+        )
         self.largest = self.largest // n * item
         for group in self.groups:
             group.numel = sum(self.parameters[name].numel() for name in group.parameters)
@@ -404,7 +418,7 @@ class Engine:
                     group.spread = size.q * size.s * size.t * item
                 group.moved = size.q * size.r * size.t * item
             else:
-                group.numel = sum(math.prod(use.shape) for use in group.uses[:1])
+                group.numel = math.prod(group.uses[0].shape) * (2 if group.bias else 1)
                 group.moved = group.numel * item * (1 + len(group.uses))
                 group.kept = group.numel * item
 
@@ -414,10 +428,21 @@ class Engine:
         """What one use adds to its group, from the cotangents (c, ...) of its site."""
         site = graph.sites[use.site]
         view = site.roles[use.role]
+        try:
+            return self._plain_part(group, use, site, view, g, n)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                f"layer {group.layer!r}: what {use.view.parameter!r} was applied to has been changed in "
+                "place since; its Jacobian needs it. Use the operation's form that makes a new tensor"
+            ) from error
+
+    def _plain_part(self, group: Group, use: Use, site: Site, view: View, g: Tensor, n: int) -> Factor:
         if use.role == "weight" and site.kind in ("linear", "convolution", "lookup"):
             part: Factor = matrix_factor(site, g, n, group.bias, view, use.shape)
         else:
-            part = Rows(vector_rows(site, use.role, g, n, use.shape))
+            part = Rows(vector_rows(site, use.role, g, n, use.shape, group.bias))
         if group.form != "sum":
             return part
         p = self.parameters[group.parameters[0]]
@@ -432,22 +457,24 @@ class Engine:
         return joined(outer) if outer else Rows(torch.stack([f.rows() for f in factors]).sum(0))
 
     def run(self, tile: Tile, receive: Callable[[int, Factor], None]) -> None:
-        """One forward and one backward pass: ``receive`` is given the number and the factor of every group."""
+        """One forward and one backward pass: ``receive`` gets every group's number and factor."""
         batch = rows_of(self.inputs, tile.i, tile.j)
         with _observable(self.model):
-            graph = Graph(self._checked(self.forward(batch)), self._names, self._views)
+            y = self._checked(self.forward(batch, rewriting=True))
+            graph = Graph(y, self._names, self._views)
             n = tile.n
             if graph.key != self._key and n == 1:
                 # strides of size one let torch take another course: the sample twice, and its half of it all
                 n = 2
-                graph = Graph(self.forward(_stack([batch, batch])), self._names, self._views)
+                y = self.forward(_stack([batch, batch]), rewriting=True)
+                graph = Graph(y, self._names, self._views)
             if graph.key != self._key or graph.output.shape[1] != self.c:
                 raise RuntimeError(
-                    f"the model's forward pass took another course for samples {tile.i} to {tile.j - 1} than for "
-                    "the first ones: LayerJacobians needs one that does not depend on the values of its input"
+                    f"the model's forward pass took another course for samples {tile.i} to {tile.j - 1} than "
+                    "for the first ones: it must not depend on the values of its input"
                 )
-            for site, layout in zip(graph.sites, self._layouts):
-                site.layout = layout
+            for site, layout, live in zip(graph.sites, self._layouts, self._live):
+                site.layout, site.live = layout, live
             u = torch.zeros((tile.outputs, n, self.c), dtype=self.dtype, device=self.device)
             for k in range(tile.outputs):
                 u[k, :, tile.c + k] = 1
@@ -533,7 +560,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _alike(graph: Graph, part: Sequence[Use]) -> bool:
-    """Whether all are the weight of one kind of linear operator, whose positions can stand one after another."""
+    """Whether all are the weight of one kind of linear operator, so that positions can follow each other."""
     kinds = set()
     for use in part:
         site = graph.sites[use.site]
@@ -544,6 +571,12 @@ def _alike(graph: Graph, part: Sequence[Use]) -> bool:
         )
         kinds.add((site.kind, use.view.steps_names, use.shape, geometry))
     return len(kinds) == 1 and (len(part) == 1 or part[0].view.plain)
+
+
+def _is_scale(graph: Graph, part: Sequence[Use]) -> bool:
+    """Whether it is the weight of one normalisation."""
+    site = graph.sites[part[0].site]
+    return len(part) == 1 and site.kind == "norm" and part[0].role == "weight" and part[0].view.injective
 
 
 def _view_shape(view: View, p: Tensor) -> tuple[int, ...]:
@@ -580,13 +613,13 @@ def _stack(samples: Sequence[Any]) -> Any:
 
 
 def _compare(together: Tensor, alone: Tensor) -> None:
-    """A sample's output must not depend on the batch that it is in, nor on the draw of a random number."""
+    """A sample's output must not depend on the batch that it is in, nor on random numbers."""
     if not _close(together, alone):
         error, scale = float((together - alone).abs().max()), float(alone.abs().max())
         raise ValueError(
-            f"the model's output for a sample in a batch differs from its output for the sample alone (by {error:.2e} "
-            f"where outputs are up to {scale:.2e}): it depends on the other samples or on random numbers (active "
-            "dropout, batch statistics). Call model.eval() first"
+            "the model's output for a sample in a batch differs from its output for the sample alone (by "
+            f"{error:.2e} where outputs are up to {scale:.2e}): it depends on the other samples or on random "
+            "numbers (batch statistics, active dropout). Call model.eval() first"
         )
 
 

@@ -1,9 +1,9 @@
 """What a tile of samples knows of the Jacobian of one group of parameters, and the products of two tiles.
 
-Index letters: i, j samples, c, e outputs, t, s positions (pixels, tokens, uses), J[(i,c), :] a row. A
-:class:`Outer` holds J[(i,c)] = sum_t g[i,c,t] (x) a[i,t], which every linear operator and convolution has, and
-forms either the Hadamard form of the Gram or blocks of J; a :class:`Lookup` is the same with one-hot a; a
-:class:`Rows` holds J itself; a :class:`Sum` adds what several operators have of one parameter.
+Index letters: i, j samples, c, e outputs, t, s positions (pixels, tokens, uses), J[(i,c), :] a row. An
+:class:`Outer` holds J[(i,c)] = sum_t g[i,c,t] (x) a[i,t], which linear operators and convolutions have, and
+gives the Hadamard form of a Gram as well as blocks of J; a :class:`Lookup` is the same with one-hot a; a
+:class:`Rows` holds J itself.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._jacobian_graph import Layout, Node, Site, View, _padding
+from gcfast._products import mirror_
 
-BLOCK_BYTES = 1 << 23  # a block of J: in the last-level cache between its producer and the product
+# A block of J: in the last-level cache between who makes it and the product. On a GPU a count, not measured.
+BLOCK_BYTES = {"cpu": 1 << 23, "cuda": 3 << 23}
 
 
-def block_width(rows: int) -> int:
+def block_width(rows: int, like: Tensor) -> int:
     """Columns of a block of J with so many rows."""
-    return max(1, BLOCK_BYTES // (4 * max(1, rows)))
+    most = BLOCK_BYTES.get(like.device.type, BLOCK_BYTES["cuda"])
+    return max(1, most // (like.element_size() * max(1, rows)))
 
 
 def gram_add_(out: Tensor, a: Tensor, b: Tensor, lower: bool) -> None:
-    """out += a b^T; on and below the diagonal only if ``lower``."""
-    ops.add_product(out, a, b.mT, inner=1024, lower=lower)
+    """out += a b^T; on and below the diagonal, at least, if ``lower``."""
+    if out.device.type == "cpu":
+        ops.add_product(out, a, b.mT, inner=1024, lower=lower)
+    else:
+        out.addmm_(a, b.mT)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Factor:
 
     n: int
     c: int
+    like: Tensor  # of J's dtype and device
 
     def pieces(self, width: int) -> Iterator[Tensor]:
         """J in blocks (n, c, about ``width``): of which columns ``width`` and the parameter alone decide."""
@@ -58,10 +65,6 @@ class Factor:
 
     def rows(self) -> Tensor:
         """J (n, c, p) in the parameter's own order; of a weight alone, without the bias."""
-        raise NotImplementedError
-
-    def hadamard(self, other: Factor, out: Tensor, lower: bool) -> None:
-        """out += J J_other^T without J; only where :meth:`size` is known."""
         raise NotImplementedError
 
     def traced(self) -> Factor:
@@ -74,22 +77,18 @@ class Factor:
 
     def squares(self) -> Tensor:
         """||J[(i,c)]||^2, (n, c)."""
-        width = block_width(self.n * self.c)
+        width = block_width(self.n * self.c, self.like)
         return torch.stack([piece.square().sum(-1) for piece in self.pieces(width)]).sum(0)
 
     def by_rows(self, other: Factor, out: Tensor, lower: bool) -> None:
         """out += J J_other^T by blocks of J."""
-        width = block_width(max(self.n * self.c, other.n * other.c))
+        width = block_width(max(self.n * self.c, other.n * other.c), out)
         if other is self:
             for a in self.pieces(width):
                 gram_add_(out, a.flatten(0, 1), a.flatten(0, 1), lower)
             return
         for a, b in zip(self.pieces(width), other.pieces(width)):
             gram_add_(out, a.flatten(0, 1), b.flatten(0, 1), lower)
-
-    @property
-    def bytes(self) -> int:
-        raise NotImplementedError
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -114,10 +113,7 @@ class Outer(Factor):
         order: tuple[int, ...] = (0, 1, 2),
     ) -> None:
         self._g, self._a, self._kept, self.n, self.c, self.size, self.order = g, a, kept, n, c, size, order
-
-    @property
-    def bytes(self) -> int:
-        return _bytes(*self._kept)
+        self.like = kept[0]
 
     @property
     def shared(self) -> int:
@@ -191,6 +187,29 @@ class Outer(Factor):
         ends = [r * (k + 1) for k in range(q)]
         ops.jacobian_gram(out, g, h, scale, ends=ends, lower=lower)
 
+    def by_rows(self, other: Factor, out: Tensor, lower: bool) -> None:
+        assert isinstance(other, Outer)
+        size = self.size
+        if size.q > 1 or min(size.t, other.size.t) == 1:
+            super().by_rows(other, out, lower)
+            return
+        # Rows in the order (c, i): blocks of J are products of the factors as they lie, nothing is copied.
+        width = block_width(max(self.n * self.c, other.n * other.c), out)
+        step = max(1, min(size.r, width // size.s))
+        makers = [_RowMaker(self, step)] if other is self else [_RowMaker(self, step), _RowMaker(other, step)]
+        total = out.new_zeros(self.c * self.n, other.c * other.n)
+        for first in range(0, size.r, step):
+            blocks = [maker.block(first, min(first + step, size.r)) for maker in makers]
+            gram_add_(total, blocks[0], blocks[-1], other is self)
+        if size.bias:
+            biases = [maker.bias() for maker in makers]
+            gram_add_(total, biases[0], biases[-1], other is self)
+        if other is self:
+            mirror_(total)
+        shape = (self.c, self.n, other.c, other.n)
+        view = out.view(self.n, self.c, other.n, other.c)
+        view += total.view(shape).permute(1, 0, 3, 2)
+
     def squares(self) -> Tensor:
         size, t = self.size, self.size.t
         a = self.a()
@@ -208,17 +227,35 @@ class Outer(Factor):
         return out
 
 
+class _RowMaker:
+    """Blocks of an :class:`Outer`'s J (one q) in one buffer, rows in the order (c, i)."""
+
+    def __init__(self, factor: Outer, step: int) -> None:
+        self.n, self.c = factor.n, factor.c
+        self._g = factor.g()[:, :, :, 0].permute(1, 0, 3, 2)  # (c, n, r, T)
+        self._a = factor.a()[:, :, 0]  # (n, T, s)
+        self._s = factor.size.s
+        self._buffer = self._a.new_empty(self.c * self.n * step * self._s)
+
+    def block(self, first: int, last: int) -> Tensor:
+        rows = last - first
+        out = self._buffer[: self.c * self.n * rows * self._s].view(self.c, self.n, rows, self._s)
+        for g, j in zip(self._g, out):
+            torch.bmm(g[:, first:last], self._a, out=j)
+        return out.view(self.c * self.n, -1)
+
+    def bias(self) -> Tensor:
+        return self._g.sum(3).flatten(0, 1)
+
+
 class Lookup(Factor):
     """J[(i,c)][v] = sum over the positions that looked v up of g[i,c,t]; ``at``: (n, T), -1 for none."""
 
     def __init__(self, g: Tensor, at: Tensor, rows: int) -> None:
         self._g, self.at, self._rows = g, at, rows
         self.n, self.c, t, d = g.shape
+        self.like = g
         self.size = Size(1, d, rows, t)  # the one-hot vectors would have s = rows
-
-    @property
-    def bytes(self) -> int:
-        return _bytes(self._g, self.at)
 
     def traced(self) -> Lookup:
         return Lookup(self._g.transpose(1, 2).flatten(2).unsqueeze(1), self.at, self._rows)
@@ -260,10 +297,7 @@ class Rows(Factor):
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
         self.n, self.c = rows.shape[:2]
-
-    @property
-    def bytes(self) -> int:
-        return _bytes(self._rows)
+        self.like = rows
 
     def traced(self) -> Rows:
         return Rows(self._rows.flatten(1).unsqueeze(1))
@@ -279,7 +313,7 @@ class Rows(Factor):
 
 
 def scatter(rows: Tensor, index: Tensor | None, p: int) -> Tensor:
-    """Rows for the elements of a view -> rows (n, c, p) for the parameter's; ``index`` None: they are the same."""
+    """Rows for a view's elements -> rows (n, c, p) for its parameter's; ``index`` None: they are the same."""
     if index is None:
         return rows
     index = index.flatten().to(rows.device)
@@ -288,12 +322,11 @@ def scatter(rows: Tensor, index: Tensor | None, p: int) -> Tensor:
     return out.index_add_(2, index[kept], rows if bool(kept.all()) else rows[:, :, kept])
 
 
-# --- from the cotangents of a site to a factor -----------------------------------------------------------------
+# --- from the cotangents of a site to a factor
 
 
 def _patches(x: Tensor, node: Node, out: Sequence[int], kernel: Sequence[int], groups: int) -> Tensor:
-    """What each output position of a convolution sees: x (N, i, *sizes) -> (N, *out, q, i/q kernel), a view of
-    the padded x and its one copy."""
+    """What each output position of a convolution sees: x (N, i, *sizes) -> (N, pixels, q, i/q kernel)."""
     dims = len(out)
     stride, dilation = node._saved_stride, node._saved_dilation
     padding = [(p, p) for p in node._saved_padding]
@@ -329,6 +362,10 @@ def _linear(site: Site, g: Tensor, n: int, bias: bool, transposed: bool) -> Oute
     x = site.node._saved_mat1 if site.node.name() == "AddmmBackward0" else site.node._saved_self
     x = layout.arrange(x.detach(), n)
     x = x.reshape(n, -1, 1, x.shape[-1])
+    if site.live is not None:
+        live, dead = site.live
+        if g.is_meta or not bool(g.index_select(2, dead).any()):  # not reached in the probe nor here
+            g, x = g.index_select(2, live.to(g.device)), x.index_select(1, live)
     size = Size(1, o, x.shape[-1], x.shape[1], bias)
     return Outer(g, x, (g, x), n, c, size, (0, 1, 2) if transposed else (0, 2, 1))
 
@@ -368,8 +405,12 @@ def _convolution(site: Site, g: Tensor, n: int, bias: bool, shape: Sequence[int]
 def _normalized(site: Site) -> Tensor:
     """The normalised input of a normalisation, of the input's shape."""
     node = site.node
-    x = node._saved_input.detach()
     name = node.name()
+    if name == "EvalNormBackward":
+        x, _, mean, var = (t.detach() for t in node.saved_tensors)
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return (x - mean.view(shape)) * (var + node.eps).rsqrt().view(shape)
+    x = node._saved_input.detach()
     if name == "NativeLayerNormBackward0":
         return (x - node._saved_result1) * node._saved_result2
     if name == "NativeGroupNormBackward0":
@@ -386,16 +427,22 @@ def _epsilon(node: Node) -> float:
     return float(node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon)
 
 
-def _norm(site: Site, g: Tensor, n: int, role: str) -> Tensor:
-    layout = site.layout
+def _norm(site: Site, g: Tensor, n: int, roles: Sequence[str]) -> Tensor:
+    """J (n, c, p) of a normalisation's weight, of its bias, or of both, one after the other."""
+    layout, c = site.layout, g.shape[0]
     assert layout is not None
-    if role == "weight":
-        g = g * _normalized(site)
     normalized = getattr(site.node, "_saved_normalized_shape", None)
-    g = layout.arrange(g, n, 1)
     if normalized is not None:
-        return g.flatten(2, -1 - len(normalized)).sum(2).flatten(2)
-    return g.transpose(2, 3).flatten(3).sum(3)  # (n, c, k, channels, ...)
+        parts = [layout.arrange(g * _normalized(site) if role == "weight" else g, n, 1) for role in roles]
+        return torch.cat([part.flatten(2, -1 - len(normalized)).sum(2).flatten(2) for part in parts], 2)
+    # sums over pixels of a channel: g is read once, by a product with (x, 1) for each sample and channel
+    many, channels = g.shape[1:3]
+    g = g.reshape(c, many, channels, -1)
+    one = g.new_ones(()).expand(g.shape[1:])
+    columns = [_normalized(site).reshape(g.shape[1:]) if role == "weight" else one for role in roles]
+    right = torch.stack(columns, 3).flatten(0, 1)
+    sums = torch.bmm(g.permute(1, 2, 0, 3).flatten(0, 1), right).view(many, channels, c, len(roles))
+    return Layout(0, layout.outer).arrange(sums, n).sum(1).permute(0, 2, 3, 1).flatten(2)
 
 
 def _operand(site: Site, role: str, g: Tensor) -> Tensor:
@@ -425,10 +472,11 @@ def _reduced(site: Site, g: Tensor, n: int, shape: Sequence[int]) -> Tensor:
     return g.flatten(2)
 
 
-def vector_rows(site: Site, role: str, g: Tensor, n: int, shape: Sequence[int]) -> Tensor:
-    """J (n, c, p) for a parameter that is no matrix to its operator; ``shape``: of the view that it took."""
+def vector_rows(site: Site, role: str, g: Tensor, n: int, shape: Sequence[int], bias: bool = False) -> Tensor:
+    """J (n, c, p) for a parameter that is no matrix to its operator; ``shape``: of the view that it took;
+    ``bias``: and for the bias of the same normalisation."""
     if site.kind == "norm":
-        return _norm(site, g, n, role)
+        return _norm(site, g, n, (role, "bias") if bias else (role,))
     if site.kind in ("linear", "convolution", "shift"):  # a bias
         assert site.layout is not None
         g = site.layout.arrange(g, n, 1)
@@ -441,7 +489,7 @@ def vector_rows(site: Site, role: str, g: Tensor, n: int, shape: Sequence[int]) 
 def matrix_factor(
     site: Site, g: Tensor, n: int, bias: bool, view: View, shape: Sequence[int]
 ) -> Outer | Lookup:
-    """The factor of a weight, of which the operator took ``view``, of ``shape``; ``bias``: and of its bias."""
+    """The factor of a weight, of which the operator took ``view``, of ``shape``; ``bias``: its bias too."""
     if site.kind == "convolution":
         return _convolution(site, g, n, bias, shape)
     if site.kind == "linear":

@@ -1,10 +1,10 @@
 """Where a forward pass used its parameters, read off the autograd graph.
 
-The graph holds every use of every parameter: by a module, by a function, by a module that ran twice, under two
-names. :class:`Graph` goes from each parameter up to the operators that took it, through views, and makes a
-:class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed as
-unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent along
-which the samples lie from exact zeros, never from a shape alone.
+The graph holds every use of every parameter: by a module, by a function, by a module that ran twice, under
+two names. :class:`Graph` goes from each parameter up to the operators that took it, through views, and makes
+a :class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed
+as unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent
+along which the samples lie, from exact zeros and never from a shape alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
 
 Node = Any  # torch.autograd.graph.Node
 Edge = tuple[Node, int]  # a node and the number of one of its outputs
@@ -38,12 +39,13 @@ def _reshape(x: Tensor, node: Node, number: int) -> Tensor:
 
 
 def _slice(x: Tensor, node: Node, number: int) -> Tensor:
-    part = slice(*(None if v is None else _signed(v) for v in (node._saved_start, node._saved_end)))
-    before = (slice(None),) * (_signed(node._saved_dim) % x.dim())
-    return x[(*before, slice(part.start, part.stop, node._saved_step))]
+    start, end = (None if v is None else _signed(v) for v in (node._saved_start, node._saved_end))
+    part: list[slice] = [slice(None)] * (_signed(node._saved_dim) % x.dim())
+    part.append(slice(start, end, node._saved_step))
+    return x[tuple(part)]
 
 
-# A view of a parameter, made again of a tensor of the parameter's shape: (tensor, node, number of its output).
+# A view of a parameter, made again of a tensor of its shape: (tensor, node, number of the node's output).
 _VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
     "TBackward0": lambda x, f, i: x.t(),
     "TransposeBackward0": lambda x, f, i: x.transpose(_signed(f._saved_dim0), _signed(f._saved_dim1)),
@@ -114,7 +116,7 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """Axis ``axis`` of a cotangent holds the n samples: index i k + j of sample i if ``outer``, else j n + i."""
+    """A cotangent's axis that holds the samples: index i k + j is sample i's if ``outer``, else j n + i."""
 
     axis: int
     outer: bool
@@ -137,6 +139,7 @@ class Site:
     roles: dict[str, View] = field(default_factory=dict)
     sign: float = 1.0
     layout: Layout | None = None
+    live: tuple[Tensor, Tensor] | None = None  # positions that cotangents reach, and the others; None: all
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -185,6 +188,7 @@ _CONSUMERS: dict[str, Callable[[Node, int], Role | None]] = {
     "NativeBatchNormBackward0": _layer("norm"),
     "CudnnBatchNormBackward0": _layer("norm"),
     "MiopenBatchNormBackward0": _layer("norm"),
+    "EvalNormBackward": _layer("norm"),
     "NativeLayerNormBackward0": _layer("norm"),
     "NativeGroupNormBackward0": _layer("norm"),
     "EmbeddingBackward0": _lookup,
@@ -197,6 +201,60 @@ _CONSUMERS: dict[str, Callable[[Node, int], Role | None]] = {
     "PreluKernelBackward0": lambda node, at: ("slope", "weight", 1.0) if at == 1 else None,
     "GeneratedBackwardFor_gcfast_activation_defaultBackward": _shift,
 }
+
+
+class EvalNorm(torch.autograd.Function):
+    """Batch normalisation by fixed statistics, in whose backward pass vmap sees one product.
+
+    The rule that torch has for its own moves the batch of cotangents among the channels and back again, which
+    copies all of it twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> Any:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _, var = ctx.saved_tensors
+        if any(ctx.needs_input_grad[1:3]) and not ctx.needs_input_grad[0]:
+            raise NotImplementedError("the parameters of EvalNorm have no gradient by autograd")
+        scale = weight * (var + ctx.eps).rsqrt()
+        return g * scale.view(-1, *(1,) * (x.dim() - 2)), None, None, None, None, None
+
+
+class Rewriting(TorchFunctionMode):
+    """Context in which the forward pass takes operators whose backward passes suit vmap."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _batch_norm(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        given = (running_mean, running_var, weight, bias)
+        if training or any(t is None for t in given):
+            plain = torch.nn.functional.batch_norm
+            return plain(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        out: Tensor = EvalNorm.apply(x, weight, bias, running_mean, running_var, eps)
+        return out
 
 
 def walk(output: Tensor) -> list[Node]:
@@ -281,7 +339,7 @@ class Graph:
         return ""
 
     def _terminal(self, edges: set[Edge]) -> list[Edge]:
-        """Those edges below which there is no other: what must be asked of autograd to pass by all of them."""
+        """Those edges below which there is no other: autograd passes by all when it is asked for these."""
         nodes = {node for node, _ in edges}
         waiting = {node: len(self._above.get(node, [])) for node in self.nodes}
         order, ready = [], [self.nodes[0]] if self.nodes else []
@@ -446,30 +504,36 @@ def _candidates(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
                 yield Layout(axis, False)
 
 
-def locate(
-    graph: Graph, n: int, generator: torch.Generator, parameters: Mapping[str, Tensor]
-) -> list[set[Layout]]:
+def live_positions(site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A linear operator's positions that cotangents (c, ...) of n = c samples reach, and the others.
+
+    None: all or none. A head that reads one token leaves the last block's others without cotangents.
+    """
+    if site.kind != "linear" or site.layout is None:
+        return None
+    g = site.layout.arrange(g, len(g), 1)
+    live = (g != 0).reshape(*g.shape[:2], -1, g.shape[-1]).any(3).any(1).any(0)
+    return (
+        (live.nonzero()[:, 0], (~live).nonzero()[:, 0]) if bool(live.any()) and not bool(live.all()) else None
+    )
+
+
+def locate(graph: Graph, cotangents: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[set[Layout]]:
     """The layouts that each site's cotangents admit: those of sample i vanish wherever another one lies.
 
-    The pass is of n >= 2 samples. An empty set: a cotangent without an axis of samples, or one that several
-    samples share. More than one: the zeros do not tell.
+    ``cotangents``: of each site, (n, ...), the i-th of an output that is sample i's alone, n >= 2. An empty
+    set: there is no axis of samples, or several samples share the operator's output. More than one: the zeros
+    do not tell.
     """
-    y = graph.output
-    shapes = [shape_of(site.where) for site in graph.sites]
-    left = []
-    for site, shape in zip(graph.sites, shapes):
+    found = []
+    for site, g in zip(graph.sites, cotangents):
+        n, shape = len(g), tuple(g.shape[1:])
         allowed = _allowed(site, shape, parameters)
-        left.append({layout for layout in _candidates(shape, n) if allowed(layout)})
-    for i in range(n if graph.sites else 0):
-        u = torch.zeros_like(y)
-        u[i] = torch.randn(y.shape[1], generator=generator, dtype=torch.float64).to(y)
-
-        def look(at: int, g: Tensor, i: int = i) -> None:
-            present = g[0] != 0
-            for layout in list(left[at]):
-                others = layout.arrange(present, n)[torch.arange(n, device=g.device) != i]
-                if bool(others.any()):
-                    left[at].discard(layout)
-
-        graph.cotangents(u[None], look, batched=False, keep=True)
-    return left
+        layouts = {layout for layout in _candidates(shape, n) if allowed(layout)}
+        present = g != 0
+        for layout in list(layouts):
+            by_sample = layout.arrange(present, n, 1).flatten(2).any(2)  # (samples, cotangents)
+            if bool((by_sample & ~torch.eye(n, dtype=torch.bool, device=g.device)).any()):
+                layouts.discard(layout)
+        found.append(layouts)
+    return found

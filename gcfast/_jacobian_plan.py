@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gcfast._jacobian_engine import Engine, Group, Tile
 from gcfast._jacobian_factors import BLOCK_BYTES, Factor, Lookup, Outer, Size
 
-# Operations in the time of a byte: matmul at some 100 GFLOP/s a core pair and memory at some 10 GB/s on a CPU, 60 TFLOP/s
-# of IEEE float32 and 3 TB/s on a GPU. Only the order matters: it breaks ties between forms.
+# Operations in the time of a byte: products at some 150 GFLOP/s and memory at some 15 GB/s on two cores, 60
+# TFLOP/s of IEEE float32 and 3 TB/s on a GPU.
 OPERATIONS_A_BYTE = {"cpu": 10.0, "cuda": 20.0}
 
 
@@ -31,9 +31,9 @@ class GroupPlan:
     @classmethod
     def of(cls, group: Group, a: Factor, b: Factor, lower: bool) -> GroupPlan:
         if isinstance(a, (Outer, Lookup)) and isinstance(b, (Outer, Lookup)):
-            item = 4 if group.kept == 0 else 4
-            return choose(group, a.size, b.size, (a.n, a.c), (b.n, b.c), a is b, lower, item)
-        return _rows_only(group, (a.n, a.c), (b.n, b.c), a is b, lower)
+            item, device = a.like.element_size(), a.like.device.type
+            return choose(group, a.size, b.size, (a.n, a.c), (b.n, b.c), a is b, lower, item, device)
+        return _rows_only(group, (a.n, a.c), (b.n, b.c), a is b, lower, a.like.element_size())
 
 
 def _rows_only(
@@ -102,7 +102,6 @@ class JacobianPlan:
     tiles: int
     tile: tuple[int, int]  # samples, outputs
     passes: int  # forward and backward
-    backward: float  # multiply-adds of cotangents are not counted: as many as `passes` backward passes take
     bytes: int  # of a tile, at most, beside the Gram
     gram_bytes: int
     room: int | None
@@ -112,8 +111,6 @@ class JacobianPlan:
         return sum(group.operations for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
         return {**asdict(self), "operations": self.operations}
 
     def __str__(self) -> str:
@@ -146,8 +143,12 @@ def _needed(engine: Engine, n: int, c: int, stored: bool, grams: int) -> int:
     spread = max((group.spread for group in engine.groups), default=0)
     kept = sum(group.kept for group in engine.groups)
     shared = sum(group.shared for group in engine.groups)
-    cotangents = 3 * engine.largest
-    need = n * (engine.saved + 2 * spread) + n * c * (cotangents + 2 * moving) + 2 * BLOCK_BYTES
+    cotangents = 6 * engine.largest  # on their way, and what operators make on theirs
+    need = (
+        n * (engine.saved + 2 * spread)
+        + n * c * (cotangents + 2 * moving)
+        + 2 * BLOCK_BYTES.get(engine.device.type, 0)
+    )
     if stored:
         need += n * shared + n * c * kept + (n * c) ** 2 * item * grams
     return need
@@ -169,8 +170,8 @@ def tiles_of(engine: Engine, room: int | None, firm: bool, stored: bool, grams: 
         outputs = (outputs + 1) // 2
     if not fits(samples, outputs) and firm:
         raise MemoryError(
-            f"one sample and one output need {_needed(engine, 1, 1, stored, grams):,} bytes by count; max_bytes allows "
-            f"{room:,}. Way out: a larger max_bytes, or fewer layers at a time (layers=)."
+            f"one sample and one output need {_needed(engine, 1, 1, stored, grams):,} bytes by count; "
+            f"max_bytes allows {room:,}. Way out: a larger max_bytes, or fewer layers at a time (layers=)."
         )
     pieces, parts = math.ceil(n / samples), math.ceil(c / outputs)
     return [
@@ -201,7 +202,6 @@ def counted(engine: Engine, tiles: list[Tile], room: int | None) -> JacobianPlan
         tiles=len(tiles),
         tile=tile,
         passes=len(tiles) * (len(tiles) + 1) // 2,
-        backward=0.0,
         bytes=_needed(engine, *tile, several, 1),
         gram_bytes=(engine.n * engine.c) ** 2 * engine.dtype.itemsize,
         room=room,

@@ -21,6 +21,8 @@ from gcfast._products import (
     StackedOnes,
     _up,
     add_product_,
+    check_products,
+    exact_products,
     gamma,
     panel_slices,
     tiling,
@@ -193,6 +195,23 @@ def prove_by_shift(
                     best = ShiftProof(lower, estimate, lower / (share * estimate))
                 break
     return best if best.lower > 0 else None
+
+
+def prove_least_eigenvalue(k: Tensor) -> float:
+    """A proved lower bound of lambda_min(k), 0.0 where no positive one is within reach.
+
+    Args:
+        k: (n, n) float64, symmetric as stored: its lower triangle is read. Finite.
+
+    Nothing is said of the matrix that k may be a rounding of.
+    """
+    low = k.tril()
+    roots = low.diagonal().clamp(min=0).sqrt()  # |L||L|^T has entries of at most roots_i roots_j
+    g = BoundedGram(Tiles.of(low), 0.0, 0.0, _up(float(roots.amax() * roots.sum()), len(k)))
+    with exact_products():
+        check_products(k.device)
+        proof = prove_by_shift(g, True, lambda step, fraction: None)
+    return 0.0 if proof is None else proof.lower
 
 
 def _down(shift: float, *errors: float) -> float:

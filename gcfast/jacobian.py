@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from gcfast import _validate
 from gcfast._jacobian_engine import Engine, Group, Tile
-from gcfast._jacobian_factors import BLOCK_BYTES, Factor
+from gcfast._jacobian_factors import Factor, Lookup, Outer
 from gcfast._jacobian_plan import GroupPlan, JacobianPlan, counted, tiles_of
 from gcfast._products import mirror_
 from gcfast._trace import unwrap
 from gcfast.memory import limit
+
+_OMEGA_BYTES = 1 << 24  # of the random matrix at a time
 
 __all__ = ["JacobianPlan", "LayerJacobians"]
 
@@ -28,35 +30,36 @@ Direction = Tensor | Mapping[str, Tensor]
 class LayerJacobians:
     """The Jacobians of a model's outputs at its weights, layer by layer, as operators.
 
-    J_l = d vec f(x) / d w_l has a row for each sample i and output c, at index i C + c, and a column for each of
-    layer l's parameters. K = sum_l J_l J_l^T is the empirical neural tangent kernel (Jacot, Gabriel, Hongler
-    2018). Nothing of J's size is stored: cotangents of all outputs go back through the model together, and what
-    a layer makes of them is multiplied out and dropped as backpropagation passes.
+    J_l = d vec f(x) / d w_l has a row for each sample i and output c, at index i C + c, and a column for each
+    of layer l's parameters. K = sum_l J_l J_l^T is the empirical neural tangent kernel (Jacot, Gabriel,
+    Hongler 2018). Nothing of J's size is stored: cotangents of all outputs go back through the model
+    together, and what a layer makes of them is multiplied out and dropped as backpropagation passes.
 
     Args:
         model: gives (n, C) for n samples, each from its own input alone: batch normalisation that takes
             statistics of the batch and active dropout are refused (``model.eval()``).
-        x: n samples, n >= 1: a tensor, or a tuple (positional arguments) or dict (keyword arguments) of tensors
-            with n rows each. Not changed.
+        x: n samples, n >= 1: a tensor, or a tuple (positional arguments) or dict (keyword arguments) of
+            tensors with n rows each. Not changed.
         layers: which ones: names, glob patterns ("blocks.*.mlp.*", of layers or of parameters), classes of
             modules, or a list of these. A layer is a module that owns parameters, by its qualified name;
             parameters of the model itself stand under their own. By default all with ``requires_grad``.
         max_bytes: for what is made beside the results, and what the forward pass keeps for the backward pass:
             samples, then outputs, are taken in tiles that stay below it. By default half of what is free.
 
-    Every use of a parameter counts, wherever in the forward pass it is: in a module that is called twice, under
-    two names, by a function. Linear operators of any leading dimensions, convolutions and transposed ones,
-    batch, layer, group and instance normalisation, embeddings, attention's projections, sums and products with
-    a bare parameter, :class:`gcfast.WideLayer` have forms of their own; a parameter that any other operator
-    takes is differentiated sample by sample with ``torch.func``, and a line in the log "gcfast" says so. A
-    parameter that has no part in the output raises.
+    Every use of a parameter counts, wherever in the forward pass it is: in a module that is called twice,
+    under two names, by a function. Linear operators of any leading dimensions, convolutions and transposed
+    ones, batch, layer, group, instance and RMS normalisation, embeddings, attention's projections, PReLU,
+    sums, products and quotients with a bare parameter, and :class:`gcfast.WideLayer` have forms of their own;
+    a parameter that any other operator takes is differentiated sample by sample with ``torch.func``, and a
+    line in the log "gcfast" says so. A parameter that has no part in the output raises.
 
     Attributes: ``n``, ``c``; ``layers`` (name -> names of its parameters) and ``numel`` (name -> p_l);
     ``shape``, that of J: (n C, p), columns in the order of ``parameters``.
 
     Raises:
-        TypeError, ValueError: naming the argument, or the layer. RuntimeError: an operator has changed in place
-            what the backward pass needs. MemoryError: one sample and one output need more than ``max_bytes``.
+        TypeError, ValueError: naming the argument, or the layer. RuntimeError: an operator has changed in
+            place what the backward pass needs. MemoryError: one sample and one output need more than
+            ``max_bytes``.
     """
 
     def __init__(
@@ -164,11 +167,11 @@ class LayerJacobians:
             layers: of these Jacobians' layers, those to sum; as in the constructor.
             other: other samples x' of the model, n' of them: the cross-Gram J(x) J(x')^T, (n C, n' C).
             per_layer: a dict of each layer's own instead of their sum.
-            trace: summed over equal outputs, (n, n'): sum_c K[(i,c),(j,c)] ("pseudo-NTK", but for a factor C),
-                at a C-th of the work or less.
+            trace: summed over equal outputs, (n, n'): sum_c K[(i,c),(j,c)] ("pseudo-NTK", but for a factor
+                C), at a C-th of the products.
 
-        Symmetric to the bit without ``other``. In the model's dtype; sums of products have the error of a plain
-        matrix product. Gradients of one parameter from several uses are added before anything is multiplied.
+        Symmetric to the bit without ``other``. In the model's dtype; sums of products have the error of a
+        plain matrix product. Gradients of one parameter from several uses are added, then multiplied.
         """
         wanted = set(self.layers) if layers is None else self._among(layers)
         first, second = self._engine, self._engine
@@ -210,8 +213,8 @@ class LayerJacobians:
     ) -> Tensor:
         """J Omega, (n C, k), for a random p x k matrix Omega with E[Omega Omega^T] = I.
 
-        ``method``: "gaussian", entries N(0, 1/k), or "sparse", one entry +-1 in each row of Omega (count sketch),
-        which costs nothing beside J. Omega depends on the seed, on k and on the layers' sizes, not on x, its
+        ``method``: "gaussian", entries N(0, 1/k), or "sparse", one entry +-1 in each row of Omega (count
+        sketch), which costs little beside J. Omega depends on the seed, on k and on the layers, not on x, its
         tiles or the device: sketches of other samples with the same seed can be compared, S S'^T ~ J J'^T.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
@@ -221,7 +224,7 @@ class LayerJacobians:
         wanted = set(self.layers) if layers is None else self._among(layers)
         engine = self._engine
         out = torch.zeros((self.n, self.c, k), dtype=engine.dtype, device=engine.device)
-        width = max(1, BLOCK_BYTES // (8 * k))
+        width = max(1, _OMEGA_BYTES // (8 * k))
         for tile in self._tiles(engine, stored=False):
             part = torch.zeros((tile.n * tile.outputs, k), dtype=engine.dtype, device=engine.device)
 
@@ -250,7 +253,7 @@ class LayerJacobians:
         for layer in part:
             if any(name not in chosen for name in self.layers[layer]):
                 raise ValueError(
-                    f"layers: {layers!r} takes a part of layer {layer!r}; give it to LayerJacobians(layers=...)"
+                    f"layers: {layers!r} is a part of layer {layer!r}; give it to LayerJacobians(layers=...)"
                 )
         return part
 
@@ -332,56 +335,54 @@ class _GramJob:
             a = a.traced()
             b = a if same else b.traced()
         form = GroupPlan.of(group, a, b, lower).form
-        if form == "hadamard":
+        if form == "hadamard" and isinstance(a, (Outer, Lookup)):
             a.hadamard(b, block, lower)
         else:
             a.by_rows(b, block, lower)
 
+    def _receiver(
+        self,
+        blocks: dict[str, Tensor],
+        against: dict[int, Factor] | None = None,
+        keep: dict[int, Factor] | None = None,
+    ) -> Callable[[int, Factor], None]:
+        """Multiplies every factor with that of the same group in ``against``, by default with itself."""
+
+        def receive(number: int, factor: Factor) -> None:
+            group = self.first.groups[number]
+            key = self._key(group)
+            if key is not None:
+                other = factor if against is None else against[number]
+                self._add(blocks[key], group, factor, other, against is None)
+                if keep is not None:
+                    keep[number] = factor
+
+        return receive
+
+    def _pairs(self, a: Tile, b: Tile) -> bool:
+        """Whether a Gram has anything of these tiles: a trace has only equal outputs."""
+        return not self.trace or (a.c, a.e) == (b.c, b.e)
+
     def symmetric(self, tiles: Sequence[Tile]) -> None:
         """On and below the diagonal; a tile's factors are kept while those after it go by."""
         for at, tile in enumerate(tiles):
-            later = [b for b in tiles[at + 1 :] if not (self.trace and (b.c, b.e) != (tile.c, tile.e))]
+            later = [b for b in tiles[at + 1 :] if self._pairs(tile, b)]
             stored: dict[int, Factor] = {}
             blocks = self._blocks(tile, tile)
-
-            def first(number: int, factor: Factor) -> None:
-                group = self.first.groups[number]
-                key = self._key(group)
-                if key is not None:
-                    self._add(blocks[key], group, factor, factor, True)
-                    if later:
-                        stored[number] = factor
-
-            self.first.run(tile, first)
+            self.first.run(tile, self._receiver(blocks, keep=stored if later else None))
             self._store(blocks, tile, tile)
             for b in later:
                 blocks = self._blocks(b, tile)
-
-                def second(number: int, factor: Factor) -> None:
-                    group = self.first.groups[number]
-                    key = self._key(group)
-                    if key is not None:
-                        self._add(blocks[key], group, factor, stored[number], False)
-
-                self.first.run(b, second)
+                self.first.run(b, self._receiver(blocks, stored))
                 self._store(blocks, b, tile, symmetric=True)
 
     def cross(self, tiles: Sequence[Tile], others: Sequence[Tile]) -> None:
         for b in others:
             stored: dict[int, Factor] = {}
             self.second.run(b, stored.__setitem__)
-            for a in tiles:
-                if self.trace and (a.c, a.e) != (b.c, b.e):
-                    continue
+            for a in (tile for tile in tiles if self._pairs(tile, b)):
                 blocks = self._blocks(a, b)
-
-                def add(number: int, factor: Factor) -> None:
-                    group = self.first.groups[number]
-                    key = self._key(group)
-                    if key is not None:
-                        self._add(blocks[key], group, factor, stored[number], False)
-
-                self.first.run(a, add)
+                self.first.run(a, self._receiver(blocks, stored))
                 self._store(blocks, a, b)
 
 
@@ -427,8 +428,8 @@ def _refuse_training(model: nn.Module) -> None:
             module.training or module.running_mean is None
         ):
             raise ValueError(
-                f"{where} takes statistics of the batch, so that one sample's outputs depend on the others: call "
-                "model.eval() first"
+                f"{where} takes statistics of the batch, so that one sample's outputs depend on the others: "
+                "call model.eval() first"
                 + ("" if module.track_running_stats else "; it keeps no running statistics")
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:

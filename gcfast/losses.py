@@ -73,6 +73,18 @@ class ConvexLoss(ABC):
         """Upper bound of the largest eigenvalue of any curvature matrix with c outputs; inf if unknown."""
         return math.inf
 
+    def dominance(self, c: int) -> float:
+        """A kappa with |residual_i|^2 >= kappa (loss_i - inf loss_i) at all outputs; 0 if none is known."""
+        return 0.0
+
+    def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
+        """Upper bound of (1/n) sum_i (loss_i - inf loss_i) at all outputs with |residual|_F <= residual_norm.
+
+        inf where none is known. y: prepared targets, n >= 1.
+        """
+        kappa = self.dominance(c)
+        return residual_norm**2 / (kappa * len(y)) if kappa > 0 else math.inf
+
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         """Outputs near z at which every loss_i is within eps of its infimum; None if not known."""
         return None
@@ -94,6 +106,16 @@ def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     )
     total = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device).index_add_(0, group, y)
     return total / count.clamp(min=1).unsqueeze(1), count
+
+
+def _log_excess(u: float) -> float:
+    """A k with -log(1 - v) <= v + k v^2 for all v <= u, inf for u >= 1: (-log(1 - u) - u) / u^2, rounded up.
+
+    For (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v.
+    """
+    if u >= 1.0:
+        return math.inf
+    return 0.5 + 0.5 * u if u < 1e-3 else (-math.log1p(-u) - u) / u**2 * (1 + 1e-9)
 
 
 class CrossEntropy(ConvexLoss):
@@ -174,6 +196,29 @@ class CrossEntropy(ConvexLoss):
     def smoothness(self, c: int) -> float:
         return 0.5 if c > 1 else 0.0
 
+    def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
+        """As the base class; finite where the norm is too small for any probability to reach zero.
+
+        With d = y - p = -residual_i the excess is KL(y || p) = sum_(y_c > 0) -y_c log(1 - d_c / y_c). As d
+        sums to zero, |d_c| <= sqrt((C-1)/C) |d|; let u bound d_c / y_c. Then the excess is at most
+        q + k(u) sum_(y_c > 0) d_c^2 / y_c with k of _log_excess and q the sum of d over the support of y,
+        which is that of p over its z zeros: q <= sqrt(z (C-z) / C) |d|, by the norms of the two parts of d.
+        Cauchy and Schwarz sum q over the samples.
+        """
+        if y.dim() == 1:
+            zeros, least = (
+                torch.full_like(y, c - 1, dtype=torch.float64),
+                torch.ones_like(y, dtype=torch.float64),
+            )
+        else:
+            zeros = (y == 0).sum(1).to(torch.float64)
+            least = torch.where(y > 0, y, math.inf).amin(1)
+        share = (c - 1) / c
+        excess = _log_excess(math.sqrt(share) * residual_norm / float(least.amin()))
+        outside = math.sqrt(float((zeros * (c - zeros) / c).sum())) * residual_norm
+        weight = float((torch.where(zeros == c - 1, share, 1.0) / least).amax())
+        return (outside + excess * weight * residual_norm**2) / len(y) if excess < math.inf else math.inf
+
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         if y.dim() == 2:
             if not self.attained(y):
@@ -243,6 +288,9 @@ class MSE(_Elementwise):
     def smoothness(self, c: int) -> float:
         return 2.0 / c
 
+    def dominance(self, c: int) -> float:
+        return 4.0 / c  # |2 t / C|^2 over t^2 / C
+
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         mean, _ = _group_mean(y, group, groups)
         total = torch.zeros(groups, dtype=torch.float64, device=y.device)
@@ -294,6 +342,21 @@ class BCEWithLogits(_Elementwise):
     def smoothness(self, c: int) -> float:
         return 0.25 / c
 
+    def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
+        """As the base class; finite where the norm is too small for any probability to reach zero or one.
+
+        An output is cross-entropy with two classes, d = y - p = -C residual: for y in {0, 1} its excess is
+        at most |d| + k(u) d^2, otherwise k(u) d^2 / (y (1 - y)), over C; see :meth:`CrossEntropy.gap_bound`.
+        """
+        hard = (y == 0) | (y == 1)
+        least = float(torch.where(hard, 1.0, torch.minimum(y, 1 - y)).amin())
+        weight = float(torch.where(hard, 1.0, 1 / (y * (1 - y))).amax())
+        norm = c * residual_norm
+        excess = _log_excess(norm / least)
+        if excess == math.inf:
+            return math.inf
+        return (math.sqrt(int(hard.sum())) * norm + excess * weight * norm**2) / y.numel()
+
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         mean, count = _group_mean(y, group, groups)
         return count * self.infimum(mean)
@@ -338,6 +401,10 @@ class Huber(_Elementwise):
 
     def smoothness(self, c: int) -> float:
         return 1.0 / c
+
+    def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
+        """As the base class: all |t| = C |residual| < delta, where the loss is t^2/2, or inf."""
+        return 0.5 * c * residual_norm**2 / len(y) if c * residual_norm < self.delta else math.inf
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         return y

@@ -301,23 +301,26 @@ def jacobian_gram(
     room = _ROOM["cpu" if out.device.type == "cpu" else "cuda"]
     side = max(1, math.isqrt(room // (c * c2)))
     together = max(1, room // (min(side, n) * c * min(side, n2) * c2))  # positions s
-    out4, scales = out.view(n, c, n2, c2), scale.view(-1, n, t, n2, t2)
+    scales = scale.view(-1, n, t, n2, t2)
     layers = list(zip(scales, (0, *(ends or (r,))), ends or (r,)))
     for i0, j0 in itertools.product(range(0, n, side), range(0, n2, side)):
-        i, j = slice(i0, i0 + side), slice(j0, j0 + side)
         if lower and j0 > i0:
             continue
-        tile = out4[i, :, j]
+        i, j = slice(i0, min(i0 + side, n)), slice(j0, min(j0 + side, n2))
+        tile = out[i.start * c : i.stop * c, j.start * c2 : j.stop * c2]
         sums = torch.zeros_like(tile)
         for (layer, begin, end), s0, p in itertools.product(layers, range(0, t2, together), range(t)):
             s = slice(s0, s0 + together)
             part = g[i, :, p, begin:end].flatten(0, 1) @ h[j, :, s, begin:end].flatten(0, 2).mT
-            part = part.view(*tile.shape, -1)
-            sums += part.mul_(layer[i, p, j, s].unsqueeze(2).unsqueeze(1)).sum(-1)
+            part = part.view(i.stop - i0, c, tile.shape[1], -1)
+            weights = layer[i, p, j, s].repeat_interleave(c2, 1).unsqueeze(1)
+            if part.shape[-1] == 1:
+                sums.view(part.shape).addcmul_(part, weights)
+            else:
+                sums += part.mul_(weights).sum(-1).view(sums.shape)
         if lower and i0 == j0:
-            sums = sums.flatten(0, 1).flatten(1)
-            keep = torch.ones_like(sums, dtype=torch.bool).tril_().view(tile.shape)
-            tile.copy_(torch.where(keep, tile + sums.view(tile.shape), tile))
+            keep = torch.ones_like(tile, dtype=torch.bool).tril_()
+            tile.copy_(torch.where(keep, tile + sums, tile))
         else:
             tile += sums
 

@@ -92,6 +92,28 @@ def _matrix_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> Tensor:
     return torch.linalg.matrix_rank(a / a.abs().amax((1, 2), True).clamp(min=1e-300), atol=atol, rtol=rtol)
 
 
+def _jacobian(n: int, c: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """c columns of two layers, 3 outputs and 2 positions of n / 8 samples."""
+    samples = n // 8 + 1
+    g = strided(6 * samples, c, dtype, device).unflatten(0, (samples, 3, 2))
+    scale = torch.randn(2, 2 * samples, 2 * samples, dtype=dtype, device=device)
+    return strided(3 * samples, 3 * samples, dtype, device), g, scale
+
+
+def _jacobian_gram(out: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    out = out.clone()
+    ops.jacobian_gram(out, g, g, scale, ends=(g.shape[3] // 2, g.shape[3]))
+    return out
+
+
+def _jacobian_sums(out: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    half = g.shape[3] // 2
+    for layer, part in zip(scale, (g[..., :half], g[..., half:])):
+        layer = layer.view(len(g), 2, len(g), 2)
+        out = out + torch.einsum("icto,jeso,itjs->icje", part, part, layer).reshape(out.shape)
+    return out
+
+
 BOTH = ("triton", "cuda")
 CASES = [
     *(
@@ -113,6 +135,7 @@ CASES = [
         lambda h: h.abs() @ h.abs().sum(dim=0),
         ("triton",),
     ),
+    Case("jacobian_gram", _jacobian, _jacobian_gram, _jacobian_sums, ("triton",)),
     Case(  # the rank, and both its bounds
         "batched_rank",
         _rank,

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import NEEDS_INTERPRETER, TARGETS
 
 from gcfast import _dispatch, ops, reference
 
@@ -51,6 +51,20 @@ def truth(out, g, h, scale, ends):
         gram = torch.einsum("icto,jeso->ictjes", g[..., begin:end], h[..., begin:end])
         total += (gram * layer.view(n, 1, t, n2, 1, t2)).sum((2, 5)).view(out.shape)
     return total
+
+
+def extended(out, g, h, scale, ends):
+    """`truth` from sums in extended precision, rounded to float64."""
+    import numpy as np
+
+    (n, c, t, _), (n2, c2, t2, _) = g.shape, h.shape
+    out, g, h, scale = (x.numpy().astype(np.longdouble) for x in (out, g, h, scale))
+    total = out.reshape(n, c, n2, c2)
+    for layer, begin, end in zip(scale, (0, *ends), ends):
+        rows, columns = g[..., begin:end].reshape(n * c * t, -1), h[..., begin:end].reshape(n2 * c2 * t2, -1)
+        gram = (rows @ columns.T).reshape(n, c, t, n2, c2, t2)
+        total = total + (gram * layer.reshape(n, 1, t, n2, 1, t2)).sum(axis=(2, 5))
+    return torch.from_numpy(total.reshape(n * c, n2 * c2).astype(float))
 
 
 def plain(out, g, h, scale, ends):
@@ -157,20 +171,17 @@ def test_what_lies_around_out_stays(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(40, 5, 1, (300, 611)), (6, 4, 5, (130,)), (3, 2, 17, (48, 50))], ids=str)
 def test_error_no_worse_than_plain_torch(target, dtype, size):
-    """Against float64 (for float64 itself longer sums would not be truer: its margin is its roundings)."""
+    """Against float64, for that against extended precision; in eps of the sums of absolute terms."""
     *one, ends = size
     if target.interpreted:
         one[0] = min(one[0], 12)
-    out, g, h, scale = (
-        normal(*x.shape, dtype=dtype, seed=i) for i, x in enumerate(inputs((*one, *one, ends)))
-    )
-    want = truth(out, g, h, scale, ends)
-    terms = truth(out.abs(), g.abs(), h.abs(), scale.abs(), ends)
-    got = added(*(x.to(target.device) for x in (out, g, h, scale)), ends=ends).cpu()
-    worst, eager = (
-        float(((x.double() - want).abs() / terms).max()) for x in (got, plain(out, g, h, scale, ends))
-    )
-    assert worst <= eager + 4 * torch.finfo(dtype).eps
+    shapes = [x.shape for x in inputs((*one, *one, ends))]
+    args = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    want = (truth if dtype == torch.float32 else extended)(*args, ends)
+    terms = truth(*(x.abs() for x in args), ends)
+    got = added(*(x.to(target.device) for x in args), ends=ends).cpu()
+    ours, eager = (float(((x.double() - want).abs() / terms).max()) for x in (got, plain(*args, ends)))
+    assert ours <= eager + 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,6 +210,52 @@ def test_no_bit_depends_on_threads_or_pieces(dtype):
         part = scales[:, i, :, j].flatten(1, 2).flatten(2)
         got = added(piece, g[i, 1:3], h[j], part, ends=ends)
         assert torch.equal(got, four[i, 1:3, j].flatten(0, 1).flatten(1))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("lower", [False, True])
+def test_where_torch_allows_tf32(lower, poison):
+    """Three products of TF32, which the interpreter makes as if they were float32's."""
+    pytest.importorskip("triton")
+    from gcfast.triton_kernels.jacobian_gram import jacobian_gram
+
+    size = (23, 3, 1, 23, 3, 1, (16, 40, 77))
+    out, g, h, scale = inputs(size)
+    want = truth(out, g, h, scale, size[-1])
+    kept = out.triu(1)
+    jacobian_gram(out, g, h, scale, size[-1], lower, "tf32")
+    assert torch.equal(out.tril().double(), want.tril())
+    assert torch.equal(out.triu(1), kept if lower else want.triu(1).float())
+
+
+@on_each
+@pytest.mark.parametrize("which", ["samples", "outputs", "positions", "layers", "rows", "columns", "out"])
+def test_offsets_beyond_32_bits(target, which):
+    """Tensors spread over more than 2^31 elements, of which only the pages that they touch are ever there."""
+    if target.device.type != "cpu":
+        pytest.skip("their memory would be there")
+    size = (3, 4, 5, 3, 4, 5, (9, 11))
+    out, g, h, scale = inputs(size)
+    strides = {
+        "samples": (2**30 + 1, 55, 11, 1),
+        "outputs": (55, 2**30 + 1, 165, 1),
+        "positions": (44, 11, 2**30, 1),
+    }
+    scales = {"layers": (2**31 - 100, 15, 1), "rows": (15, 2**28 + 1, 1), "columns": (1, 2, 2**28)}
+    try:
+        store = torch.empty(2**32 + 2**10)
+    except RuntimeError as error:
+        pytest.skip(f"so much address space is not to be had: {error}")
+    want = truth(out, g, h, scale, size[-1])
+    if which in strides:
+        g = store.as_strided(g.shape, strides[which]).copy_(g)
+        h = store[1000:].as_strided(h.shape, strides[which]).copy_(h) if which != "positions" else h
+    elif which in scales:
+        scale = store.as_strided(scale.shape, scales[which]).copy_(scale)
+    else:
+        out = store.as_strided(out.shape, (2**28 + 1, 1)).copy_(out)
+    ops.jacobian_gram(out, g, h, scale, ends=size[-1])
+    assert torch.equal(out.double(), want)
 
 
 @on_each

@@ -1,17 +1,19 @@
-"""The Gram of a Jacobian from its layers' factors, added to out: a tile stays in registers for all of it.
+"""The Gram of a Jacobian from its layers' factors, added to out: a tile stays in registers for all of them.
 
-A program owns a tile of out and goes through layers, pairs of positions (t, s) and blocks of o; the sums over o
-of a pair are multiplied by their scales, gathered one a pair of samples, and added to the tile's total. Out is
-read and written once, and with `lower` only tiles that meet the lower triangle have a program.
+A program owns a tile of out and goes through layers, pairs of positions (t, s) and blocks of o; a pair's sums
+over o are multiplied by their scales, gathered by the samples of row and column, and added to the tile's
+totals. Out is read and written once, and with `lower` only tiles that meet the lower triangle have a program.
+Where layers end is read from the device; factors are not padded for it: only a layer's last block of o needs
+a mask, and where all layers begin at multiples of 16 the loads of the others are of 16 bytes.
 
-Counts for an MLP on an H100: n = 512, C = 10, layers of 512, 512 and 10, n C = 5120, float32, lower. 27 GFLOP,
-0.45 ms at 60 TFLOP/s of IEEE fp32 and 0.20 ms at a third of TF32's 400; half of out read and written, 105 MB,
-0.035 ms at 3 TB/s; factors, 2 x 21 MB, and scales, 3 MB, read from memory once and from L2 by tiles: a tile of
-64 x 64 takes 2 x 64 x 4 bytes a step of o for 8,192 FLOP, 16 FLOP a byte, 88 TFLOP/s at 5.5 TB/s of L2. So
-products are what limits it. Composed of torch's products and multiplications the factors' Gram (105 MB) is
-written, read, scaled, written, read and added for each layer: 1.9 GB with out, 0.6 ms. A late convolution
-(n = 8, C = 10, 16 positions, R = 512; 80 x 80) is 3 tiles of 64 x 64, each with 256 products over R: latency, not
-throughput, and the scales are 7,000 bytes a pair in tiles of 4,096 gathers from L1.
+Count for an MLP in float32 with `lower`: n = 512, C = 10, layers of 512, 512 and 10. 27 GFLOP: 0.45 ms at an
+H100's nominal 60 TFLOP/s of IEEE float32, 0.2 ms at a third of TF32's 400. Half of out read and written,
+105 MB, both factors, 42 MB, and the scales, 3 MB: 0.05 ms at 3 TB/s. A tile of 64 x 64 takes 512 bytes an o
+for 8,192 FLOP: 27 GFLOP are 1.7 GB through L2, 0.3 ms at 5.5 TB/s, under IEEE's products, half above TF32's.
+Of torch's products and multiplications a layer's factor Gram of 105 MB would be written and read twice, and
+all of out read and written, for each layer: 1.9 GB of memory, 0.6 ms, besides twice the products. A late
+convolution (n = 8, C = 10, 16 positions, 512 columns) is 3 tiles of 256 products each: too few programs for
+the device.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -28,12 +30,18 @@ from torch import Tensor
 from ._launch import ARCHITECTURES, TRITON_TYPES, Launch, Specialization, architecture, run
 from ._wide import INSTRUCTION
 
+# Square, as the triangle's numbering wants. A thread holds as many totals as sums, 16 each, and the gather of
+# scales takes another 50 registers: 168 to 247 as compiled, a program of 8 warps a multiprocessor. By 4 warps
+# 64 x 64 spilled in float64 and on sm_80 in tf32x3, and 128 x 128 by 8 or 16 in float32; so did twice the BK
+# of tf32x3, whose operands are in registers twice where products take them from there (not on sm_100), and on
+# sm_80 of IEEE.
 _BLOCKS = {
     "fp64": Launch({"BM": 64, "BN": 64, "BK": 16}, num_warps=8, num_stages=3),
     "ieee": Launch({"BM": 64, "BN": 64, "BK": 32}, num_warps=8, num_stages=3),
     "tf32x3": Launch({"BM": 64, "BN": 64, "BK": 16}, num_warps=8, num_stages=3),
 }
 _LAUNCHES = {(arch, mode): launch for arch in ARCHITECTURES for mode, launch in _BLOCKS.items()}
+_LAUNCHES[100, "tf32x3"] = Launch({"BM": 64, "BN": 64, "BK": 32}, num_warps=8, num_stages=3)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "positions_g", "positions_h", "layers"])

@@ -3,13 +3,13 @@
 #include "packed_tiles.h"
 
 // The sums of a tile times their scales, row r's at scale + at[r], added to N columns of `sums`.
-template <class T, int V>
+template <class T, int V, int P>
 __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t k, const T* scale, const int64_t* at,
                                                  T* sums) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int W = Lanes<T>::width, N = Lanes<T>::columns;
   Vec sum[GCFAST_ROWS][V];
-  sum_tile<T, V, true>(a, b, k, sums, N, sum);
+  sum_tile<T, V, P, true>(a, b, k, sums, N, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < GCFAST_ROWS; ++r) {
     const T* s = scale + at[r];
@@ -26,10 +26,16 @@ void spread(const Positions<T>& p, const T* scale, int64_t column, int64_t colum
   constexpr int64_t W = Lanes<T>::width;
   for (int64_t i = 0; i < p.samples; ++i, scale += p.scale_row, out += Lanes<T>::columns) {
     const T* from = scale + column / p.outputs * p.scale_column;
-    int64_t stop = p.outputs - column % p.outputs;
-    for (int64_t q = 0; q < columns; q = stop, stop += p.outputs, from += p.scale_column) {
-      const Vec v = Vec{} + *from;  // beyond the columns of this sample, too: those of the next overwrite it
-      for (int64_t l = q; l < stop && l < columns; l += W) *reinterpret_cast<Vec*>(out + l) = v;
+    if (p.outputs == 1 && p.scale_column == 1) {
+      for (int64_t q = 0; q < columns; ++q) out[q] = from[q];
+    } else if (p.outputs == 1) {
+      for (int64_t q = 0; q < columns; ++q) out[q] = from[q * p.scale_column];
+    } else {
+      int64_t stop = p.outputs - column % p.outputs;
+      for (int64_t q = 0; q < columns; q = stop, stop += p.outputs, from += p.scale_column) {
+        const Vec v = Vec{} + *from;  // beyond the columns of this sample, too: those of the next overwrite it
+        for (int64_t l = q; l < stop && l < columns; l += W) *reinterpret_cast<Vec*>(out + l) = v;
+      }
     }
     for (int64_t q = columns; q < fits; ++q) out[q] = T(0);
   }
@@ -46,8 +52,17 @@ __attribute__((noinline)) void columns_of(const Positions<T>& p, int64_t j, int6
     for (int64_t s = 0; s < p.s; ++s) {
       const T *a = p.a + t * p.a_next, *b = p.b + s * p.b_next + j * p.k;
       spread(p, p.scale + t * p.scale_t + s * p.scale_s, p.column + j, columns, V * W, p.spread);
-      for (int64_t i = begin; i < p.rows; i += R)
-        micro<T, V>(a + i / G * G * p.k + i % G, b, p.k, p.spread - p.at[0], p.at + i, sums + i * Lanes<T>::columns);
+      for (int64_t i = begin; i < p.rows; i += R) {
+        const T *x = a + i / G * G * p.k + i % G, *scale = p.spread - p.at[0];
+        T* to = sums + i * Lanes<T>::columns;
+        const int64_t below = p.lower ? i + R + p.above - j : columns;  // columns that reach below the diagonal
+        if (V > 1 && below <= W)
+          micro<T, 1, V>(x, b, p.k, scale, p.at + i, to);
+        else if (V > 2 && below <= 2 * W)
+          micro<T, V < 2 ? V : 2, V>(x, b, p.k, scale, p.at + i, to);
+        else
+          micro<T, V, V>(x, b, p.k, scale, p.at + i, to);
+      }
     }
 }
 

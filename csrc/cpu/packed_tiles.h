@@ -5,13 +5,13 @@
 
 template <class T> constexpr int kGroup = GCFAST_ROWS > Lanes<T>::width ? GCFAST_ROWS : Lanes<T>::width;
 
-// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns. What they are added to is fetched meanwhile, a row
-// of `ahead` in 8 steps: all rows at once would hold up the operands.
-template <class T, int V, bool fetch>
+// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns, of P that are packed. What they are added to is
+// fetched meanwhile, a row of `ahead` in 8 steps: all rows at once would hold up the operands.
+template <class T, int V, int P, bool fetch>
 __attribute__((always_inline)) inline void sum_tile(const T* a, const T* b, int64_t k, const T* ahead, int64_t lda,
                                                     typename Lanes<T>::Vec (&sum)[GCFAST_ROWS][V]) {
   using Vec = typename Lanes<T>::Vec;
-  constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = V * W, G = kGroup<T>;
+  constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = P * W, G = kGroup<T>;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

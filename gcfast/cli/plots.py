@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["lambda_path", "loss_curves", "singular_values"]
+    from gcfast._trainability import LayerTrainability
+
+__all__ = ["eigenvalue_ranges", "lambda_path", "loss_curves", "singular_values"]
 
 BASE, TWO_PHASE, NEAREST = "#4c8ed9", "#e0782f", "#1f9d6b"
 # Stand-ins for the colours the page decides; matplotlib can write only fixed ones.
@@ -105,6 +107,42 @@ def singular_values(values: Mapping[str, Any], narrow: bool = False) -> str:
     axes.margins(y=0.1)
     _finish(axes, narrow)
     return _svg(figure, f"spectrum{narrow:d}", "Singular values of the features with the proved lower bound")
+
+
+def eigenvalue_ranges(rows: Sequence[LayerTrainability]) -> str:
+    """Estimated range of the eigenvalues of each K_l, the proved bound, and rounding: a file of its own."""
+    figure, axes = _figure(0.9 + 0.3 * len(rows), narrow=False)
+    axes.set_xscale("log")
+    bars = [row for row in rows if row.lambda_max is not None and row.lambda_max > 0]
+    left = min((0.1 * row.rounding for row in bars), default=1.0)  # what is at or below zero begins here
+    labelled: set[str] = set()
+
+    def once(label: str) -> str:
+        new = label not in labelled
+        labelled.add(label)
+        return label if new else "_nolegend_"
+
+    for at, row in enumerate(rows):
+        if row.lambda_min is None or row.lambda_max is None or row.lambda_max <= 0:
+            text = "p_l < n C" if row.lambda_min is None else "K_l = 0"
+            axes.annotate(text, (left, at), (4, -3), textcoords="offset points", color=_INK)
+            continue
+        colour = NEAREST if row.carries else TWO_PHASE
+        label = once("could carry a guarantee" if row.carries else "could not")
+        axes.plot([max(row.lambda_min, left), row.lambda_max], [at, at], color=colour, lw=5, label=label)
+        axes.plot([row.rounding] * 2, [at - 0.35, at + 0.35], color=_INK, lw=1.2)
+        if row.lambda_min_lower > 0:
+            axes.plot(
+                [row.lambda_min_lower], [at], "|", color=BASE, ms=14, mew=2, label=once("proved: none below")
+            )
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("eigenvalues of K_l; black: rounding")
+    _finish(axes, narrow=False)
+    longest = max(len(row.name) for row in rows)
+    figure.subplots_adjust(left=min(0.5, (0.3 + 0.08 * longest) / 7.6))
+    svg = _svg(figure, "eigenvalues", "Eigenvalue ranges of the Jacobian Grams, layer by layer")
+    return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="--grid: #ccc"', 1)
 
 
 def _figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, Axes]:

@@ -106,7 +106,7 @@ template <class T> void pieces(int64_t n, int64_t c, int64_t t) {
 
 template <class T> void all() {
   int layout = 0;
-  for (int64_t n : {1, 3, 6})
+  for (int64_t n : {1, 5})
     for (int64_t c : {1, 2, 7, 20})
       for (int64_t t : {1, 3, 9})
         for (const std::vector<int64_t>& ends : {std::vector<int64_t>{1}, {5, 5, 22}, {16, 33}}) {
