@@ -118,12 +118,14 @@ def compare(
     device: torch.device | str | None = None,
     flush_l2: bool = True,
     once: Collection[str] = (),
+    scale: Mapping[str, float] | None = None,
 ) -> list[Timing]:
     """Time the candidates alternately. Ratios are taken round by round against the first candidate.
 
     `device` says whose clock counts; by default it is where the first candidate's result lives, or else
     :func:`bench_device`. On a GPU the L2 cache is flushed before every timed call. Candidates named in `once`
-    run in the first round only, without warm-up.
+    run in the first round only, without warm-up. `scale` names candidates that do a part of the work, with
+    the factor from its time to that of the whole.
     """
     value: object = None
     for name, f in reversed(candidates.items()):  # the first one last, for its result
@@ -145,7 +147,7 @@ def compare(
                 ran[name] = dict(_dispatch._last)
         clock.settle()
         for name, read in pending.items():
-            seconds[name].append(read())
+            seconds[name].append(read() * (scale or {}).get(name, 1.0))
     first = next(iter(candidates))
     out = []
     for name, times in seconds.items():

@@ -69,6 +69,13 @@ ROWS = (
         ours=("proof, sharp sigma",),
         kernels=False,
     ),
+    Row(
+        "`LayerJacobians.gram`, {size}",
+        "empirical NTK",
+        ours=("gcfast",),
+        against=("", "neural-tangents 3", "BackPACK SqrtGGN"),
+        kernels=False,
+    ),
     Row("`matrix_rank`, {size}", "matrix_rank"),
     *(Row(f"`{name}`, {{size}}", name) for name in ("softplus", "sigmoid", "tanh", "gelu", "silu")),
     *(Row(f"`{name}` and its gradients, {{size}}", f"{name} and gradients") for name in ("softplus", "gelu")),

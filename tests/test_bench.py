@@ -70,6 +70,13 @@ def test_a_slow_peer_can_run_once(clock):
     assert first.ratios["b"] == (30, 30, 30)
 
 
+def test_part_of_the_work_is_scaled_to_the_whole(clock):
+    a, b = clock.candidate("a", [6] * 3), clock.candidate("b", [1, 2, 3])
+    whole, part = _compare.compare({"a": a, "b": b}, repeats=3, warmup=0, device="cpu", scale={"b": 4.0})
+    assert (whole.median, part.best, part.median) == (6, 4, 8)
+    assert part.ratios["a"] == (0.5, 0.75, 1.5)
+
+
 def test_the_clock_is_that_of_the_results_device():
     (timing,) = _compare.compare({"a": lambda: (1, [torch.zeros(2)])}, repeats=2, warmup=1)
     assert timing.device == "cpu"
