@@ -252,18 +252,10 @@ class Engine:
             if size == 2:  # two alone: one may be what the others depend on
                 earlier, *rest = [self._alone(one) for one in picked[: self.n]]
                 alone = torch.cat([earlier, *rest]).detach()
-            graph, cotangents = self._located(_stack(picked), alone, left)
-            before = Graph(earlier, self._names, self._views)
-            same = before.key == graph.key  # if one sample takes another course, three tell of two
-            if same:
-                left[:] = growing(left, graph, size, before, len(earlier))
+            graph, same = self._located(_stack(picked), alone, earlier, left)
             if same and all(len(found) == 1 for found in left):
                 break
             earlier = graph.output
-        self._layouts = [next(iter(layouts)) if len(layouts) == 1 else None for layouts in left]
-        for site, layout in zip(graph.sites, self._layouts):
-            site.layout = layout
-        self._live = [live_positions(site, g) for site, g in zip(graph.sites, cotangents)]
         self._key = graph.key
         missing = [name for name in self.parameters if name not in graph.seen]
         if missing:
@@ -290,10 +282,12 @@ class Engine:
             raise ValueError(f"the model must return at least one output; got shape {tuple(y.shape)}")
         return y
 
-    def _located(self, batch: Any, alone: Tensor, left: list[set[Layout]]) -> tuple[Graph, list[Tensor]]:
-        """The graph of a pass over a few samples, and its sites' cotangents of each sample alone.
+    def _located(
+        self, batch: Any, alone: Tensor, earlier: Tensor, left: list[set[Layout]]
+    ) -> tuple[Graph, bool]:
+        """The graph of a pass over a few samples; ``left`` becomes the layouts that each site admits.
 
-        ``left`` becomes the layouts that each site admits.
+        ``earlier``: the output of a pass over fewer, and as a result whether it took the same course.
         """
         y = self.forward(batch, rewriting=True)
         graph = Graph(y, self._names, self._views)
@@ -318,9 +312,16 @@ class Engine:
             # the same for all samples: a view of its parameter, for the operator that brings the samples in
             self._views |= shared
             left.clear()
-            return self._located(batch, alone, left)
+            return self._located(batch, alone, earlier, left)
+        before = Graph(earlier, self._names, self._views)
+        if same := before.key == graph.key:
+            found = growing(found, graph, n, before, len(earlier))
         left[:] = [a & b for a, b in zip(left, found)] if left else found
-        return graph, cotangents
+        self._layouts = [next(iter(layouts)) if len(layouts) == 1 else None for layouts in left]
+        for site, layout in zip(graph.sites, self._layouts):
+            site.layout = layout
+        self._live = [live_positions(site, g) for site, g in zip(graph.sites, cotangents)]
+        return graph, same
 
     def _cotangents_of_samples(self, graph: Graph, u: Tensor) -> list[Tensor]:
         """Each site's cotangents (n, ...) of u (n, n, C); decides whether vmap can take the backward pass and

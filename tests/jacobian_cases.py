@@ -287,6 +287,11 @@ case("vit", Vit, lambda: rand(N, 2, 4, 4))
 case("scalar factor", lambda: read(Fn(lambda x, s: s * x, s=rand())), lambda: rand(N, 2, 3))
 case("scalar divisor", lambda: read(Fn(lambda x, s: x / s, s=rand() + 3)), lambda: rand(N, 2, 3))
 case("vector dividend", lambda: read(Fn(lambda x, s: s / (3 + x.square()), s=rand(3))), lambda: rand(N, 2, 3))
+case(
+    "opposite signs",
+    lambda: read(Fn(lambda x, s: x / s + x * s + (x.square() - s).tanh(), s=rand(3).abs() + 1)),
+    lambda: rand(N, 2, 3),
+)
 case("subtracted from", lambda: read(Fn(lambda x, s: s - x, s=rand(2, 1))), lambda: rand(N, 2, 3))
 case(
     "subtracted", lambda: read(Fn(lambda x, s: torch.sub(x, s, alpha=3), s=rand(2, 1))), lambda: rand(N, 2, 3)
