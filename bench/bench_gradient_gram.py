@@ -1,4 +1,4 @@
-"""The Gram of samples' gradients in a weight: J by torch.bmm and its product by blocks, the kernel, a product alone."""
+"""The Gram of samples' gradients in a weight: torch.bmm and products by blocks of J, the kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from _fma import fma_peak
 
 from gcfast import ops
 
-# n, C, T, R, S, and the memory of g and a: tokens lie (C, n, T, R) and (n, T, S), pictures (C, n, R, T), (n, S, T)
+# n, C, T, R, S, and how g and a lie: tokens as (C, n, T, R) and (n, T, S), pictures (C, n, R, T), (n, S, T)
 SHAPES = {
     "ViT feed-forward 1": (16, 10, 65, 512, 128, "tokens"),
     "ViT feed-forward 2": (16, 10, 65, 128, 512, "tokens"),
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def composed(out, g, a):
-    """Blocks of J of 8 MB: a torch.bmm an output, then the kernel of a sliced product; rows in the order (c, i)."""
+    """Blocks of J of 8 MB: a torch.bmm an output, then a sliced product; rows in the order (c, i)."""
     (n, c, _, r), s = g.shape, a.shape[2]
     step = max(1, (8 << 20) // (n * c * s * g.element_size()))
     for r0 in range(0, r, step):

@@ -431,22 +431,22 @@ def gradient_gram(
     """Adds the Gram of every sample's gradients in one weight to out in place, without storing the gradients.
 
     out[(i, c), (j, e)] += sum over r, s of J[(i, c), (r, s)] J'[(j, e), (r, s)], where
-    J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] is output c's gradient at sample i in an (R, S) weight that
-    takes in a_it and puts out at position t what g is the gradient in; J' is made of h and b alike. The same
-    Gram as :func:`jacobian_gram`'s for one layer, in n C (T + n2 C2) R S products (half the second term without
-    h) instead of n C n2 C2 T T2 (R + 1) and those of the scales: for many positions. J is made in blocks of
-    parameters that stay in cache.
+    J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] is output c's gradient at sample i in an (R, S) weight,
+    which takes in a_it at position t and puts out what g is the gradient in; J' is made of h and b alike. It is
+    the Gram that :func:`jacobian_gram` makes of one layer, in n C (T + n2 C2 / 2) R S products without h, where
+    that takes n C n2 C2 T T2 R / 2 beside its scales: fewer where there are many positions. J is made in
+    blocks of parameters that stay in cache.
 
     Args:
-        out: (n C, n2 C2) float32 or float64, any strides that keep its elements apart (best: a unit stride of
-            columns); it shares none with the others.
-        g: (n, C, T, R), a: (n, T, S), of out's dtype and device, any strides (best: a unit stride of positions,
-            rows or columns).
+        out: (n C, n2 C2) float32 or float64, any strides that keep its elements apart (best: a unit stride
+            of columns); it shares none with the others.
+        g: (n, C, T, R), a: (n, T, S), of out's dtype and device, any strides (best: a unit stride of
+            positions, or of rows and columns).
         h: (n2, C2, T2, R), b: (n2, T2, S), alike, both or neither: without them J' is J, out is square and
             nothing above its diagonal is read or written.
 
-    Sums begin at zero and are added to out with one rounding. Repeatable bit for bit: on the CPU's kernels, at
-    any number of threads. Not differentiable.
+    Sums begin at zero and are added to out with one rounding. Repeatable bit for bit: on the CPU's kernels,
+    at any number of threads. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.

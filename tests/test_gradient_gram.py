@@ -1,4 +1,4 @@
-"""The Gram of per-sample gradients: exact sums, layouts, errors against float64, bits that nothing may change."""
+"""The Gram of samples' gradients: exact sums, layouts, errors against float64, bits that nothing may change."""
 
 from __future__ import annotations
 
@@ -161,7 +161,6 @@ def test_what_lies_around_out_stays(device):
 @pytest.mark.parametrize("size", [(8, 5, 17, 60, 70), (3, 10, 300, 16, 90), (20, 2, 1, 100, 100)], ids=str)
 def test_error_no_worse_than_plain_torch(target, dtype, size):
     """Against float64, for that against extended precision; in eps of the sums of absolute terms."""
-    n, c, t, r, s = size
     out, g, a = (normal(*x.shape, dtype=dtype, seed=i) for i, x in enumerate(alone(*size)))
     h, b = normal(*g.shape, dtype=dtype, seed=5), normal(*a.shape, dtype=dtype, seed=6)
     args = (out, g, a, h, b)
