@@ -432,9 +432,9 @@ def gradient_gram(
 
     out[(i, c), (j, e)] += sum over r, s of J[(i, c), (r, s)] J'[(j, e), (r, s)], where
     J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] is output c's gradient at sample i in an (R, S) weight,
-    which takes in a_it at position t and puts out what g is the gradient in; J' is made of h and b alike. It is
-    the Gram that :func:`jacobian_gram` makes of one layer, in n C (T + n2 C2 / 2) R S products without h, where
-    that takes n C n2 C2 T T2 R / 2 beside its scales: fewer where there are many positions. J is made in
+    which takes in a_it at position t and puts out what g is the gradient in; J' is made of h and b alike. It
+    is the Gram that :func:`jacobian_gram` makes of one layer, in n C (T + n C / 2) R S products (without h),
+    where that takes (n C T)^2 R / 2 beside those of its scales: fewer where positions are many. J is made in
     blocks of parameters that stay in cache.
 
     Args:

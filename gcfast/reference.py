@@ -331,10 +331,10 @@ _GRADIENTS = {"cpu": 1 << 21, "cuda": 1 << 23}  # elements of J at a time: they 
 def gradient_gram(
     out: Tensor, g: Tensor, a: Tensor, h: Tensor | None = None, b: Tensor | None = None
 ) -> None:
-    """out[(i, c), (j, e)] += sum_{r,s} J[(i, c), (r, s)] J'[(j, e), (r, s)]; without h J' = J, the lower half.
+    """out[(i, c), (j, e)] += sum_{r,s} J[(i, c), (r, s)] J'[(j, e), (r, s)]; without h J' = J, lower half.
 
-    J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] of g (n, C, T, R) and a (n, T, S), J' of h and b. A block
-    of rows r of the weight at a time.
+    J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] of g (n, C, T, R) and a (n, T, S), J' of h and b. Rows
+    r of the weight are taken in blocks.
     """
     factors = [(g, a)] if h is None or b is None else [(g, a), (h, b)]
     r, s = g.shape[3], a.shape[2]

@@ -1,4 +1,4 @@
-"""The Gram of samples' gradients: exact sums, layouts, errors against float64, bits that nothing may change."""
+"""The Gram of samples' gradients: exact sums, layouts, errors against float64, bits that nothing changes."""
 
 from __future__ import annotations
 

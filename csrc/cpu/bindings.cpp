@@ -83,7 +83,8 @@ void gradient_gram(uintptr_t out, uintptr_t g, uintptr_t a, uintptr_t h, uintptr
                    int64_t h_row, int64_t b_sample, int64_t b_position, int64_t b_column, bool lower, int threads) {
   gcfast::cpu::gradient_gram(gcfast::cpu::GradientGramArgs<T>{
       ptr<T>(out),
-      {ptr<const T>(g), ptr<const T>(a), n, c, t, g_sample, g_output, g_position, g_row, a_sample, a_position, a_column},
+      {ptr<const T>(g), ptr<const T>(a), n, c, t, g_sample, g_output, g_position, g_row, a_sample, a_position,
+       a_column},
       {ptr<const T>(h), ptr<const T>(b), n2, c2, t2, h_sample, h_output, h_position, h_row, b_sample, b_position,
        b_column},
       r, s, out_rows, out_columns, lower, threads});

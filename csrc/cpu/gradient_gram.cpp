@@ -1,5 +1,5 @@
 // The Gram of gradients in one weight, by blocks of its parameters. A block of J is made sample by sample, put into
-// lanes (a lane is a row of J) and multiplied by itself while it lies in the second-level cache: J is never stored.
+// lanes (a lane is a row of J) and multiplied by itself while it lies in cache: J is never stored.
 // Blocks are dealt to groups, whose number the sizes fix. A group has sums of its own, which are added up in order at
 // the end, so that a thread runs a group alone; where sums are so large that few groups can have them, all threads
 // share the rows of J and the columns of out of one group at a time.
@@ -20,7 +20,8 @@
 namespace gcfast::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of J: half of a second-level cache
+// Of a block of J. Beyond a second-level cache it is read fast enough, and larger blocks pack their factors less often.
+constexpr int64_t kBlockBytes = 3 * (int64_t{1} << 19);
 constexpr int64_t kLeast = 128;                    // parameters of a block, at least
 constexpr int64_t kPositions = 256;                // packed at a time, at most
 constexpr int64_t kInner = 128;                    // parameters that a product sums up in registers
@@ -86,7 +87,7 @@ struct Blocks {
     const double c = static_cast<double>(std::min(p.x.c, f.lanes));
     const int64_t best = std::llround(std::sqrt(static_cast<double>(most) / c) / static_cast<double>(f.rows)) * f.rows;
     rows = std::min(p.r, std::max(f.rows, best));
-    columns = even(p.s, std::max(f.columns, most / rows / f.columns * f.columns), f.columns);
+    columns = even(p.s, std::max(f.columns, most / rows / f.rows * f.rows), f.rows);
     if (columns == p.s) rows = std::max(rows, most / columns / f.rows * f.rows);
     rows = even(p.r, rows, f.rows);
     across = blocks(p.s, columns), count = across * blocks(p.r, rows);
