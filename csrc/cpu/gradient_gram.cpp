@@ -155,8 +155,8 @@ void run(const GradientGramArgs<T>& p, int64_t i0, int64_t i1, int64_t j0, int64
   const int64_t column_lanes = lower ? 0 : padded(columns, f.lanes);
   const Blocks cut(p, f, rows + (lower ? 0 : columns));
   const int64_t padded_rows = padded(rows, f.rows), each = padded_rows * padded(columns, f.columns);
-  const int64_t groups =
-      std::max<int64_t>(1, std::min({kGroups, cut.count, kSumBytes / (each * static_cast<int64_t>(sizeof(T)))}));
+  const int64_t fit = std::max<int64_t>(1, std::min(kGroups, kSumBytes / (each * static_cast<int64_t>(sizeof(T)))));
+  const int64_t groups = blocks(cut.count, blocks(cut.count, fit));  // of as many blocks each as can be
   const int64_t strips = (row_lanes + column_lanes) / f.lanes;
 
   // A team costs as much as some hundred thousand products.
