@@ -41,6 +41,13 @@ def _jacobian(x: torch.Tensor) -> None:
     ops.jacobian_gram(out, g, g, torch.ones_like(out)[None], lower=True)
 
 
+def _gradients(x: torch.Tensor) -> None:
+    """64 samples of 10 outputs and 10 positions, a weight of one row."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    g = wide[:64].reshape(64, 10, 10, 1)
+    ops.gradient_gram(torch.zeros(640, 640, dtype=wide.dtype, device=x.device), g, g[:, 0])
+
+
 # An op's call on x (n, 100); those that are missing here fail below, by name.
 CALLS = {
     "activation": lambda x: ops.activation(x),
@@ -55,6 +62,7 @@ CALLS = {
     "wide_panel": lambda x: ops.wide_panel(*_layer(x)),
     "add_product": _add,
     "jacobian_gram": _jacobian,
+    "gradient_gram": _gradients,
     "batched_rank": lambda x: gcfast.matrix_rank(x[:64].reshape(4, 16, 100)),
     "gram_product": lambda x: ops.gram_product(x[:8] @ x[:8].mT, x[:8, :8].contiguous()),
 }
@@ -65,6 +73,7 @@ _HALF_IN_SINGLE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 SEEN = {
     "wide_panel": dict.fromkeys(DTYPES, torch.float64),
     "add_product": _HALF_IN_SINGLE,
+    "gradient_gram": _HALF_IN_SINGLE,
     "jacobian_gram": _HALF_IN_SINGLE,
     "batched_rank": _HALF_IN_SINGLE,
 }

@@ -92,6 +92,7 @@ ROWS = (
     Row("`wide_gram`, {size}", "wide_gram", kernels=False),
     Row("`gram_product`, {size}", "gram_product", ours=("cpu",), kernels=False),
     Row("`jacobian_gram`, {size}", "jacobian_gram", against=("", "reference")),
+    Row("`gradient_gram`, {size}", "gradient_gram", ours=("cpu",), against=("", "reference"), kernels=False),
     Row("`add_product`, {size}", "add_product", ours=("cpu",), kernels=False),
 )
 

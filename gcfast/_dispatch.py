@@ -33,12 +33,15 @@ OPS = (
     "gram_product",
     "add_product",
     "jacobian_gram",
+    "gradient_gram",
     "batched_rank",
 )
 _WIDE = ("wide_forward", "wide_head_grad", "wide_gram_product")
 _KERNELS = {
     "cpu": OPS,
-    "triton": tuple(op for op in OPS if op not in ("gram_product", "add_product", "batched_rank")),
+    "triton": tuple(
+        op for op in OPS if op not in ("gram_product", "add_product", "gradient_gram", "batched_rank")
+    ),
     "cuda": ("activation", "wide_panel", "batched_rank"),
     "reference": OPS,
 }

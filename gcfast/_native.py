@@ -7,7 +7,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-_API = 8  # must equal the `api` attribute of the compiled modules
+_API = 9  # must equal the `api` attribute of the compiled modules
 _FIX = "reinstall gcfast where a C++17 compiler is available: pip install --force-reinstall --no-deps gcfast"
 
 

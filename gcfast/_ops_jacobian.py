@@ -40,3 +40,26 @@ def jacobian_gram_op(out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: lis
 @jacobian_gram_op.register_fake
 def _(out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: list[int], lower: bool) -> None:
     return None
+
+
+@torch.library.custom_op("gcfast::gradient_gram", mutates_args=("out",))
+def gradient_gram_op(out: Tensor, g: Tensor, a: Tensor, h: Tensor | None, b: Tensor | None) -> None:
+    backend = _dispatch.choose("gradient_gram", out)
+    if not (out.numel() and g.numel() and a.numel() and (b is None or b.numel())):
+        return
+    if backend == "reference":
+        reference.gradient_gram(out, g, a, h, b)
+        return
+    assert _native.cpu is not None
+    kernel = _native.cpu.gradient_gram_f64 if out.dtype == torch.float64 else _native.cpu.gradient_gram_f32
+    lower = h is None or b is None
+    h, b = (g, a) if h is None or b is None else (h, b)
+    pointers = [t.data_ptr() for t in (out, g, a, h, b)]
+    sizes = (*g.shape[:3], *h.shape[:3], g.shape[3], a.shape[2])
+    strides = [stride for t in (out, g, a, h, b) for stride in t.stride()]
+    kernel(*pointers, *sizes, *strides, lower, torch.get_num_threads())
+
+
+@gradient_gram_op.register_fake
+def _(out: Tensor, g: Tensor, a: Tensor, h: Tensor | None, b: Tensor | None) -> None:
+    return None

@@ -22,7 +22,7 @@ from gcfast import _validate
 from gcfast._dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast._ops_activation import activation_op, activation_out_op
 from gcfast._ops_gram import abs_products_op, add_product_op, gram_error_bound_op, gram_product_op
-from gcfast._ops_jacobian import jacobian_gram_op
+from gcfast._ops_jacobian import gradient_gram_op, jacobian_gram_op
 from gcfast._ops_rank import batched_rank_op
 from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
 from gcfast._ops_wide import wide_forward_op, wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
@@ -36,6 +36,7 @@ __all__ = [
     "backend",
     "backends",
     "batched_rank",
+    "gradient_gram",
     "gram_error_bound",
     "gram_product",
     "jacobian_gram",
@@ -422,6 +423,55 @@ def jacobian_gram(
     _validate.has_shape("scale", scale, (len(ends), n * t, n2 * t2), "L from ends, n T from g, n2 T2 from h")
     _validate.without_gradient("jacobian_gram", out=out, g=g, h=h, scale=scale)
     jacobian_gram_op(out, g, h, scale, list(ends), bool(lower))
+
+
+def gradient_gram(
+    out: Tensor, g: Tensor, a: Tensor, h: Tensor | None = None, b: Tensor | None = None
+) -> None:
+    """Adds the Gram of every sample's gradients in one weight to out in place, without storing the gradients.
+
+    out[(i, c), (j, e)] += sum over r, s of J[(i, c), (r, s)] J'[(j, e), (r, s)], where
+    J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] is output c's gradient at sample i in an (R, S) weight,
+    which takes in a_it at position t and puts out what g is the gradient in; J' is made of h and b alike. It
+    is the Gram that :func:`jacobian_gram` makes of one layer, in n C (T + n C / 2) R S products (without h),
+    where that takes (n C T)^2 R / 2 beside those of its scales: fewer where positions are many. J is made in
+    blocks of parameters that stay in cache.
+
+    Args:
+        out: (n C, n2 C2) float32 or float64, any strides that keep its elements apart (best: a unit stride
+            of columns); it shares none with the others.
+        g: (n, C, T, R), a: (n, T, S), of out's dtype and device, any strides (best: a unit stride of
+            positions, or of rows and columns).
+        h: (n2, C2, T2, R), b: (n2, T2, S), alike, both or neither: without them J' is J, out is square and
+            nothing above its diagonal is read or written.
+
+    Sums begin at zero and are added to out with one rounding. Repeatable bit for bit: on the CPU's kernels,
+    at any number of threads. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    _validate.is_added_to(out, "(n C, n2 C2)")
+    if (h is None) != (b is None):
+        raise ValueError(f"{'h' if h is None else 'b'} must be given with {'b' if h is None else 'h'}")
+    given = {"g": g, "a": a} if h is None or b is None else {"g": g, "a": a, "h": h, "b": b}
+    for name, value in given.items():
+        _validate.matches(name, value, "out", out)
+    if g.dim() != 4:
+        raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
+    n, c, t, r = g.shape
+    if a.dim() != 3 or a.shape[:2] != (n, t):
+        raise ValueError(f"a must have shape ({n}, {t}, S), n and T from g; got {tuple(a.shape)}")
+    rows = columns = n * c
+    if h is not None and b is not None:
+        if h.dim() != 4 or h.shape[3] != r:
+            raise ValueError(f"h must have shape (n2, C2, T2, {r}), R from g; got {tuple(h.shape)}")
+        n2, c2, t2, _ = h.shape
+        _validate.has_shape("b", b, (n2, t2, a.shape[2]), "n2 and T2 from h, S from a")
+        columns = n2 * c2
+    _validate.has_shape("out", out, (rows, columns), "n C from g, n2 C2 from h or g")
+    _validate.without_gradient("gradient_gram", out=out, **given)
+    gradient_gram_op(out, g, a, h, b)
 
 
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:

@@ -325,6 +325,32 @@ def jacobian_gram(
             tile += sums
 
 
+_GRADIENTS = {"cpu": 1 << 21, "cuda": 1 << 23}  # elements of J at a time: they stay in cache
+
+
+def gradient_gram(
+    out: Tensor, g: Tensor, a: Tensor, h: Tensor | None = None, b: Tensor | None = None
+) -> None:
+    """out[(i, c), (j, e)] += sum_{r,s} J[(i, c), (r, s)] J'[(j, e), (r, s)]; without h J' = J, lower half.
+
+    J[(i, c), (r, s)] = sum_t g[i, c, t, r] a[i, t, s] of g (n, C, T, R) and a (n, T, S), J' of h and b. Rows
+    r of the weight are taken in blocks.
+    """
+    factors = [(g, a)] if h is None or b is None else [(g, a), (h, b)]
+    r, s = g.shape[3], a.shape[2]
+    room = _GRADIENTS["cpu" if out.device.type == "cpu" else "cuda"]
+    step = max(1, room // (s * sum(x.shape[0] * x.shape[1] for x, _ in factors)))
+    sums = torch.zeros_like(out)
+    for r0 in range(0, r, step):
+        made = []
+        for x, y in factors:
+            rows = x[..., r0 : r0 + step].transpose(2, 3)  # (n, C, rows, T)
+            made.append(torch.bmm(rows.flatten(1, 2), y).view(x.shape[0] * x.shape[1], -1))
+        sums.addmm_(made[0], made[-1].mT)
+    keep = torch.ones_like(out, dtype=torch.bool)
+    out.copy_(torch.where(keep.tril_() if h is None else keep, out + sums, out))
+
+
 _BLOCK = 1 << 18  # elements of |a| in float64 at a time
 
 

@@ -33,6 +33,12 @@ def _jacobian(out: torch.Tensor, g: torch.Tensor, scale: torch.Tensor) -> torch.
     return out
 
 
+def _gradients(out: torch.Tensor, g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    out = out.clone()
+    ops.gradient_gram(out, g, a)
+    return out
+
+
 # op -> (differentiable, function, arguments of n rows). Every function calls its op exactly once.
 CALLS: dict[str, tuple[bool, Callable, Callable]] = {
     "activation": (True, ops.activation, lambda d, n: (_on(d, n, 6), _on(d, 6))),
@@ -69,6 +75,11 @@ CALLS: dict[str, tuple[bool, Callable, Callable]] = {
         False,
         _jacobian,
         lambda d, n: (_on(d, 3 * n, 3 * n), _on(d, n, 3, 2, 7), _on(d, 2, 2 * n, 2 * n)),
+    ),
+    "gradient_gram": (
+        False,
+        _gradients,
+        lambda d, n: (_on(d, 3 * n, 3 * n), _on(d, n, 3, 2, 7), _on(d, n, 2, 5)),
     ),
     "batched_rank": (
         False,

@@ -7,7 +7,7 @@ template <class T, int V, bool add>
 __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t k, T* out, int64_t ldo, T alpha) {
   using Vec = typename Lanes<T>::Vec;
   Vec sum[GCFAST_ROWS][V];
-  sum_tile<T, V, V, add>(a, b, k, out, ldo, sum);
+  sum_tile<T, V, V, kGroup<T>, add>(a, b, k, out, ldo, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < GCFAST_ROWS; ++r)
 #pragma GCC unroll 4

@@ -7,6 +7,7 @@
 #include "add_product.h"
 #include "batched_rank.h"
 #include "clones.h"
+#include "gradient_gram.h"
 #include "gram_error_bound.h"
 #include "gram_product.h"
 #include "jacobian_gram.h"
@@ -72,6 +73,21 @@ void jacobian_gram(uintptr_t out, uintptr_t g, uintptr_t h, uintptr_t scale, uin
       ptr<T>(out), {ptr<const T>(g), n, c, t, g_sample, g_output, g_position},
       {ptr<const T>(h), n2, c2, t2, h_sample, h_output, h_position}, ptr<const T>(scale), ptr<const int64_t>(ends),
       layers, out_rows, out_columns, scale_layers, scale_rows, scale_columns, lower, threads});
+}
+
+template <class T>
+void gradient_gram(uintptr_t out, uintptr_t g, uintptr_t a, uintptr_t h, uintptr_t b, int64_t n, int64_t c, int64_t t,
+                   int64_t n2, int64_t c2, int64_t t2, int64_t r, int64_t s, int64_t out_rows, int64_t out_columns,
+                   int64_t g_sample, int64_t g_output, int64_t g_position, int64_t g_row, int64_t a_sample,
+                   int64_t a_position, int64_t a_column, int64_t h_sample, int64_t h_output, int64_t h_position,
+                   int64_t h_row, int64_t b_sample, int64_t b_position, int64_t b_column, bool lower, int threads) {
+  gcfast::cpu::gradient_gram(gcfast::cpu::GradientGramArgs<T>{
+      ptr<T>(out),
+      {ptr<const T>(g), ptr<const T>(a), n, c, t, g_sample, g_output, g_position, g_row, a_sample, a_position,
+       a_column},
+      {ptr<const T>(h), ptr<const T>(b), n2, c2, t2, h_sample, h_output, h_position, h_row, b_sample, b_position,
+       b_column},
+      r, s, out_rows, out_columns, lower, threads});
 }
 
 template <class T>
@@ -153,6 +169,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("add_product_f64", &add_product<double>, nogil);
   m.def("batched_rank_f32", &batched_rank<float>, nogil);
   m.def("batched_rank_f64", &batched_rank<double>, nogil);
+  m.def("gradient_gram_f32", &gradient_gram<float>, nogil);
+  m.def("gradient_gram_f64", &gradient_gram<double>, nogil);
   m.def("gram_error_bound_f32", &gram_error_bound<float>, nogil);
   m.def("gram_error_bound_f64", &gram_error_bound<double>, nogil);
   m.def("gram_product_f32", &gram_product<float>, nogil);
@@ -173,5 +191,5 @@ PYBIND11_MODULE(_cpu, m) {
   GCFAST_DEF(wide_panel)
   m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 8;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 9;  // gcfast/_native.py refuses a module built from other sources
 }

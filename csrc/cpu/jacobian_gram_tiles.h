@@ -9,7 +9,7 @@ __attribute__((always_inline)) inline void micro(const T* a, const T* b, int64_t
   using Vec = typename Lanes<T>::Vec;
   constexpr int W = Lanes<T>::width, N = Lanes<T>::columns;
   Vec sum[GCFAST_ROWS][V];
-  sum_tile<T, V, P, true>(a, b, k, sums, N, sum);
+  sum_tile<T, V, P, kGroup<T>, true>(a, b, k, sums, N, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < GCFAST_ROWS; ++r) {
     const T* s = scale + at[r];

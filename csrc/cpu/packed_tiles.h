@@ -5,13 +5,13 @@
 
 template <class T> constexpr int kGroup = GCFAST_ROWS > Lanes<T>::width ? GCFAST_ROWS : Lanes<T>::width;
 
-// sum_i a[i G + r] b[i N + j] for R rows and V vectors of columns, of P that are packed. What they are added to is
-// fetched meanwhile, a row of `ahead` in 8 steps: all rows at once would hold up the operands.
-template <class T, int V, int P, bool fetch>
+// sum_i a[i G + r] b[i N + j] for R rows, of G that are packed, and V vectors of columns, of P that are. What they are
+// added to is fetched meanwhile, a row of `ahead` in 8 steps: all rows at once would hold up the operands.
+template <class T, int V, int P, int G, bool fetch>
 __attribute__((always_inline)) inline void sum_tile(const T* a, const T* b, int64_t k, const T* ahead, int64_t lda,
                                                     typename Lanes<T>::Vec (&sum)[GCFAST_ROWS][V]) {
   using Vec = typename Lanes<T>::Vec;
-  constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = P * W, G = kGroup<T>;
+  constexpr int R = GCFAST_ROWS, W = Lanes<T>::width, N = P * W;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -54,19 +54,23 @@ void pack_lines(const Rows& row, int64_t count, int64_t k, int64_t group, int64_
 template <class T>
 void pack(const T* x, int64_t count, int64_t lane, int64_t stride, int64_t k, int64_t group, int64_t step, T* out) {
   using Vec = typename Lanes<T>::Vec;
-  constexpr int64_t W = Lanes<T>::width, kAtOnce = 8;
+  constexpr int64_t W = Lanes<T>::width, kAtOnce = 8, kAhead = 16;
   int64_t done = 0;
   if (lane == 1 && group % W == 0) {
     done = count / group * group;
-    // A few numbers of all rows at a time: they are read as they lie.
+    if (count % group % step == 0) done = count;
+    // A few numbers of all rows at a time: they are read as they lie, and what is far apart is fetched ahead.
     for (int64_t i = 0; i < k; i += kAtOnce)
-      for (int64_t l = 0; l < done; l += group)
+      for (int64_t l = 0; l < done; l += group) {
+        const int64_t here = done - l < group ? done - l : group;
         for (int64_t e = i; e < k && e < i + kAtOnce; ++e) {
           const T* from = x + e * stride + l;
-          T* to = out + l * k + e * group;
-          for (int64_t v = 0; v < group; v += W)
+          __builtin_prefetch(from + kAhead * stride);
+          T* to = out + l * k + e * here;
+          for (int64_t v = 0; v < here; v += W)
             *reinterpret_cast<Vec*>(to + v) = *reinterpret_cast<const Vec*>(from + v);
         }
+      }
   }
   if (stride == 1) return pack_lines<T>(Evenly<T>{x + done * lane, lane}, count - done, k, group, step, out + done * k);
   for (int64_t l = done; l < count; l += group) {
