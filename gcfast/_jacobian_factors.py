@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._jacobian_graph import Layout, Node, Site, View, _padding
-from gcfast._products import mirror_
 
 # A block of J: in the last-level cache between who makes it and the product. On a GPU a count, not measured.
 BLOCK_BYTES = {"cpu": 1 << 23, "cuda": 3 << 23}
@@ -189,26 +188,17 @@ class Outer(Factor):
 
     def by_rows(self, other: Factor, out: Tensor, lower: bool) -> None:
         assert isinstance(other, Outer)
-        size = self.size
-        if size.q > 1 or min(size.t, other.size.t) == 1:
+        if self.size.q > 1:  # many small matrices: a block of J is a batch of them
             super().by_rows(other, out, lower)
             return
-        # Rows in the order (c, i): blocks of J are products of the factors as they lie, nothing is copied.
-        width = block_width(max(self.n * self.c, other.n * other.c), out)
-        step = max(1, min(size.r, width // size.s))
-        makers = [_RowMaker(self, step)] if other is self else [_RowMaker(self, step), _RowMaker(other, step)]
-        total = out.new_zeros(self.c * self.n, other.c * other.n)
-        for first in range(0, size.r, step):
-            blocks = [maker.block(first, min(first + step, size.r)) for maker in makers]
-            gram_add_(total, blocks[0], blocks[-1], other is self)
-        if size.bias:
-            biases = [maker.bias() for maker in makers]
-            gram_add_(total, biases[0], biases[-1], other is self)
-        if other is self:
-            mirror_(total)
-        shape = (self.c, self.n, other.c, other.n)
-        view = out.view(self.n, self.c, other.n, other.c)
-        view += total.view(shape).permute(1, 0, 3, 2)
+        g, a = self.g()[:, :, :, 0], self.a()[:, :, 0]
+        rest = () if other is self else (other.g()[:, :, :, 0], other.a()[:, :, 0])
+        ops.gradient_gram(out, g, a, *rest)
+        if self.size.bias:
+            biases = [
+                factor.bias_rows().flatten(0, 1) for factor in ((self,) if other is self else (self, other))
+            ]
+            gram_add_(out, biases[0], biases[-1], lower)
 
     def squares(self) -> Tensor:
         size, t = self.size, self.size.t
@@ -225,27 +215,6 @@ class Outer(Factor):
             of_g = torch.einsum("itqk,isqk->iqts", g[:, c], g[:, c])
             out[:, c] = (of_a * of_g).sum((1, 2, 3))
         return out
-
-
-class _RowMaker:
-    """Blocks of an :class:`Outer`'s J (one q) in one buffer, rows in the order (c, i)."""
-
-    def __init__(self, factor: Outer, step: int) -> None:
-        self.n, self.c = factor.n, factor.c
-        self._g = factor.g()[:, :, :, 0].permute(1, 0, 3, 2)  # (c, n, r, T)
-        self._a = factor.a()[:, :, 0]  # (n, T, s)
-        self._s = factor.size.s
-        self._buffer = self._a.new_empty(self.c * self.n * step * self._s)
-
-    def block(self, first: int, last: int) -> Tensor:
-        rows = last - first
-        out = self._buffer[: self.c * self.n * rows * self._s].view(self.c, self.n, rows, self._s)
-        for g, j in zip(self._g, out):
-            torch.bmm(g[:, first:last], self._a, out=j)
-        return out.view(self.c * self.n, -1)
-
-    def bias(self) -> Tensor:
-        return self._g.sum(3).flatten(0, 1)
 
 
 class Lookup(Factor):
