@@ -442,6 +442,11 @@ class Engine:
         """What one use adds to its group, from the cotangents (c, ...) of its site."""
         site = graph.sites[use.site]
         view = site.roles[use.role]
+        if not view.plain and not self._same_view(view, use.view):
+            raise ValueError(
+                f"layer {group.layer!r}: another part of {view.parameter!r} is used here than for the first "
+                "samples of x: give samples of one shape"
+            )
         try:
             return self._plain_part(group, use, site, view, g, n)
         except RuntimeError as error:
@@ -451,6 +456,10 @@ class Engine:
                 f"layer {group.layer!r}: what {use.view.parameter!r} was applied to has been changed in "
                 "place since; its Jacobian needs it. Use the operation's form that makes a new tensor"
             ) from error
+
+    def _same_view(self, a: View, b: View) -> bool:
+        shape = self.parameters[a.parameter].shape
+        return torch.equal(a.index(shape), b.index(shape))
 
     def _plain_part(self, group: Group, use: Use, site: Site, view: View, g: Tensor, n: int) -> Factor:
         if use.role == "weight" and site.kind in ("linear", "convolution", "lookup"):
