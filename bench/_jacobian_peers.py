@@ -291,9 +291,9 @@ def _neural_tangents(implementation: str) -> Callable[[Problem], Peer]:
 PEERS: dict[str, Callable[[Problem], Peer]] = {
     "torch.func J J^T": torch_func,
     "torch.func J (J^T e)": torch_func_products,
-    "neural-tangents 1": _neural_tangents("JACOBIAN_CONTRACTION"),
-    "neural-tangents 2": _neural_tangents("NTK_VECTOR_PRODUCTS"),
-    "neural-tangents 3": _neural_tangents("STRUCTURED_DERIVATIVES"),
+    "neural-tangents, contraction": _neural_tangents("JACOBIAN_CONTRACTION"),
+    "neural-tangents, NTK-vector products": _neural_tangents("NTK_VECTOR_PRODUCTS"),
+    "neural-tangents, structured": _neural_tangents("STRUCTURED_DERIVATIVES"),
     "BackPACK SqrtGGN": backpack_sqrt_ggn,
     "BackPACK BatchGrad": backpack_batch_grad,
     "curvlinops": curvlinops,

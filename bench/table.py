@@ -73,7 +73,7 @@ ROWS = (
         "`LayerJacobians.gram`, {size}",
         "empirical NTK",
         ours=("gcfast",),
-        against=("", "neural-tangents 3", "BackPACK SqrtGGN"),
+        against=("", "neural-tangents, structured", "BackPACK SqrtGGN"),
         kernels=False,
     ),
     Row("`matrix_rank`, {size}", "matrix_rank"),

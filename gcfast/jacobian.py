@@ -224,7 +224,7 @@ class LayerJacobians:
         wanted = set(self.layers) if layers is None else self._among(layers)
         engine = self._engine
         out = torch.zeros((self.n, self.c, k), dtype=engine.dtype, device=engine.device)
-        width = max(1, _OMEGA_BYTES // (8 * k))
+        width = max(1, min(1 << 12, _OMEGA_BYTES // (8 * k)))  # of a block of J as well
         for tile in self._tiles(engine, stored=False):
             part = torch.zeros((tile.n * tile.outputs, k), dtype=engine.dtype, device=engine.device)
 
