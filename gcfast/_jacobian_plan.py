@@ -37,7 +37,7 @@ class GroupPlan:
 
 
 def _rows_only(
-    group: Group, a: tuple[int, int], b: tuple[int, int], same: bool, lower: bool, item: int = 4
+    group: Group, a: tuple[int, int], b: tuple[int, int], same: bool, lower: bool, item: int
 ) -> GroupPlan:
     rows_a, rows_b = a[0] * a[1], b[0] * b[1]
     share = 0.5 if lower else 1.0
@@ -56,8 +56,8 @@ def choose(
     b: tuple[int, int],
     same: bool,
     lower: bool,
-    item: int = 4,
-    device: str = "cpu",
+    item: int,
+    device: str,
 ) -> GroupPlan:
     """The cheaper of two forms for tiles of (n, c) samples and outputs.
 
@@ -187,14 +187,11 @@ def counted(engine: Engine, tiles: list[Tile], room: int | None) -> JacobianPlan
     several = len(tiles) > 1
     tile = (max(t.n for t in tiles), max(t.outputs for t in tiles))
     for group in engine.groups:
+        sides = (tile, tile, not several, not several, engine.dtype.itemsize)
         if group.size is None:
-            groups.append(_rows_only(group, tile, tile, not several, not several))
+            groups.append(_rows_only(group, *sides))
         else:
-            groups.append(
-                choose(
-                    group, group.size, group.size, tile, tile, not several, not several, engine.dtype.itemsize
-                )
-            )
+            groups.append(choose(group, group.size, group.size, *sides, engine.device.type))
     return JacobianPlan(
         n=engine.n,
         c=engine.c,

@@ -373,3 +373,41 @@ def test_random_models(seed, monkeypatch):
     tiles = [Tile(i, i + 1, c, c + 1) for c in range(jac.c) for i in range(jac.n)]
     monkeypatch.setattr(jac, "_tiles", lambda *_, **__: tiles)
     assert close(jac.gram(), k) and close(jac.sketch(3), sketch)
+
+
+class _FirstToken(nn.Module):
+    """A block on every token, a position table of which a slice is used, and a head that reads the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(rand(1, 9, 4))
+        self.mix, self.last, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        z = x + self.position[:, : x.shape[1]]
+        z = z + torch.tanh(self.mix(z)).mean(1, keepdim=True)
+        return self.head(torch.tanh(self.last(z))[:, 0])
+
+
+def test_positions_without_cotangents_are_left_out():
+    model, x = _FirstToken(), rand(5, 7, 4)
+    jac = LayerJacobians(model, x)
+    positions = {group.layer: group.positions for group in jac.plan().groups}
+    assert positions["mix"] == 7 and positions["last"] == 1
+    j = explicit(model, x)
+    k = sum(rows @ rows.T for rows in j.values())
+    assert float((jac.gram() - k).abs().max() / k.abs().max()) < 1e-10
+
+
+def test_another_part_of_a_parameter_is_told():
+    jac = LayerJacobians(_FirstToken(), rand(5, 7, 4))
+    with pytest.raises(ValueError, match="layer 'position': another part of 'position'"):
+        jac.gram(other=rand(2, 5, 4))
+
+
+def test_a_plan_counts_bytes_in_the_dtype_of_the_model():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    single = LayerJacobians(model.float(), rand(5, 4).float()).plan()
+    double = LayerJacobians(model.double(), rand(5, 4)).plan()
+    assert [2 * group.bytes for group in single.groups] == [group.bytes for group in double.groups]
