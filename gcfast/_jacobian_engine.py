@@ -1,7 +1,7 @@
 """One pass over a tile of samples and outputs: what every group of parameters has of the Jacobian there.
 
 A group is a layer's parameters that belong together: a weight and its bias, or one parameter that several
-operators took. :class:`Engine` runs the model on a probe of two or three samples once, finds the groups, the
+operators took. :class:`Engine` runs the model on a probe of two to five samples once, finds the groups, the
 axes of the samples and what the tiles will cost; after that a pass hands out one group's
 :class:`~gcfast._jacobian_factors.Factor` at a time, as backpropagation reaches it.
 """
@@ -247,7 +247,9 @@ class Engine:
     def _probe(self) -> None:
         left: list[set[Layout]] = []
         self.saved = 0
-        for size in (2, 3):  # where the zeros of two samples do not tell the axis, those of three may
+        # Where the zeros of two samples do not tell the axis, those of more may: if cotangents reach only the
+        # first of T positions, both orders of samples and positions fit where T is 1 modulo their number.
+        for size in (2, 3, 4, 5):
             picked = [rows_of(self.inputs, k % self.n, k % self.n + 1) for k in range(size)]
             if size == 2:  # two alone: one may be what the others depend on
                 earlier, *rest = [self._alone(one) for one in picked[: self.n]]

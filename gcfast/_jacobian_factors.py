@@ -333,7 +333,9 @@ def _linear(site: Site, g: Tensor, n: int, bias: bool, transposed: bool) -> Oute
     x = x.reshape(n, -1, 1, x.shape[-1])
     if site.live is not None:
         live, dead = site.live
-        if g.is_meta or not bool(g.index_select(2, dead).any()):  # not reached in the probe nor here
+        same = x.shape[1] == len(live) + len(dead)  # samples of another length have other positions
+        # not reached in the probe nor here
+        if same and (g.is_meta or not bool(g.index_select(2, dead).any())):
             g, x = g.index_select(2, live.to(g.device)), x.index_select(1, live)
     size = Size(1, o, x.shape[-1], x.shape[1], bias)
     return Outer(g, x, (g, x), n, c, size, (0, 1, 2) if transposed else (0, 2, 1))

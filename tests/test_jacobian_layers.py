@@ -375,33 +375,47 @@ def test_random_models(seed, monkeypatch):
     assert close(jac.gram(), k) and close(jac.sketch(3), sketch)
 
 
-class _FirstToken(nn.Module):
-    """A block on every token, a position table of which a slice is used, and a head that reads the first."""
+class _OneToken(nn.Module):
+    """A block on every token, a position table of which a slice is used, and a head that reads one token."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: int = 0) -> None:
         super().__init__()
-        self.position = nn.Parameter(rand(1, 9, 4))
+        self.token = token
+        self.position = nn.Parameter(rand(1, 12, 4))
         self.mix, self.last, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.double()
 
     def forward(self, x):
         z = x + self.position[:, : x.shape[1]]
         z = z + torch.tanh(self.mix(z)).mean(1, keepdim=True)
-        return self.head(torch.tanh(self.last(z))[:, 0])
+        return self.head(torch.tanh(self.last(z))[:, self.token])
 
 
 def test_positions_without_cotangents_are_left_out():
-    model, x = _FirstToken(), rand(5, 7, 4)
+    model, x = _OneToken(), rand(5, 7, 4)
     jac = LayerJacobians(model, x)
-    positions = {group.layer: group.positions for group in jac.plan().groups}
-    assert positions["mix"] == 7 and positions["last"] == 1
+    found = {group.layer: (group.kind, group.positions) for group in jac.plan().groups}
+    # with 7 tokens, 1 modulo 2 and 3, the zeros of two or three samples fit two layouts
+    assert found["mix"] == ("outer", 7) and found["last"] == ("outer", 1)
     j = explicit(model, x)
     k = sum(rows @ rows.T for rows in j.values())
     assert float((jac.gram() - k).abs().max() / k.abs().max()) < 1e-10
 
 
+@pytest.mark.parametrize("token", [0, -1])
+@pytest.mark.parametrize("length", [5, 10])
+def test_trimmed_positions_are_those_of_samples_of_one_length(length, token):
+    model = _OneToken(token)
+    x, other = rand(5, 7, 4), rand(3, length, 4)
+    chosen = ("mix.", "last.", "head.")  # without the table, of which another length takes another part
+    jac = LayerJacobians(model, x, layers=[name + "*" for name in chosen])
+    first, second = explicit(model, x), explicit(model, other)
+    k = sum(first[name] @ second[name].T for name in first if name.startswith(chosen))
+    assert float((jac.gram(other=other) - k).abs().max() / k.abs().max()) < 1e-10
+
+
 def test_another_part_of_a_parameter_is_told():
-    jac = LayerJacobians(_FirstToken(), rand(5, 7, 4))
+    jac = LayerJacobians(_OneToken(), rand(5, 7, 4))
     with pytest.raises(ValueError, match="layer 'position': another part of 'position'"):
         jac.gram(other=rand(2, 5, 4))
 
