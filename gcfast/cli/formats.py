@@ -42,26 +42,17 @@ class Images(NamedTuple):
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The named arrays of an ``.npz``; pickled objects are refused, so reading runs no code."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive.files]
-            if missing:
-                raise UserError(
-                    f"{path}: no array named {', '.join(missing)}; it holds {', '.join(archive.files)}"
-                )
-            return {key: archive[key] for key in keys}
-    except UserError:
-        raise
-    except (
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-        AttributeError,
-    ) as error:
-        raise UserError(f"{path}: not a readable .npz file, corrupt or cut short ({error})") from error
+    with path.open("rb") as stream:
+        try:
+            with np.load(stream, allow_pickle=False) as archive:
+                held = archive.files
+                arrays = {key: archive[key] for key in keys if key in held}
+        except Exception as error:  # a damaged archive can raise nearly anything
+            raise UserError(f"{path}: not a readable .npz file, corrupt or cut short ({error})") from error
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        raise UserError(f"{path}: no array named {', '.join(missing)}; it holds {', '.join(held)}")
+    return arrays
 
 
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
