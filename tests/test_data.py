@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 import torch
 from image_files import (
+    cifar100_files,
     folder_images,
     png,
     random_images,
     real_data,
+    write_cifar100,
     write_cifar_batches,
     write_idx,
+    write_kmnist_npz,
     write_mnist_raw,
     write_semeion_text,
+    write_svhn,
     write_tree,
     write_zip,
 )
 
 from gcfast.cli.data import DataSplit, load_dataset
+from gcfast.cli.formats import read_svhn
 from gcfast.cli.usage import UserError
 
 
@@ -71,14 +76,27 @@ def test_limits_keep_the_first_samples() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_mnist_as_torchvision_stores_it(tmp_path: Path, suffix: str) -> None:
-    arrays = write_mnist_raw(tmp_path, suffix)
-    data = load_dataset("mnist", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "place"), [("mnist", "MNIST/raw"), ("kmnist", "KMNIST/raw"), ("kmnist", "raw"), ("kmnist", ".")]
+)
+def test_mnist_and_kmnist_as_torchvision_stores_them(
+    tmp_path: Path, suffix: str, name: str, place: str
+) -> None:
+    arrays = write_mnist_raw(tmp_path, suffix, place=place)
+    data = load_dataset(name, tmp_path)
     check_shape(data, 30, 20)
     train = arrays["train"][:, None]
     np.testing.assert_allclose(data.x_train.numpy(), standardised(train, train), atol=1e-6)
     np.testing.assert_allclose(data.x_test.numpy(), standardised(arrays["t10k"][:, None], train), atol=1e-6)
     np.testing.assert_array_equal(data.y_train.numpy(), arrays["train-labels"])
+    np.testing.assert_array_equal(data.y_test.numpy(), arrays["t10k-labels"])
+    assert data.class_names[:3] == (("0", "1", "2") if name == "mnist" else ("o", "ki", "su"))
+
+
+def test_mnist_is_not_taken_for_kmnist(tmp_path: Path) -> None:
+    write_mnist_raw(tmp_path)
+    with pytest.raises(UserError, match="none of these is there"):
+        load_dataset("kmnist", tmp_path)
 
 
 def test_mnist_npz_by_folder_or_by_name(tmp_path: Path) -> None:
@@ -92,6 +110,17 @@ def test_mnist_npz_by_folder_or_by_name(tmp_path: Path) -> None:
     )
     check_shape(load_dataset("mnist", tmp_path), 12, 12)
     check_shape(load_dataset("mnist", tmp_path / "mnist.npz"), 12, 12)
+
+
+def test_kmnist_npz(tmp_path: Path) -> None:
+    arrays = write_kmnist_npz(tmp_path)
+    data = load_dataset("kmnist", tmp_path)
+    check_shape(data, 30, 20)
+    train, test = arrays["train-imgs"][:, None], arrays["test-imgs"][:, None]
+    np.testing.assert_allclose(data.x_test.numpy(), standardised(test, train), atol=1e-6)
+    np.testing.assert_array_equal(data.y_train.numpy(), arrays["train-labels"])
+    np.testing.assert_array_equal(data.y_test.numpy(), arrays["test-labels"])
+    assert data.class_names == ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 
 def test_distinct_pixels_stay_distinct(tmp_path: Path) -> None:
@@ -110,8 +139,8 @@ def test_distinct_pixels_stay_distinct(tmp_path: Path) -> None:
     assert len(data.x_train.flatten(1).unique(dim=0)) == 256
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_cifar_batches(tmp_path: Path, protocol: int) -> None:
+@pytest.mark.parametrize("protocol", ["python2", 2, 4])
+def test_cifar_batches(tmp_path: Path, protocol: int | str) -> None:
     arrays = write_cifar_batches(tmp_path, protocol=protocol)
     data = load_dataset("cifar10", tmp_path)
     check_shape(data, 20, 4)
@@ -120,18 +149,55 @@ def test_cifar_batches(tmp_path: Path, protocol: int) -> None:
     assert data.y_train[:5].tolist() == [0, 1, 2, 3, 1] and data.y_test.tolist() == [5, 6, 7, 8]
 
 
-def test_cifar_batch_that_would_run_code_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["python2", 2, 4])
+def test_cifar100(tmp_path: Path, protocol: int | str) -> None:
+    files = cifar100_files()
+    write_cifar100(tmp_path, files, protocol)
+    data = load_dataset("cifar100", tmp_path)
+    check_shape(data, 8, 4)
+    train, test = (files[part]["data"].reshape(-1, 3, 32, 32) for part in ("train", "test"))
+    np.testing.assert_allclose(data.x_train.numpy(), standardised(train, train), atol=2e-6)
+    np.testing.assert_allclose(data.x_test.numpy(), standardised(test, train), atol=2e-6)
+    assert data.y_train.tolist() == files["train"]["fine_labels"] == [8, 21, 34, 47, 60, 73, 86, 99]
+    assert data.y_test.tolist() == files["test"]["fine_labels"]
+    assert list(data.class_names) == files["meta"]["fine_label_names"]
+    inside = load_dataset("cifar100", tmp_path / "cifar-100-python")
+    assert inside.fingerprint() == data.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [
+        ("cifar10", "cifar-10-batches-py/data_batch_3"),
+        ("cifar100", "cifar-100-python/train"),
+        ("cifar100", "cifar-100-python/meta"),
+    ],
+)
+def test_cifar_pickle_that_would_run_code_is_refused(tmp_path: Path, name: str, victim: str) -> None:
     write_cifar_batches(tmp_path)
+    write_cifar100(tmp_path, cifar100_files())
     witness = tmp_path / "ran"
 
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(witness),)
 
-    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": Evil()}))
-    with pytest.raises(UserError, match=r"data_batch_3.*mkdir"):
-        load_dataset("cifar10", tmp_path)
+    (tmp_path / victim).write_bytes(pickle.dumps({"data": Evil()}))
+    with pytest.raises(UserError, match=rf"{victim}.*mkdir"):
+        load_dataset(name, tmp_path)
     assert not witness.exists()
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_svhn(tmp_path: Path, compressed: bool) -> None:
+    files = write_svhn(tmp_path, compressed)
+    data = load_dataset("svhn", tmp_path)
+    check_shape(data, 12, 6)
+    train, test = (files[part]["X"].transpose(3, 2, 0, 1) for part in ("train", "test"))
+    np.testing.assert_allclose(data.x_train.numpy(), standardised(train, train), atol=2e-6)
+    np.testing.assert_allclose(data.x_test.numpy(), standardised(test, train), atol=2e-6)
+    assert files["train"]["y"][:5].ravel().tolist() == [1, 4, 7, 10, 3]
+    assert data.y_train[:5].tolist() == [1, 4, 7, 0, 3] and data.class_names == tuple("0123456789")
 
 
 def test_semeion_text_and_split(tmp_path: Path) -> None:
@@ -201,8 +267,11 @@ def test_bad_arguments() -> None:
     ("name", "expected"),
     [
         ("mnist", "mnist.npz.*train-images-idx3-ubyte"),
+        ("kmnist", "kmnist-train-imgs.npz.*KMNIST/raw/train-images-idx3-ubyte.*datasets.KMNIST"),
         ("semeion", "semeion.npz.*semeion.data"),
         ("cifar10", "data_batch_1.*cifar10_jpeg_24k.zip"),
+        ("cifar100", "cifar-100-python/train.*datasets.CIFAR100"),
+        ("svhn", "train_32x32.mat.*test_32x32.mat.*datasets.SVHN"),
         ("folder", "no images found as train/<class>"),
     ],
 )
@@ -235,23 +304,142 @@ def test_damaged_mnist_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -20])
-def test_cut_gzip_npz_zip_and_pickle(tmp_path: Path, keep: int) -> None:
+def test_cut_gzip_npz_zip_pickle_and_mat(tmp_path: Path, keep: int) -> None:
     pytest.importorskip("PIL")
     write_mnist_raw(tmp_path / "gz", ".gz")
     write_cifar_batches(tmp_path / "cifar")
     np.savez_compressed(tmp_path / "semeion.npz", images=random_images(20, 16, 16), labels=np.arange(20) % 10)
     write_zip(tmp_path / "images.zip", folder_images())
+    write_mnist_raw(tmp_path / "kmnist-gz", ".gz", place="KMNIST/raw")
+    write_kmnist_npz(tmp_path / "kmnist")
+    write_cifar100(tmp_path / "test", cifar100_files())
+    write_cifar100(tmp_path / "meta", cifar100_files())
+    write_svhn(tmp_path / "svhn")
+    write_svhn(tmp_path / "plain-svhn", compressed=False)
     cases = (
         ("mnist", tmp_path / "gz", tmp_path / "gz" / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"),
         ("cifar10", tmp_path / "cifar", tmp_path / "cifar" / "cifar-10-batches-py" / "test_batch"),
         ("semeion", tmp_path, tmp_path / "semeion.npz"),
         ("folder", tmp_path / "images.zip", tmp_path / "images.zip"),
+        (
+            "kmnist",
+            tmp_path / "kmnist-gz",
+            tmp_path / "kmnist-gz" / "KMNIST" / "raw" / "train-images-idx3-ubyte.gz",
+        ),
+        ("kmnist", tmp_path / "kmnist", tmp_path / "kmnist" / "kmnist-test-imgs.npz"),
+        ("cifar100", tmp_path / "test", tmp_path / "test" / "cifar-100-python" / "test"),
+        ("cifar100", tmp_path / "meta", tmp_path / "meta" / "cifar-100-python" / "meta"),
+        ("svhn", tmp_path / "svhn", tmp_path / "svhn" / "train_32x32.mat"),
+        ("svhn", tmp_path / "plain-svhn", tmp_path / "plain-svhn" / "test_32x32.mat"),
     )
     for name, root, victim in cases:
         load_dataset(name, root)
         victim.write_bytes(victim.read_bytes()[:keep])
         with pytest.raises(UserError, match=victim.name):
             load_dataset(name, root)
+
+
+def test_damaged_kmnist_npz(tmp_path: Path) -> None:
+    write_kmnist_npz(tmp_path)
+    images, labels = (tmp_path / f"kmnist-test-{kind}.npz" for kind in ("imgs", "labels"))
+    for path, array, message in (
+        (images, random_images(20, 28, 27), r"expected uint8 images of 28x28, got uint8 of \(28, 27\)"),
+        (images, random_images(19, 28, 28), "19 images but 20 labels"),
+        (labels, np.full(20, 10), "labels run from 10 to 10, expected 0 to 9"),
+        (labels, np.zeros((20, 10), dtype=np.uint8), "expected a list of integer labels"),
+    ):
+        whole = path.read_bytes()
+        np.savez(path, array)
+        with pytest.raises(UserError, match=message):
+            load_dataset("kmnist", tmp_path)
+        path.write_bytes(whole)
+    whole = labels.read_bytes()
+    for place, value in ((8, 1), (10, 99)):  # in the zip's directory: encrypted, an unknown compression
+        damaged = bytearray(whole)
+        damaged[whole.index(b"PK\1\2") + place] = value
+        labels.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"kmnist-test-labels.npz: not a readable .npz file"):
+            load_dataset("kmnist", tmp_path)
+    np.savez(images, images=random_images(20, 28, 28))
+    with pytest.raises(UserError, match=r"kmnist-test-imgs.npz: no array named arr_0; it holds images"):
+        load_dataset("kmnist", tmp_path)
+    labels.unlink()
+    with pytest.raises(UserError, match=r"lacks kmnist-test-labels.npz"):
+        load_dataset("kmnist", tmp_path)
+
+
+def test_damaged_cifar100(tmp_path: Path) -> None:
+    for file, key, value, message in (
+        ("train", "data", random_images(8, 3071), "train: expected an array 'data' of uint8 rows of 3072"),
+        ("train", "fine_labels", [0] * 7, "train: 8 images but 7 labels"),
+        ("test", "fine_labels", [0, 1, 2, 100], "test: labels run from 0 to 100, expected 0 to 99"),
+        ("test", "fine_labels", None, "test: expected a list 'fine_labels' of integers"),
+        ("meta", "fine_label_names", ["apple"] * 99, "meta: expected 100 class names, found 99"),
+        ("meta", "fine_label_names", [1] * 100, "meta: expected a list 'fine_label_names' of names"),
+    ):
+        files = cifar100_files()
+        files[file][key] = value
+        write_cifar100(tmp_path, files)
+        with pytest.raises(UserError, match=message):
+            load_dataset("cifar100", tmp_path)
+    write_cifar100(tmp_path, cifar100_files())
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(UserError, match="train: expected a pickled dictionary, found list"):
+        load_dataset("cifar100", tmp_path)
+    (tmp_path / "cifar-100-python" / "meta").unlink()
+    with pytest.raises(UserError, match="lacks meta"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_damaged_svhn(tmp_path: Path) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    write_svhn(tmp_path)
+    path = tmp_path / "test_32x32.mat"
+    images, labels = random_images(32, 32, 3, 5), np.full((5, 1), 10, dtype=np.uint8)
+    for arrays, message in (
+        ({"X": images}, "no array named y; it holds X"),
+        ({"X": images[1:], "y": labels}, "expected 'X' of 32x32x3xn, got 31x32x3x5"),
+        ({"X": images[..., 0], "y": labels}, "expected 'X' of 32x32x3xn, got 32x32x3$"),
+        ({"X": images / 255, "y": labels}, "'X' is not an array of uint8 values"),
+        ({"X": images, "y": labels.T}, "expected 'y' of nx1, got 1x5"),
+        ({"X": images, "y": labels[1:]}, "5 images but 4 labels"),
+        ({"X": images, "y": labels - 10}, "labels run from 0 to 0, expected 1 to 10"),
+        ({"X": images, "y": labels + 1}, "labels run from 11 to 11, expected 1 to 10"),
+        ({"X": images[..., :0], "y": labels[:0]}, "no images"),
+    ):
+        savemat(path, arrays, do_compression=True)
+        with pytest.raises(UserError, match=rf"test_32x32.mat: .*{message}"):
+            load_dataset("svhn", tmp_path)
+    path.write_bytes(b"<!doctype html>" * 20)
+    with pytest.raises(UserError, match=r"test_32x32.mat: not a little-endian MATLAB 5 file"):
+        load_dataset("svhn", tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"lacks test_32x32.mat"):
+        load_dataset("svhn", tmp_path)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_wrong_byte_around_the_pixels_of_svhn_is_seen_or_harmless(tmp_path: Path, compressed: bool) -> None:
+    arrays = write_svhn(tmp_path, compressed, train=1, test=4)["test"]
+    path = tmp_path / "test_32x32.mat"
+    whole = path.read_bytes()
+    # What has no checksum in an uncompressed file: the pixels, and the last four bytes, which are the labels.
+    headers = [*range(124, 192), *range(len(whole) - 56, len(whole) - 4)]
+    places = range(124, len(whole), 499) if compressed else headers
+    expected = arrays["X"].transpose(3, 2, 0, 1)
+    refused = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x11
+        path.write_bytes(damaged)
+        try:
+            images, labels = read_svhn(path)
+        except UserError as error:
+            assert path.name in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(images, expected) and labels.tolist() == [1, 4, 7, 0]
+    assert refused > len(places) / 2
 
 
 def test_damaged_image_names_the_image(tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ name       where it is looked for under ``root``
 =========  =====================================================================================
 digits     nowhere: scikit-learn ships it
 mnist      ``mnist.npz``, or torchvision's ``MNIST/raw/*-ubyte`` (``.gz`` allowed)
+kmnist     ``kmnist-*-imgs.npz`` and ``-labels.npz``, or torchvision's ``KMNIST/raw/*-ubyte``
 semeion    ``semeion.npz``, or UCI's and torchvision's ``semeion.data``
 cifar10    ``cifar-10-batches-py`` as torchvision stores it, or ``cifar10_jpeg_24k.zip``
+cifar100   ``cifar-100-python`` as torchvision stores it; the labels are the fine ones
+svhn       ``train_32x32.mat`` and ``test_32x32.mat``
 folder     ``root`` itself, a folder or zip of ``train/<class>/*.png|jpg`` and ``test/<class>/…``
 =========  =====================================================================================
 
-``root`` may also be the file itself. Every input is standardised with one mean and one standard
-deviation a channel, taken from the training samples in use. Duplicate samples are kept: what they
-mean for the training loss is the certificate's business.
+``root`` may also be the file itself where one file has it all. Every input is standardised with one
+mean and one standard deviation a channel, taken from the training samples in use. Duplicate samples
+are kept: what they mean for the training loss is the certificate's business.
 """
 
 from __future__ import annotations
@@ -27,12 +30,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .formats import Images, ImageTree, read_cifar_batch, read_idx, read_npz, read_semeion_text
+from .formats import (
+    Images,
+    ImageTree,
+    read_cifar_batch,
+    read_cifar_names,
+    read_idx,
+    read_npz,
+    read_semeion_text,
+    read_svhn,
+)
 from .usage import UserError, require
 
 __all__ = ["DATASETS", "DataSplit", "load_dataset"]
 
-DATASETS = ("digits", "mnist", "semeion", "cifar10", "folder")
+DATASETS = ("digits", "mnist", "kmnist", "semeion", "cifar10", "cifar100", "svhn", "folder")
 _TEST_SHARE = 0.3  # of data sets that come without a test set
 
 
@@ -98,8 +110,8 @@ def load_dataset(
 ) -> DataSplit:
     """Read a data set by name.
 
-    ``limit`` and ``test_limit`` keep the first samples: in file order (mnist, CIFAR batches), in the
-    order the split drew them (digits, semeion), an equal share of each class of images in folders.
+    ``limit`` and ``test_limit`` keep the first samples: in the order the split drew them (digits,
+    semeion), an equal share of each class of images in folders, otherwise in file order.
     ``seed`` decides the stratified split of data sets that have none (digits, semeion) and the choice
     among folder images. ``image_size`` resizes folder images to a square. ``statistics`` = (mean, std)
     a channel replaces those of the training samples.
@@ -119,10 +131,16 @@ def load_dataset(
         folder = _existing_root(name, root)
         if name == "mnist":
             raw = _mnist(folder)
+        elif name == "kmnist":
+            raw = _kmnist(folder)
         elif name == "semeion":
             raw = _semeion(folder, seed)
         elif name == "cifar10":
             raw = _cifar10(folder, limit, test_limit, seed)
+        elif name == "cifar100":
+            raw = _cifar100(folder)
+        elif name == "svhn":
+            raw = _svhn(folder)
         else:
             raw = _folder(folder, limit, test_limit, seed, image_size)
     return _standardise(name, raw, limit, test_limit, statistics)
@@ -210,10 +228,17 @@ def _how_to_get(name: str) -> str:
     return {
         "mnist": "It may hold mnist.npz, or MNIST/raw/train-images-idx3-ubyte and its like (or .gz);"
         " torchvision.datasets.MNIST(root, download=True) puts the latter there.",
+        "kmnist": "It may hold kmnist-train-imgs.npz, kmnist-train-labels.npz and the same of test, or"
+        " KMNIST/raw/train-images-idx3-ubyte and its like (or .gz); torchvision.datasets.KMNIST(root,"
+        " download=True) puts the latter there.",
         "semeion": "It may hold semeion.npz or semeion.data; torchvision.datasets.SEMEION(root,"
         " download=True) puts the latter there.",
         "cifar10": "It may hold cifar-10-batches-py/ (data_batch_1 to 5, test_batch, batches.meta), which"
         " torchvision.datasets.CIFAR10(root, download=True) puts there, or cifar10_jpeg_24k.zip.",
+        "cifar100": "It may hold cifar-100-python/ (train, test, meta), which"
+        " torchvision.datasets.CIFAR100(root, download=True) puts there.",
+        "svhn": "It may hold train_32x32.mat and test_32x32.mat, which"
+        " [torchvision.datasets.SVHN(root, split, download=True) for split in ('train', 'test')] puts there.",
         "folder": "It must be a folder or a .zip of train/<class>/*.png|jpg and test/<class>/*.png|jpg.",
     }[name]
 
@@ -240,40 +265,66 @@ def _digits(seed: int) -> _Raw:
     return _Raw(Images(x_train, y_train), Images(x_test, y_test), _numbers(10), 16.0, source)
 
 
+def _files(
+    name: str, folders: Sequence[Path], stems: Sequence[str], suffixes: Sequence[str] = ("",)
+) -> list[Path]:
+    """The files, all of the first folder that has any, each with its first suffix there; empty if none has.
+
+    All of one folder, so that images never meet the labels of another copy.
+    """
+    for folder in folders:
+        choices = [[folder / f"{stem}{suffix}" for suffix in suffixes] for stem in stems]
+        found = [next((path for path in paths if path.is_file()), None) for paths in choices]
+        files = [path for path in found if path is not None]
+        if len(files) == len(stems):
+            return files
+        if files:
+            absent = [stem for stem, path in zip(stems, found, strict=True) if path is None]
+            raise UserError(f"--data-root: {folder} lacks {', '.join(absent)}. {_how_to_get(name)}")
+    return []
+
+
 def _mnist(root: Path) -> _Raw:
     archive = root if root.is_file() else root / "mnist.npz"
     if archive.is_file():
-        arrays = read_npz(archive, ("train_images", "train_labels", "test_images", "test_labels"))
-        parts = [arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"]]
-        source = str(archive)
+        keys = ("train_images", "train_labels", "test_images", "test_labels")
+        arrays = read_npz(archive, keys)
+        return _grey28([arrays[key] for key in keys], _numbers(10), str(archive))
+    files = _idx_files("mnist", root, archive)
+    return _grey28([read_idx(path) for path in files], _numbers(10), str(files[0].parent))
+
+
+def _kmnist(root: Path) -> _Raw:
+    stems = [f"kmnist-{part}-{kind}.npz" for part in ("train", "test") for kind in ("imgs", "labels")]
+    files = _files("kmnist", [root], stems)
+    if files:
+        arrays = [read_npz(path, ("arr_0",))["arr_0"] for path in files]
     else:
-        folders = (root / "MNIST" / "raw", root / "raw", root)
-        stems = (
-            "train-images-idx3-ubyte",
-            "train-labels-idx1-ubyte",
-            "t10k-images-idx3-ubyte",
-            "t10k-labels-idx1-ubyte",
-        )
-        # All four of one folder, so that images never meet the labels of another copy.
-        for folder in folders:
-            found = [_plain_or_gzipped(folder, stem) for stem in stems]
-            files = [path for path in found if path is not None]
-            if len(files) == len(stems):
-                break
-            if files:
-                absent = [stem for stem, path in zip(stems, found, strict=True) if path is None]
-                raise UserError(f"--data-root: {folder} lacks {', '.join(absent)}. {_how_to_get('mnist')}")
-        else:
-            raise _not_found("mnist", [archive, *(folder / stems[0] for folder in folders)])
-        parts = [read_idx(path) for path in files]
-        source = str(folder)
-    images = [_images(part, (28, 28), source) for part in parts[::2]]
-    labels = [_labels(part, source) for part in parts[1::2]]
-    return _Raw(Images(images[0], labels[0]), Images(images[1], labels[1]), _numbers(10), 255.0, source)
+        files = _idx_files("kmnist", root, root / stems[0])
+        arrays = [read_idx(path) for path in files]
+    return _grey28(arrays, _KMNIST_CLASSES, str(files[0].parent))
 
 
-def _plain_or_gzipped(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+_KMNIST_CLASSES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
+
+def _idx_files(name: str, root: Path, other: Path) -> list[Path]:
+    """MNIST's four files or their namesakes; ``other`` is what the caller looked for before."""
+    folders = (root / name.upper() / "raw", root / "raw", root)
+    stems = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    files = _files(name, folders, stems, ("", ".gz"))
+    if not files:
+        raise _not_found(name, [other, *(folder / stems[0] for folder in folders)])
+    return files
+
+
+def _grey28(arrays: Sequence[NDArray[Any]], class_names: tuple[str, ...], source: str) -> _Raw:
+    """Training images and labels, test images and labels, as MNIST and its namesakes have them."""
+    train, test = (
+        Images(_images(images, (28, 28), source), _labels(labels, source))
+        for images, labels in (arrays[:2], arrays[2:])
+    )
+    return _Raw(train, test, class_names, 255.0, source)
 
 
 def _images(array: NDArray[Any], size: tuple[int, int], where: str) -> NDArray[np.uint8]:
@@ -323,29 +374,47 @@ def _stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64]
 def _cifar10(root: Path, limit: int | None, test_limit: int | None, seed: int) -> _Raw:
     jpegs = root if root.is_file() else root / "cifar10_jpeg_24k.zip"
     folders = (root / "cifar-10-batches-py", root)
-    folder = next((place for place in folders if (place / "data_batch_1").is_file()), None)
-    if folder is None:
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    files = _files("cifar10", folders, names)
+    if not files:
         if not jpegs.is_file():
-            raise _not_found("cifar10", [*(place / "data_batch_1" for place in folders), jpegs])
+            raise _not_found("cifar10", [*(place / names[0] for place in folders), jpegs])
         raw = _folder(jpegs, limit, test_limit, seed, None)
         if raw.train.images.shape[1:] != (3, 32, 32) or len(raw.class_names) != 10:
             raise UserError(
                 f"{jpegs}: expected RGB images of 32x32 in 10 classes; for other images use DATA=folder"
             )
         return raw
-    names = [f"data_batch_{number}" for number in range(1, 6)]
-    absent = [name for name in (*names, "test_batch") if not (folder / name).is_file()]
-    if absent:
-        raise UserError(f"--data-root: {folder} lacks {', '.join(absent)}. {_how_to_get('cifar10')}")
-    batches = [read_cifar_batch(folder / name).check(str(folder / name), 10) for name in names]
+    *batches, test = (read_cifar_batch(path, "labels").check(str(path), 10) for path in files)
     train = Images(
         np.concatenate([part.images for part in batches]), np.concatenate([part.labels for part in batches])
     )
-    test = read_cifar_batch(folder / "test_batch")
-    return _Raw(train, test, _CIFAR10_CLASSES, 255.0, str(folder))
+    return _Raw(train, test, _CIFAR10_CLASSES, 255.0, str(files[0].parent))
 
 
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _cifar100(root: Path) -> _Raw:
+    folders = (root / "cifar-100-python", root)
+    files = _files("cifar100", folders, ("train", "test", "meta"))
+    if not files:
+        raise _not_found("cifar100", [place / "train" for place in folders])
+    *parts, meta = files
+    names = read_cifar_names(meta, "fine_label_names")
+    if len(names) != 100:
+        raise UserError(f"{meta}: expected 100 class names, found {len(names)}")
+    train, test = (read_cifar_batch(path, "fine_labels").check(str(path), 100) for path in parts)
+    return _Raw(train, test, names, 255.0, str(meta.parent))
+
+
+def _svhn(root: Path) -> _Raw:
+    stems = ("train_32x32.mat", "test_32x32.mat")
+    files = _files("svhn", [root], stems)
+    if not files:
+        raise _not_found("svhn", [root / stem for stem in stems])
+    train, test = (read_svhn(path).check(str(path), 10) for path in files)
+    return _Raw(train, test, _numbers(10), 255.0, str(root))
 
 
 def _folder(root: Path, limit: int | None, test_limit: int | None, seed: int, size: int | None) -> _Raw:

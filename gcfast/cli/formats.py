@@ -1,7 +1,8 @@
-"""Readers for the files image data sets come in: idx, npz, CIFAR batches, Semeion text, image folders.
+"""Readers for the files image data sets come in: idx, npz, CIFAR pickles, mat, Semeion text, image folders.
 
-Each takes a path and gives uint8 images (n, channels, height, width) and int64 labels (n,), or
-raises :class:`~gcfast.usage.UserError` naming the file and what is wrong with it.
+Each takes a path and gives what the file holds, whole data sets as uint8 images (n, channels, height,
+width) and int64 labels (n,), or raises :class:`~gcfast.cli.usage.UserError` naming the file and what is
+wrong with it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import codecs
 import gzip
 import io
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,7 +23,16 @@ from numpy.typing import NDArray
 
 from .usage import UserError, require
 
-__all__ = ["ImageTree", "Images", "read_cifar_batch", "read_idx", "read_npz", "read_semeion_text"]
+__all__ = [
+    "ImageTree",
+    "Images",
+    "read_cifar_batch",
+    "read_cifar_names",
+    "read_idx",
+    "read_npz",
+    "read_semeion_text",
+    "read_svhn",
+]
 
 
 class Images(NamedTuple):
@@ -111,22 +122,123 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return codecs.latin_1_encode(text)[0]
 
 
-def read_cifar_batch(path: Path) -> Images:
-    """One batch of ``cifar-10-batches-py``: n rows of 3072 bytes, red, green, blue planes of 32x32."""
+def _unpickle(path: Path) -> dict[Any, Any]:
     try:
         with path.open("rb") as stream:
             content = _ArrayUnpickler(stream, encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything while it is rebuilt
         if isinstance(error, OSError):
             raise
-        raise UserError(f"{path}: not a readable CIFAR-10 batch, corrupt or cut short ({error})") from error
-    data = content.get("data") if isinstance(content, dict) else None
-    labels = content.get("labels") if isinstance(content, dict) else None
+        raise UserError(f"{path}: not a readable CIFAR pickle, corrupt or cut short ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a pickled dictionary, found {type(content).__name__}")
+    return content
+
+
+def read_cifar_batch(path: Path, key: str) -> Images:
+    """A pickle of CIFAR images and, under ``key``, their labels.
+
+    n rows of 3072 bytes: red, green, blue planes of 32x32. CIFAR-10 has ``labels``, CIFAR-100
+    ``fine_labels`` and ``coarse_labels``.
+    """
+    content = _unpickle(path)
+    data, labels = content.get("data"), content.get(key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise UserError(f"{path}: expected an array 'data' of uint8 rows of 3072 values")
     if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
-        raise UserError(f"{path}: expected a list 'labels' of integers")
+        raise UserError(f"{path}: expected a list '{key}' of integers")
     return Images(data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64))
+
+
+def read_cifar_names(path: Path, key: str) -> tuple[str, ...]:
+    """The list of class names that CIFAR's meta data has under ``key``, in the order of the labels."""
+    names = _unpickle(path).get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: expected a list '{key}' of names")
+    return tuple(names)
+
+
+def read_svhn(path: Path) -> Images:
+    """``train_32x32.mat`` or its like: ``X`` of 32x32x3xn and ``y`` of nx1, where 10 is the digit 0."""
+    arrays = _read_mat(path, ("X", "y"))
+    pixels, labels = arrays["X"], arrays["y"]
+    if pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
+        raise UserError(f"{path}: expected 'X' of 32x32x3xn, got {_times(pixels)}")
+    if labels.ndim != 2 or labels.shape[1] != 1:
+        raise UserError(f"{path}: expected 'y' of nx1, got {_times(labels)}")
+    if labels.size and not 1 <= labels.min() <= labels.max() <= 10:
+        raise UserError(f"{path}: labels run from {labels.min()} to {labels.max()}, expected 1 to 10")
+    return Images(pixels.transpose(3, 2, 0, 1), labels[:, 0].astype(np.int64) % 10)
+
+
+def _times(array: NDArray[Any]) -> str:
+    return "x".join(str(extent) for extent in array.shape)
+
+
+# Element types of a MATLAB 5 file, and the class of an array of uint8 values.
+_MI_INT8, _MI_UINT8, _MI_INT32, _MI_UINT32, _MI_MATRIX, _MI_COMPRESSED = 1, 2, 5, 6, 14, 15
+_MX_UINT8 = 9
+
+
+def _read_mat(path: Path, keys: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
+    """The named uint8 arrays of a MATLAB 5 file (MathWorks, "MAT-File Format").
+
+    Not by scipy.io.loadmat: a wrong byte in an element's type can end the process there (scipy 1.17).
+    """
+    raw = memoryview(path.read_bytes())
+    if len(raw) < 128 or raw[124:128] != b"\0\1IM":
+        raise UserError(f"{path}: not a little-endian MATLAB 5 file (.mat)")
+    arrays = {}
+    names = []
+    rest = raw[128:]
+    try:
+        while rest:
+            kind, content, rest = _mat_element(rest)
+            if kind == _MI_COMPRESSED:
+                kind, content, _ = _mat_element(memoryview(zlib.decompress(content)))
+            if kind != _MI_MATRIX:
+                raise ValueError(f"expected an array, found an element of type {kind}")
+            flags, content = _mat_part(content, _MI_UINT32)
+            shape, content = _mat_part(content, _MI_INT32)
+            name, content = _mat_part(content, _MI_INT8)
+            names.append(bytes(name).decode("latin1"))
+            if names[-1] not in keys:
+                continue
+            if len(flags) != 8 or flags[0] != _MX_UINT8:
+                raise ValueError(f"{names[-1]!r} is not an array of uint8 values")
+            values, _ = _mat_part(content, _MI_UINT8)
+            # Unsigned: reshape would work out an extent of -1 by itself.
+            extents = [int(extent) for extent in np.frombuffer(shape, dtype="<u4")]
+            arrays[names[-1]] = np.frombuffer(values, dtype=np.uint8).reshape(extents, order="F")
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .mat file, corrupt or cut short ({error})") from error
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        raise UserError(f"{path}: no array named {', '.join(missing)}; it holds {', '.join(names) or 'none'}")
+    return arrays
+
+
+def _mat_element(data: memoryview) -> tuple[int, memoryview, memoryview]:
+    """The type and the content of the first element, and what follows it."""
+    if len(data) < 8:
+        raise ValueError(f"{len(data)} bytes where an element was to begin")
+    kind, size = struct.unpack("<II", data[:8])
+    if kind >> 16:  # a small element: size, type and up to four bytes of content in eight bytes
+        kind, size = kind & 0xFFFF, kind >> 16
+        start, end = 4, 8
+    else:
+        start = 8
+        end = start + size + (0 if kind == _MI_COMPRESSED else -size % 8)
+    if size > len(data[start:end]):
+        raise ValueError(f"an element promises {size} bytes of data, it has {len(data[start:end])}")
+    return kind, data[start : start + size], data[end:]
+
+
+def _mat_part(data: memoryview, expected: int) -> tuple[memoryview, memoryview]:
+    kind, content, rest = _mat_element(data)
+    if kind != expected:
+        raise ValueError(f"expected an element of type {expected}, found {kind}")
+    return content, rest
 
 
 def read_semeion_text(path: Path) -> Images:
