@@ -43,7 +43,8 @@ def main() -> int:
         parser.error("--suite cpu or --suite gpu, or --page")
     from bench.paper import running, suite
 
-    cells = [c for c in getattr(suite, known.suite)() if fnmatch.fnmatch(c.name, known.only)]
+    globs = known.only.split(",")
+    cells = [c for c in getattr(suite, known.suite)() if any(fnmatch.fnmatch(c.name, g) for g in globs)]
     if not cells:
         parser.error(f"--only: no cell of the {known.suite} suite is named {known.only!r}")
     out = known.out or ROOT / "bench" / "paper" / "cells"

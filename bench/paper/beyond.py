@@ -246,7 +246,6 @@ class Transfer:
     model: str
     base: str
     lr: float
-    epochs: int
     seeds: tuple[int, ...]
 
 
@@ -272,18 +271,6 @@ def transfer(cell: Transfer, context: Context) -> dict[str, Any]:
         }
         for name, model in (("pretrained", body), ("random", untrained)):
             run[name] = _random_wide(model.eval(), split, seed, context)
-        context.say((index + 0.5) / len(cell.seeds), f"seed {seed}: from scratch")
-        began = context.clock()
-        torch.manual_seed(seed)
-        model = build(cell.model, split, width(n)).to(context.device)
-        _train(model, split, cell.base, cell.lr, cell.epochs, seed, context)
-        seconds = context.clock() - began
-        model.eval()
-        run["from scratch"] = {
-            "loss": evaluate(model, split.x_train, split.y_train)[0],
-            "test_error": evaluate(model, split.x_test, split.y_test)[1],
-            "seconds": seconds,
-        }
         runs.append(run)
     return {"n": n, "m": width(n), "runs": runs}
 

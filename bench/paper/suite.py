@@ -157,8 +157,8 @@ def further() -> list[Cell]:
         ratios = (0.1, 0.25, 0.5, 0.9, 1.0, 1.1)
         cells.append(Cell(_slug("few", data), beyond.few, beyond.Few(*setting, ratios, 0), 25))
         cells.append(Cell(_slug("conflict", data), beyond.conflict, beyond.Conflict(*setting, 5, 7, 0), 5))
-    params = beyond.Transfer("mnist", 4000, 2, "semeion", None, "resnet18/4", "sgd", 0.01, 5, SEEDS)
-    cells.append(Cell("transfer-mnist-semeion", beyond.transfer, params, 5 * 60))
+    params = beyond.Transfer("mnist", 4000, 2, "semeion", None, "resnet18/4", "sgd", 0.005, SEEDS)
+    cells.append(Cell("transfer-mnist-semeion", beyond.transfer, params, 5 * 40))
     return cells
 
 
