@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gcfast._checkpoint import Checkpoint, State
@@ -33,6 +34,8 @@ class PathKeeper:
             return state.tensors(name).to(device)
 
         if working is not None:
+            if values["exact"]:
+                working.exact()
             working.add(read("rows"))
             working.steps, working.products = values["steps"], values["products"]
         self.path[:] = [(lam, loss) for lam, loss in values["path"]]
@@ -49,18 +52,28 @@ class PathKeeper:
         working = self._working
         assert working is not None
         if self.checkpoint is not None and self.checkpoint.due():
-            self._save(point, "set", working.steps, working.products, {"rows": working.rows})
+            exact = working.dtype == torch.float64
+            self._save(point, "set", working.steps, working.products, {"rows": working.rows}, exact)
 
     def keep_all(self, point: Point) -> None:
         if self.checkpoint is not None and self.checkpoint.due():
             self._save(point, "all", 0, 0, {})
 
-    def _save(self, point: Point, form: str, steps: int, products: int, tensors: dict[str, Tensor]) -> None:
+    def _save(
+        self,
+        point: Point,
+        form: str,
+        steps: int,
+        products: int,
+        tensors: dict[str, Tensor],
+        exact: bool = False,
+    ) -> None:
         tensors = {"a": point.a, "f": point.f, **tensors}
         if point.previous is not None:
             tensors |= {"previous_a": point.previous[1], "previous_f": point.previous[2]}
         values = {
             "form": form,
+            "exact": exact,
             "index": point.index,
             "lam": point.lam,
             "previous": None if point.previous is None else point.previous[0],

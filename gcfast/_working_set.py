@@ -36,13 +36,15 @@ class TooMany(Exception):
 
 
 class WorkingSet:
-    """Features (n, m) in float32, the Gram of a set S of rows, and passes over all of them.
+    """Features (n, m), the Gram of a set S of rows, and passes over all of them: in float32, until
+    :meth:`exact` makes them float64.
 
     ``most``: the largest S allowed; beyond it :class:`TooMany` is raised.
     """
 
     def __init__(self, task: Task, most: int | None = None):
-        given = task.features
+        given = self.given = task.features
+        self.dtype = torch.float32
         self.own = isinstance(given, StoredFeatures) and given.dtype != torch.float32
         self.h = StoredFeatures(given.matrix.to(torch.float32)) if self.own else given  # type: ignore[attr-defined]
         self.most = task.n if most is None else most
@@ -64,17 +66,33 @@ class WorkingSet:
     def held_bytes(self) -> int:
         """Bytes held: features in float32, S's rows of them, their Gram, half a dozen (n, C)."""
         own = self.h.nbytes if self.own else 0
-        return own + self.chosen.nbytes + 8 * self.gram.numel() + 6 * 8 * self.start.numel()
+        gram = 2 * self.dtype.itemsize * self.gram.numel()
+        return own + self.chosen.nbytes + gram + 6 * 8 * self.start.numel()
+
+    def exact(self) -> bool:
+        """From now on in float64; False where that is so already, or S has no room for it."""
+        if self.dtype == torch.float64 or len(self.rows) > self.most / math.sqrt(2):
+            return False
+        self.dtype, self.most = (
+            torch.float64,
+            int(self.most / math.sqrt(2)),
+        )  # bytes of its Gram are the limit
+        self.h, self.own = self.given, False
+        rows, self.rows = self.rows, self.rows[:0]
+        self.gram = torch.zeros((0, 0), dtype=torch.float64, device=self.gram.device)
+        if len(rows):
+            self.add(rows)
+        return True
 
     def everywhere(self, a: Tensor) -> Tensor:
-        """K a (n, C) for a that is zero outside S: two passes over the features, in float32."""
+        """K a (n, C) for a that is zero outside S: a pass over S's features and one over all."""
         part = a[self.rows]
         scale = float(part.abs().amax()) if part.numel() else 0.0
         if scale == 0.0:
             return torch.zeros_like(a)
         part = part / scale
         part[part.abs() < 1e-30] = 0.0
-        u = self.chosen.transposed_times(part.to(torch.float32))
+        u = self.chosen.transposed_times(part.to(self.dtype))
         f = self.h.times(u).to(torch.float64)
         if self.bias:
             f += part.sum(0)
@@ -103,7 +121,7 @@ class WorkingSet:
             raise TooMany
         self.rows = torch.cat([self.rows, new])
         self.chosen = self.h.select(self.rows)
-        block = self.h.block(new, self.chosen, torch.float32)
+        block = self.h.block(new, self.chosen, self.dtype)
         if self.bias:
             block += 1.0
         gram = block.new_empty((len(self.rows), len(self.rows)))
@@ -178,10 +196,19 @@ def follow(
 ) -> tuple[Tensor, float] | None:
     """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
 
-    ``point``: where to take the path up; ``keep`` is called with it before each point. Given up at once where
-    the samples of S speak against the others, and, unless ``patient``, where float32 makes steps long: all
-    samples together are then the easier problem.
+    ``point``: where to take the path up; ``keep`` is called with it before each point. Where the loss does not
+    fall any more float32 may be why, as lambda grows small: the rest of the path is then in float64. Given up
+    at once where the samples of S speak against the others, and, unless ``patient``, where float32 makes steps
+    long: all samples together are then the easier problem.
     """
+
+    def again(a: Tensor, lam: float) -> bool:
+        """Go on from ``a`` in float64; False where float32 is not to blame."""
+        if not working.exact():
+            return False
+        point.a, point.f, point.lam, point.previous = a, working.everywhere(a), lam, None
+        return True
+
     target = task.infimum + target_gap
     if point is None:
         zero = torch.zeros_like(working.start)
@@ -195,7 +222,12 @@ def follow(
         a, _ = working.minimise(a, f, lam, LOOSE)
         f = working.everywhere(a)
         loss = _mean_loss(working, f)
-        if not loss <= initial or (working.slow and not patient):
+        good = point.a if point.previous is None else point.previous[1]
+        if working.slow and not patient:
+            return None
+        if not loss <= initial:
+            if again(good, lam):
+                continue
             return None
         working.newest = a
         path.append((lam, loss))
@@ -206,6 +238,9 @@ def follow(
         if loss <= target:
             polished = _polish(working, task, a, f, lam, target)
             if polished is None:
+                if again(good, lam):
+                    path.pop()
+                    continue
                 return None
             a, f, loss, inside = polished
             path[-1] = (lam, loss)
@@ -217,6 +252,9 @@ def follow(
             point.lam, point.a, point.f, point.previous = 0.7 * lam, a, f, None
             continue
         stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - task.infimum)
+        if stalls and again(good, lam):
+            path.pop()
+            continue
         point.flat = point.flat + 1 if stalls else 0
         if point.flat >= 4:
             return None

@@ -276,6 +276,9 @@ def _nearest(
                 except TooMany:
                     found = None
                 known |= {"iterations": working.steps, "products": working.products}
+                if working.dtype == torch.float64:
+                    known["form"] = forms[0].name.replace("float32", "float64")
+                    known["peak_bytes"] += 12 * len(working.rows) ** 2
                 if found is not None:
                     best, lam = State(found[0], zero), found[1]
                     return _arrive(task, best, lam, target_gap, weight_decay, ARRIVED, known)

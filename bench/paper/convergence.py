@@ -12,7 +12,7 @@ import gcfast
 
 from .context import Context
 from .frozen import Frozen, noisy
-from .generalisation import Stepper
+from .generalisation import AIM, Stepper
 from .problem import PERTURBATION, build, evaluate, load, optimizer, schedule, width
 
 GOAL = 1e-8
@@ -159,3 +159,43 @@ def path(cell: Path, context: Context) -> dict[str, Any]:
             )
         runs.append({"seed": seed, "points": points})
     return {"n": len(split.y_train), "runs": runs}
+
+
+@dataclass(frozen=True)
+class Perturbations:
+    """What the size of the Gaussian vector does to the loss, to sigma_min and to the test error."""
+
+    data: str
+    n: int | None
+    model: str
+    base: str
+    lr: float
+    epochs: int
+    tau: float
+    sizes: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+def perturbations(cell: Perturbations, context: Context) -> dict[str, Any]:
+    points = []
+    for index, seed in enumerate(cell.seeds):
+        split = load(cell.data, cell.n, seed)
+        for size in cell.sizes:
+            context.say(index / len(cell.seeds), f"seed {seed}, perturbation {size:g}")
+            setting = (cell.model, cell.base, cell.lr, cell.epochs, cell.tau, seed, context)
+            frozen = Frozen(split, *setting, perturbation=size)
+            proof = gcfast.certify(frozen.features, frozen.y, route="direct", sharp=True)
+            solved = frozen.solve(target_gap=AIM)
+            points.append(
+                {
+                    "size": size,
+                    "seed": seed,
+                    "status": proof.status,
+                    "sigma_min_lower": proof.sigma_min_lower,
+                    "loss": frozen.loss,
+                    "switch_test_error": frozen.test_error(),
+                    "gap": solved.gap,
+                    "test_error": frozen.test_error(solved),
+                }
+            )
+    return {"n": len(split.y_train), "points": points}

@@ -45,7 +45,7 @@ class Frozen:
         context: Context,
         *,
         m: int | None = None,
-        weight_decay: float = 0.0,
+        perturbation: float = PERTURBATION,
         to_the_end: bool = False,
         **options: Any,
     ) -> None:
@@ -56,8 +56,6 @@ class Frozen:
         torch.manual_seed(seed)
         model = build(kind, split, width(n) if m is None else m, **options).to(context.device).train()
         opt = optimizer(base, model.parameters(), lr)
-        for group in opt.param_groups:
-            group["weight_decay"] = weight_decay
         test = split.x_test.to(context.device), split.y_test.to(context.device)
         for step in range(plan.switch):
             stepper(model, opt, step)
@@ -73,7 +71,7 @@ class Frozen:
             model.load_state_dict(kept[0])
             opt.load_state_dict(kept[1])
             model.train()
-        two = gcfast.TwoPhase(opt, model, switch_step=None, perturbation=PERTURBATION, seed=seed)
+        two = gcfast.TwoPhase(opt, model, switch_step=None, perturbation=perturbation, seed=seed)
         two.switch()
         self.model = model
         self.cache = gcfast.FeatureCache(model, (stepper.x, stepper.y), store="below")

@@ -22,7 +22,7 @@ HYPER: dict[tuple[str, str], dict[str, Any]] = {
     ("mnist", "mlp"): {"epochs": 60, "sgd": 0.005, "adam": 1e-4},
     ("digits", "resnet18/4"): {"epochs": 20, "sgd": 0.02, "adam": 1e-3},
     ("semeion", "resnet18/4"): {"epochs": 20, "sgd": 0.02, "adam": 1e-3},
-    ("mnist", "resnet18/4s2"): {"epochs": 12, "sgd": 0.005, "adam": 3e-4},
+    ("mnist", "resnet18/4s2"): {"epochs": 16, "sgd": 0.005, "adam": 3e-4},
     ("mnist", "resnet18"): {"epochs": 12, "sgd": 0.002, "adam": 3e-4},
     ("cifar10", "resnet18"): {"epochs": 24, "sgd": 0.005, "adam": 3e-4},
 }
@@ -129,6 +129,15 @@ def figures() -> list[Cell]:
             along = convergence.Path(data, None, model, *_setting(data, model, "sgd"), SEEDS, share)
             cost = 5 * (0.6 * COST[data, model][0] * HYPER[data, model]["epochs"] + 4)
             cells.append(Cell(_slug("path", data, model, f"noise{share:g}"), convergence.path, along, cost))
+    for data, model, seeds in (
+        ("digits", "mlp", SEEDS),
+        ("semeion", "mlp", SEEDS),
+        ("digits", "resnet18/4", SEEDS[:3]),
+    ):
+        sizes = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+        tried = convergence.Perturbations(data, None, model, *_setting(data, model, "sgd"), sizes, seeds)
+        cost = 5 * len(seeds) * (0.6 * COST[data, model][0] * HYPER[data, model]["epochs"] + 1)
+        cells.append(Cell(_slug("perturbation", data, model), convergence.perturbations, tried, cost))
     return cells
 
 
