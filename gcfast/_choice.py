@@ -108,7 +108,7 @@ def options(
         size = fixed + wanted * row + 12 * wanted * wanted
         seconds = 40 * _pass(s, rates, torch.float32, s.c) + wanted**2 * s.m / rates.f32
         name = "K of the samples that matter, float32"
-        whole.append(Option(name, common + size, seconds, torch.float32, "set", min(most, s.n)))
+        whole.append(Option(name, common + size, seconds, torch.float32, "set", most))
     nystrom = 16 * s.n * rank_of(s)
     panel = 2 * 1024 * s.n
     for dtype, word in ((torch.float64, "float64"), (torch.float32, "float32")):

@@ -196,19 +196,10 @@ def follow(
 ) -> tuple[Tensor, float] | None:
     """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
 
-    ``point``: where to take the path up; ``keep`` is called with it before each point. Where the loss does not
-    fall any more float32 may be why, as lambda grows small: the rest of the path is then in float64. Given up
-    at once where the samples of S speak against the others, and, unless ``patient``, where float32 makes steps
-    long: all samples together are then the easier problem.
+    ``point``: where to take the path up; ``keep`` is called with it before each point. Where the loss does
+    not fall or, unless ``patient``, steps are long, float32 may be why: the rest of the path is in float64.
+    Given up where that is no better, or has no room: all samples together are then the easier problem.
     """
-
-    def again(a: Tensor, lam: float) -> bool:
-        """Go on from ``a`` in float64; False where float32 is not to blame."""
-        if not working.exact():
-            return False
-        point.a, point.f, point.lam, point.previous = a, working.everywhere(a), lam, None
-        return True
-
     target = task.infimum + target_gap
     if point is None:
         zero = torch.zeros_like(working.start)
@@ -223,12 +214,10 @@ def follow(
         f = working.everywhere(a)
         loss = _mean_loss(working, f)
         good = point.a if point.previous is None else point.previous[1]
-        if working.slow and not patient:
-            return None
-        if not loss <= initial:
-            if again(good, lam):
-                continue
-            return None
+        if not loss <= initial or (working.slow and not patient):
+            if not _again(working, point, good, lam):
+                return None
+            continue
         working.newest = a
         path.append((lam, loss))
         point.index += 1
@@ -238,10 +227,10 @@ def follow(
         if loss <= target:
             polished = _polish(working, task, a, f, lam, target)
             if polished is None:
-                if again(good, lam):
-                    path.pop()
-                    continue
-                return None
+                if not _again(working, point, good, lam):
+                    return None
+                path.pop()
+                continue
             a, f, loss, inside = polished
             path[-1] = (lam, loss)
             if inside:
@@ -252,7 +241,7 @@ def follow(
             point.lam, point.a, point.f, point.previous = 0.7 * lam, a, f, None
             continue
         stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - task.infimum)
-        if stalls and again(good, lam):
+        if stalls and _again(working, point, good, lam):
             path.pop()
             continue
         point.flat = point.flat + 1 if stalls else 0
@@ -262,6 +251,15 @@ def follow(
         point.a, point.f = _extrapolate(working, point.previous, a, f, lam, following)
         point.previous, point.lam = (lam, a, f), following
     return None
+
+
+def _again(working: WorkingSet, point: Point, a: Tensor, lam: float) -> bool:
+    """Take lambda's point from ``a`` once more, in float64; False where float32 is not to blame."""
+    if not working.exact():
+        return False
+    working.slow = False
+    point.a, point.f, point.lam, point.previous = a, working.everywhere(a), lam, None
+    return True
 
 
 def _polish(

@@ -123,6 +123,63 @@ def test_the_working_set_certifies_the_whole_problem(dtype, monkeypatch):
     assert solution.distance_bound < 0.2
 
 
+@pytest.mark.parametrize("mean", [300.0, 1000.0])
+def test_where_float32_ends_the_working_set_goes_on_in_float64(monkeypatch, mean):
+    from gcfast import head
+
+    def never(*_):
+        raise AssertionError("all samples were asked")
+
+    h, y = _many()
+    h = (h + mean).float()
+    monkeypatch.setattr(head, "_gram", never)
+    solution = gcfast.solve_head(h, y, target_gap=1e-7)
+    assert solution.form == "K of the samples that matter, float64"
+    assert solution.converged and solution.distance_bound < 0.2, str(solution)
+    loss = F.cross_entropy(h.double() @ solution.weight.double().T + solution.bias.double(), y)
+    assert math.isclose(float(loss), solution.loss, rel_tol=1e-6)
+
+
+def test_the_working_set_has_no_float64_beyond_its_room():
+    from gcfast._task import Task
+    from gcfast._working_set import WorkingSet
+    from gcfast.losses import resolve_loss
+    from gcfast.sources import as_features
+
+    h, y = _many(n=1100)
+    start = torch.zeros((5, 1500), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    working = WorkingSet(Task(as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0), 100)
+    working.add(torch.arange(80))
+    assert not working.exact() and working.gram.dtype == torch.float32
+    working.most = 114
+    before = working.gram.clone()
+    assert working.exact() and not working.exact()
+    assert working.gram.dtype == torch.float64 and working.most == 80
+    exact = h[:80].float().double() @ h[:80].float().double().T + 1
+    assert torch.allclose(working.gram, exact, rtol=1e-14) and not torch.equal(working.gram.float(), before)
+
+
+def test_a_killed_working_set_goes_on_in_float64(tmp_path):
+    h, y = _many()
+    h = (h + 300).float()
+    whole = gcfast.solve_head(h, y, target_gap=1e-7)
+    stopped = None
+
+    def stop(progress):
+        nonlocal stopped
+        if progress.iteration == len(whole.path) - 1:
+            stopped = progress.iteration
+            raise KeyboardInterrupt
+
+    options = {"target_gap": 1e-7, "checkpoint": tmp_path / "path", "checkpoint_seconds": 0.0}
+    assert gcfast.solve_head(h, y, callback=stop, **options).interrupted and stopped
+    seen = []
+    again = gcfast.solve_head(h, y, callback=lambda progress: seen.append(progress.iteration), **options)
+    assert again.form == whole.form == "K of the samples that matter, float64"
+    assert min(seen) > 1 and torch.equal(again.weight, whole.weight)
+    assert again.path == whole.path
+
+
 def test_the_working_set_finds_what_all_samples_give(monkeypatch):
     from gcfast import head
 
