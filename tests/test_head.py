@@ -176,8 +176,8 @@ def test_a_killed_working_set_goes_on_in_float64(tmp_path):
     seen = []
     again = gcfast.solve_head(h, y, callback=lambda progress: seen.append(progress.iteration), **options)
     assert again.form == whole.form == "K of the samples that matter, float64"
-    assert min(seen) > 1 and torch.equal(again.weight, whole.weight)
-    assert again.path == whole.path
+    assert min(seen) > 1 and torch.allclose(again.weight, whole.weight, rtol=1e-4, atol=1e-7)
+    assert again.path == [pytest.approx(point, rel=1e-6) for point in whole.path]
 
 
 def test_the_working_set_finds_what_all_samples_give(monkeypatch):
