@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--suite", choices=("cpu", "gpu"))
     parser.add_argument("--out", type=Path, help="default: the committed cells, bench/paper/cells")
     parser.add_argument(
-        "--only", default="*", metavar="GLOB", help="cells of these names: 'table1-cifar100-*'"
+        "--only", default="*", metavar="GLOBS", help="cells of these names: 'table1-*,times-*'"
     )
     parser.add_argument(
         "--workers", type=int, help="cells at a time, one thread each; default: cores, 1 on a GPU"
@@ -53,6 +53,11 @@ def main() -> int:
             print("done" if running.result(out, cell).exists() else "    ", cell.name)
         return 0
     device = "cuda" if known.suite == "gpu" else "cpu"
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--suite gpu: no CUDA device here")
     return running.run(cells, out, device=device, workers=known.workers, minutes=known.minutes)
 
 
