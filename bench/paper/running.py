@@ -51,6 +51,7 @@ def work(cell: Cell, out: Path, device: str, deadline: float | None, commit: str
     context = Context(out / "unfinished" / cell.name, device, deadline, say)
     began = time.perf_counter()
     try:
+        context.check()
         found = cell.run(context)
     except OutOfTime:
         return "stopped by the deadline"
@@ -179,9 +180,10 @@ def _batch(
                         bar.done(cell.name)
                 bar.drain()
         except BrokenProcessPool:
-            names = ", ".join(c.name for c in waiting.values() if not result(out, c).exists())
-            for name in names.split(", ")[:workers]:
-                failed[name] = "a worker died, most likely for want of memory: fewer --workers"
+            lost = [c.name for c in cells if not result(out, c).exists()][:workers]
+            failed[f"one of {', '.join(lost)}"] = (
+                "a worker died, most likely for want of memory: fewer --workers"
+            )
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
