@@ -20,6 +20,7 @@ from gcfast import _validate, ops
 from gcfast.memory import available, reserve_file
 
 ROWS = 4096  # of stored features at a time
+CONVERTED = 1 << 22  # bytes of features of another dtype at a time, so that caches hold them until their use
 STRIP = 1 << 26  # bytes of recomputed features at a time, where a kernel does not avoid them
 
 
@@ -122,14 +123,21 @@ class StoredFeatures(Features):
     def select(self, index: Tensor) -> Features:
         return StoredFeatures(self.matrix[index])
 
+    def _at_once(self, dtype: torch.dtype) -> int:
+        """Rows of a product in ``dtype``."""
+        if dtype == self.dtype or self.device.type != "cpu":
+            return ROWS
+        return min(ROWS, max(16, CONVERTED // (self.m * dtype.itemsize)))
+
     def times(self, weight: Tensor) -> Tensor:
         w = weight.mT.contiguous()
-        return torch.cat([rows.to(w.dtype) @ w for rows in self.matrix.split(ROWS)])
+        return torch.cat([rows.to(w.dtype) @ w for rows in self.matrix.split(self._at_once(w.dtype))])
 
     def transposed_times(self, a: Tensor) -> Tensor:
         total = torch.zeros((a.shape[1], self.m), dtype=a.dtype, device=a.device)
-        for rows, part in zip(self.matrix.split(ROWS), a.split(ROWS), strict=True):
-            total += part.mT @ rows.to(a.dtype)
+        k = self._at_once(a.dtype)
+        for rows, part in zip(self.matrix.split(k), a.split(k), strict=True):
+            total.addmm_(part.mT, rows.to(a.dtype))
         return total
 
     def keys(self) -> Tensor:
