@@ -31,8 +31,14 @@ BASES = {"sgd": "SGD, momentum", "adam": "Adam"}
 
 
 def of(cells: Cells, kind: str) -> list[dict[str, Any]]:
-    """Cells of a kind, by name."""
-    return [cells[name] for name in sorted(cells) if name.split("-", 1)[0] == kind]
+    """Cells of a kind, in the order of data, model, base and name."""
+
+    def order(name: str) -> tuple[int, int, bool, str]:
+        p = cells[name]["params"]
+        model = p.get("model", "narrow")
+        return list(NAMES).index(p["data"]), list(MODELS).index(model), p.get("base") == "adam", name
+
+    return [cells[name] for name in sorted((n for n in cells if n.split("-", 1)[0] == kind), key=order)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,6 @@ def groups(cells: Cells, augment: bool) -> list[Group]:
         p = cell["params"]
         if p["augment"] == augment:
             found.setdefault((p["data"], p["model"], p["base"]), []).append(cell)
-    order = sorted(found, key=lambda k: (list(NAMES).index(k[0]), list(MODELS).index(k[1]), k[2] != "sgd"))
     return [
         Group(
             *key,
@@ -96,7 +101,7 @@ def groups(cells: Cells, augment: bool) -> list[Group]:
             found[key][0]["params"],
             tuple(c["result"] for c in found[key]),
         )
-        for key in order
+        for key in found
     ]
 
 
