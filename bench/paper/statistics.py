@@ -55,8 +55,8 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Difference:
     found = mean(each)
     if found.count == 1:
         return Difference(found.mean, math.nan, math.nan, 1)
-    if found.half == 0:
-        return Difference(found.mean, 0.0, 1.0 if found.mean == 0 else 0.0, found.count)
+    if found.half < 1e-9:  # equal but for rounding
+        return Difference(found.mean, 0.0, 1.0 if abs(found.mean) < 1e-9 else 0.0, found.count)
     return Difference(found.mean, found.half, float(stats.ttest_1samp(each, 0.0).pvalue), found.count)
 
 
