@@ -162,18 +162,14 @@ def reached(points: Sequence[Sequence[float]], loss: float) -> tuple[float, floa
 
 
 def noise_means(cell: dict[str, Any]) -> dict[str, tuple[Mean, Difference, float]]:
-    """By what was done: test error, its difference to base, and the median training loss."""
+    """By what was done in every run: test error, its difference to base, and the median training loss."""
     runs = cell["result"]["runs"]
-    ways = [k for k in runs[0] if isinstance(runs[0][k], dict) and "test_error" in runs[0][k]]
     found = {}
-    for way in ways:
-        mine = [r for r in runs if way in r]
-        errors = [r[way]["test_error"] for r in mine]
-        found[way] = (
-            mean(errors),
-            paired(errors, [r["base"]["test_error"] for r in mine]),
-            plain.median(r[way]["loss"] for r in mine),
-        )
+    for way in (k for k, v in runs[0].items() if isinstance(v, dict) and "test_error" in v):
+        if all(way in r for r in runs):  # an epsilon above the loss at tau asks for nothing
+            errors = [r[way]["test_error"] for r in runs]
+            base = [r["base"]["test_error"] for r in runs]
+            found[way] = mean(errors), paired(errors, base), plain.median(r[way]["loss"] for r in runs)
     return found
 
 
