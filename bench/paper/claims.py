@@ -136,7 +136,7 @@ def _time(rows: list[Group]) -> str:
 def _untested(cells: Cells) -> str:
     there = {d for d, _ in findings.table1(cells)}
     absent = [shown for data, shown in NAMES.items() if data not in there]
-    text = f"{_and(absent)} are not here as data: " if absent else ""
+    text = f"{_and(absent)} are not here as data; " if absent else ""
     return f"{UNTESTED}: {text}full-width training of ResNet-18 needs a GPU (`--suite gpu`), and none was at hand."
 
 
@@ -170,9 +170,21 @@ def _numbers(cells: Cells, rows: list[Group], augmented: list[Group]) -> dict[st
         known[f"theorem_{n}"] = f"{1e3 * point['theorem_seconds']:.0f} ms"
     solved = [g.difference("0.6", "nearest").mean for g in augmented]
     known["augmented_least"], known["augmented_most"] = f"{min(solved):+.1f}", f"{max(solved):+.1f}"
+    nets = [g for g in rows if g.model.startswith("resnet")]
+    for name, path in (("base", ("base",)), ("paper", ("0.6", "paper"))):
+        known[f"resnet_{name}_loss"] = f"{plain.median(v for g in nets for v in g.values(*path, 'loss')):.1e}"
+    changes = [g.difference("0.6", "nearest").mean for g in nets]
+    known["resnet_least"], known["resnet_most"] = f"{min(changes):+.1f}", f"{max(changes):+.1f}"
+    for name, way in (("adam_mlp", "nearest"), ("adam_mlp_paper", "paper")):
+        mine = [g for g in rows if (g.model, g.base) == ("mlp", "adam")]
+        known[name] = _and([f"{g.difference('0.6', way)} ({NAMES[g.data]})" for g in mine])
     known["cost_lines"] = _cost(rows)
     known |= _width_numbers(cells) | _noise_numbers(cells)
     return known | _perturbation_numbers(cells) | _path_numbers(cells) | _transfer_numbers(cells)
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def _cost(rows: list[Group]) -> str:
@@ -193,9 +205,9 @@ def _cost(rows: list[Group]) -> str:
         ]
         n = mine[0].results[0]["n"]
         lines.append(
-            f"- {NAMES[key[0]]}, {MODELS[key[1]]}, n = {n:,}: base's T steps {median('base', 'seconds'):.3g} s; the features "
-            f"once {median('0.6', 'nearest', 'freeze_seconds'):.2g} s, the head solved {median('0.6', 'nearest', 'solve_seconds'):.2g} s"
-            + (f", rank n proved {plain.median(proved):.2g} s" if proved else "")
+            f"- {NAMES[key[0]]}, {MODELS[key[1]]}, n = {n:,}: base's T steps {_s(median('base', 'seconds'))} s; the features "
+            f"once {_s(median('0.6', 'nearest', 'freeze_seconds'))} s, the head solved {_s(median('0.6', 'nearest', 'solve_seconds'))} s"
+            + (f", rank n proved {_s(plain.median(proved))} s" if proved else "")
             + " (CPU seconds of one thread)."
         )
     return "\n".join(lines)
@@ -204,9 +216,11 @@ def _cost(rows: list[Group]) -> str:
 def _perturbation_numbers(cells: Cells) -> dict[str, str]:
     found = [findings.perturbations(c) for c in findings.of(cells, "perturbation")]
     none = [(f[0.0]["proved"], f[0.0]["of"]) for f in found]
+    spoiled = [(f[0.1]["of"] - f[0.1]["proved"], f[0.1]["of"]) for f in found]
     return {
         "perturbation_default": f"{max(abs(f[1e-3]['difference'].mean) for f in found):.2f}",
         "perturbation_large": f"{max(abs(f[1e-1]['difference'].mean) for f in found):.1f}",
+        "perturbation_unproved": f"{sum(p for p, _ in spoiled)} of {sum(n for _, n in spoiled)} runs",
         "perturbation_none": f"{sum(p for p, _ in none)} of {sum(n for _, n in none)} runs",
     }
 
@@ -232,7 +246,7 @@ def _width_numbers(cells: Cells) -> dict[str, str]:
     """How much a wider layer and a sharper softplus bring to sigma_min."""
     known = {}
     found = {c["params"]["data"]: findings.widths(c) for c in findings.of(cells, "width")}
-    steps: dict[str, list[float]] = {"equal": [], "wide": [], "beta": []}
+    steps: dict[str, list[float]] = {"equal": [], "wide": [], "beta": [], "beta_wide": []}
     unproved = 0
     for by_beta in found.values():
         for ratios in by_beta.values():
@@ -240,10 +254,10 @@ def _width_numbers(cells: Cells) -> dict[str, str]:
             if ratios[1.0][0] > 0:
                 steps["equal"].append(ratios[1.1][0] / ratios[1.0][0])
             steps["wide"].append(ratios[2.0][0] / ratios[1.1][0])
-        if 1.0 in by_beta and 4.0 in by_beta:
-            steps["beta"].append(by_beta[4.0][1.1][0] / by_beta[1.0][1.1][0])
+        for name, at in (("beta", 1.1), ("beta_wide", 2.0)):
+            steps[name].append(by_beta[4.0][at][0] / by_beta[1.0][at][0])
     for name, ratio in steps.items():
-        known[f"width_{name}"] = f"{plain.median(ratio):.3g}"
+        known[f"width_{name}"] = f"{float(f'{plain.median(ratio):.2g}'):,g}"
     known["width_unproved"] = str(unproved)
     return known
 

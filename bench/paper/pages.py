@@ -81,9 +81,10 @@ def _made(cells: Cells) -> str:
         name = f"{m['device'] or m['cpu']}, {m['instruction_set']}, torch {m['torch']}"
         machines[name] = machines.get(name, 0) + 1
         commits[cell["commit"]] = commits.get(cell["commit"], 0) + 1
-    hours = sum(c["seconds"] for c in cells.values()) / 3600
+    alone = sum(c["seconds"] for c in cells.values() if c["machine"]["threads"] > 1)
+    beside = sum(c["seconds"] for c in cells.values() if c["machine"]["threads"] == 1)
     return (
-        f"{len(cells)} cells, {hours:.1f} hours of them one after the other; "
+        f"{len(cells)} cells: {(alone + beside / 2) / 3600:.1f} hours with two at a time; "
         + "; ".join(f"{count} on {name}" for name, count in machines.items())
         + ". Commits: "
         + ", ".join(f"{commit} ({count})" for commit, count in commits.items())
