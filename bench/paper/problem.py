@@ -18,7 +18,7 @@ from gcfast.cli.train import Schedule
 from gcfast.cli.usage import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-BETA = 4.0  # of the wide layer: features as many as samples, better conditioned than with softplus itself
+BETA = 4.0  # of the wide layer's softplus; docs/paper.md has 1.0 beside it
 PERTURBATION = 1e-3
 TARGET_GAP = 1e-6
 BATCH = 64
