@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 from .findings import BASES, MODELS, NAMES, Cells, certificate_time, of, widths
 
@@ -112,6 +113,8 @@ def _time(cells: Cells) -> Any:
         label="theorem's assumptions checked",
     )
     axis.set(xscale="log", yscale="log", xlabel="samples n (m = 1.1 n)", ylabel="seconds")
+    axis.set_xticks(n, [f"{x:,}" for x in n])
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.legend(fontsize=8)
     return figure
 
