@@ -73,10 +73,8 @@ class WorkingSet:
         """From now on in float64; False where that is so already, or S has no room for it."""
         if self.dtype == torch.float64 or len(self.rows) > self.most / math.sqrt(2):
             return False
-        self.dtype, self.most = (
-            torch.float64,
-            int(self.most / math.sqrt(2)),
-        )  # bytes of its Gram are the limit
+        self.dtype = torch.float64
+        self.most = int(self.most / math.sqrt(2))  # of twice the bytes in the same room
         self.h, self.own = self.given, False
         rows, self.rows = self.rows, self.rows[:0]
         self.gram = torch.zeros((0, 0), dtype=torch.float64, device=self.gram.device)

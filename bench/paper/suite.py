@@ -12,7 +12,7 @@ from .context import Context
 SEEDS = (0, 1, 2, 3, 4)
 TAUS = (0.4, 0.6, 0.8)
 DATA = ("digits", "semeion", "mnist", "cifar10", "cifar100", "kmnist", "svhn")
-PROOFS = {"digits": None, "semeion": None}  # samples of Table 1: all, else
+PROOFS = {"digits": None, "semeion": None}  # samples of Table 1: all of these, of others the first
 PROOF_N = 4000
 
 # Step sizes and epochs, chosen for base alone on seed 0 and used by A(base) unchanged.
