@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from paper.statistics import power_law
 
 import gcfast
 
@@ -70,10 +71,8 @@ def _fit(points: list[tuple[int, float]]) -> tuple[float, float] | None:
     points = [(n, t) for n, t in points if n >= FIT_FROM]
     if len(points) < 3:
         return None
-    x, y = [math.log(n) for n, _ in points], [math.log(t) for _, t in points]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
-    return slope, math.exp(my + slope * (math.log(1e4) - mx))
+    exponent, factor = power_law(points)
+    return exponent, factor * 1e4**exponent
 
 
 def _size(count: float) -> str:

@@ -41,8 +41,8 @@ class WideLayer(nn.Module):
             analytic, which the theorem route of ``certify`` asks for.
         beta: softplus's sharpness. The default 1.0 is the ordinary softplus, so that step sizes that suit the
             rest of the model suit this layer; a larger beta puts sharper kinks between the samples, which
-            lowers the condition number of the features where m is well above n, and raises it at m = 1.1 n
-            (measured in docs/paper.md).
+            raises sigma_min of the features where m is well above n, and lowers it near m = n
+            (docs/paper.md).
         device, dtype: of the parameters.
 
     Attributes: ``weight`` (m, d), ``bias`` (m,), ``activation``, ``beta``.

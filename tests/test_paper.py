@@ -205,6 +205,11 @@ def cells():
     return found
 
 
+def test_committed_cells_are_those_of_the_suite(cells):
+    wanted = {c.name: json.loads(json.dumps(dataclasses.asdict(c.params))) for c in suite.cpu()}
+    assert {name: cell["params"] for name, cell in cells.items()} == {name: wanted[name] for name in cells}
+
+
 def test_pages_are_what_the_cells_say(cells):
     assert pages.check() == 0
 

@@ -16,22 +16,15 @@ import gcfast
 from gcfast.cli.data import DataSplit
 
 from .context import Context
-from .frozen import Frozen, noisy
+from .frozen import Frozen, Setting, noisy
 from .generalisation import AIM, Stepper
 from .problem import build, evaluate, load, optimizer, schedule, settle, width
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Setting):
     """Some labels wrong: base, the certified minimum, stops before it, and weight decay of the head."""
 
-    data: str
-    n: int | None
-    model: str
-    base: str
-    lr: float
-    epochs: int
-    tau: float
     share: float
     epsilons: tuple[float, ...]
     weight_decays: tuple[float, ...]
@@ -43,9 +36,7 @@ def noise(cell: Noise, context: Context) -> dict[str, Any]:
     for index, seed in enumerate(cell.seeds):
         context.say(index / len(cell.seeds), f"seed {seed}")
         split = noisy(load(cell.data, cell.n, seed), cell.share, seed)
-        frozen = Frozen(
-            split, cell.model, cell.base, cell.lr, cell.epochs, cell.tau, seed, context, to_the_end=True
-        )
+        frozen = Frozen(split, cell, seed, context, to_the_end=True)
         proof = gcfast.certify(frozen.features, frozen.y, loss="cross_entropy", route="direct", sharp=False)
         run: dict[str, Any] = {
             "seed": seed,
@@ -138,16 +129,9 @@ def relu(cell: Relu, context: Context) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Few:
+class Few(Setting):
     """n > m + 1: what the certificate says, and what the solver reaches."""
 
-    data: str
-    n: int | None
-    model: str
-    base: str
-    lr: float
-    epochs: int
-    tau: float
     ratios: tuple[float, ...]
     seed: int
 
@@ -159,7 +143,7 @@ def few(cell: Few, context: Context) -> dict[str, Any]:
     for ratio in cell.ratios:
         m = round(ratio * n)
         context.say(len(points) / len(cell.ratios), f"m = {m}")
-        frozen = Frozen(split, cell.model, cell.base, cell.lr, cell.epochs, cell.tau, cell.seed, context, m=m)
+        frozen = Frozen(split, cell, cell.seed, context, m=m)
         proof = gcfast.certify(frozen.features, frozen.y, loss="cross_entropy")
         solved = frozen.solve(target_gap=AIM)
         points.append(
@@ -178,16 +162,9 @@ def few(cell: Few, context: Context) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Conflict:
+class Conflict(Setting):
     """Copies of training samples, some with another label: the offenders named, L* as it must be."""
 
-    data: str
-    n: int | None
-    model: str
-    base: str
-    lr: float
-    epochs: int
-    tau: float
     agreeing: int
     conflicting: int
     seed: int
@@ -206,7 +183,7 @@ def conflict(cell: Conflict, context: Context) -> dict[str, Any]:
         x_train=torch.cat([split.x_train, split.x_train[chosen]]),
         y_train=torch.cat([split.y_train, labels]),
     )
-    frozen = Frozen(split, cell.model, cell.base, cell.lr, cell.epochs, cell.tau, cell.seed, context)
+    frozen = Frozen(split, cell, cell.seed, context)
     proof = gcfast.certify(
         frozen.model.eval(), (split.x_train, split.y_train), loss="cross_entropy", sharp=False
     )

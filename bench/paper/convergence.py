@@ -11,7 +11,7 @@ from torch import nn
 import gcfast
 
 from .context import Context
-from .frozen import Frozen, noisy
+from .frozen import Frozen, Setting, noisy
 from .generalisation import AIM, Stepper
 from .problem import PERTURBATION, build, evaluate, load, optimizer, schedule, width
 
@@ -19,16 +19,9 @@ GOAL = 1e-8
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Setting):
     """Base for ``times`` its usual epochs; A(base), switched at tau of the usual ones, for as many."""
 
-    data: str
-    n: int | None
-    model: str
-    base: str
-    lr: float
-    epochs: int
-    tau: float
     times: int
     seed: int
 
@@ -122,16 +115,9 @@ def curves(cell: Curves, context: Context) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Path:
+class Path(Setting):
     """Heads nearest to V_tau at ever smaller loss, and their test error."""
 
-    data: str
-    n: int | None
-    model: str
-    base: str
-    lr: float
-    epochs: int
-    tau: float
     seeds: tuple[int, ...]
     noise: float = 0.0  # share of training labels replaced by another class
 
@@ -140,7 +126,7 @@ def path(cell: Path, context: Context) -> dict[str, Any]:
     runs = []
     for index, seed in enumerate(cell.seeds):
         split = noisy(load(cell.data, cell.n, seed), cell.noise, seed)
-        frozen = Frozen(split, cell.model, cell.base, cell.lr, cell.epochs, cell.tau, seed, context)
+        frozen = Frozen(split, cell, seed, context)
         points = [{"epsilon": None, "lambda": None, "loss": frozen.loss, "test_error": frozen.test_error()}]
         for step in range(17):
             epsilon = 10 ** (-step / 2)
@@ -162,16 +148,9 @@ def path(cell: Path, context: Context) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Perturbations:
+class Perturbations(Setting):
     """What the size of the Gaussian vector does to the loss, to sigma_min and to the test error."""
 
-    data: str
-    n: int | None
-    model: str
-    base: str
-    lr: float
-    epochs: int
-    tau: float
     sizes: tuple[float, ...]
     seeds: tuple[int, ...]
 
@@ -182,8 +161,7 @@ def perturbations(cell: Perturbations, context: Context) -> dict[str, Any]:
         split = load(cell.data, cell.n, seed)
         for size in cell.sizes:
             context.say(index / len(cell.seeds), f"seed {seed}, perturbation {size:g}")
-            setting = (cell.model, cell.base, cell.lr, cell.epochs, cell.tau, seed, context)
-            frozen = Frozen(split, *setting, perturbation=size)
+            frozen = Frozen(split, cell, seed, context, perturbation=size)
             proof = gcfast.certify(frozen.features, frozen.y, route="direct", sharp=True)
             solved = frozen.solve(target_gap=AIM)
             points.append(

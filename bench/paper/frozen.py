@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,19 @@ from gcfast.cli.data import DataSplit
 from .context import Context
 from .generalisation import Stepper
 from .problem import PERTURBATION, build, evaluate, optimizer, schedule, width
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What trains phase one: the parameters that cells about one setting have in common."""
+
+    data: str
+    n: int | None
+    model: str
+    base: str
+    lr: float
+    epochs: int
+    tau: float
 
 
 def noisy(split: DataSplit, share: float, seed: int) -> DataSplit:
@@ -36,11 +49,7 @@ class Frozen:
     def __init__(
         self,
         split: DataSplit,
-        kind: str,
-        base: str,
-        lr: float,
-        epochs: int,
-        tau: float,
+        setting: Setting,
         seed: int,
         context: Context,
         *,
@@ -51,11 +60,13 @@ class Frozen:
     ) -> None:
         """``to_the_end``: also base alone for all its steps, its test error in ``base_test_error``."""
         n = len(split.y_train)
-        plan = schedule(n, epochs, seed, tau)
+        plan = schedule(n, setting.epochs, seed, setting.tau)
         stepper = Stepper(split, plan, False, context.device)
         torch.manual_seed(seed)
-        model = build(kind, split, width(n) if m is None else m, **options).to(context.device).train()
-        opt = optimizer(base, model.parameters(), lr)
+        model = (
+            build(setting.model, split, width(n) if m is None else m, **options).to(context.device).train()
+        )
+        opt = optimizer(setting.base, model.parameters(), setting.lr)
         test = split.x_test.to(context.device), split.y_test.to(context.device)
         for step in range(plan.switch):
             stepper(model, opt, step)

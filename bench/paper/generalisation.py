@@ -93,7 +93,7 @@ def run(cell: Run, context: Context) -> dict[str, Any]:
     plan = schedule(n, cell.epochs, cell.seed)
     torch.manual_seed(cell.seed)
     model = build(cell.model, split, width(n)).to(context.device)
-    switches = {tau: Schedule(n, plan.batch_size, plan.epochs, tau, plan.seed).switch for tau in cell.taus}
+    switches = {tau: schedule(n, cell.epochs, cell.seed, tau).switch for tau in cell.taus}
     state = context.kept() or {"step": 0, "seconds": 0.0, "photos": {}, "found": {}}
     found = state["found"]
     stepper = Stepper(split, plan, cell.augment, context.device)
