@@ -194,6 +194,8 @@ def test_finished_cells_stay_failed_ones_are_told_and_absent_data_are_passed_ove
     waiting = suite.Cell("times-late", late, size, 1.0)
     assert running.run([good, waiting], tmp_path, minutes=0) == 3
     assert running.work(waiting, tmp_path, "cpu", 0.0, "abc").startswith("stopped")
+    unaware = dataclasses.replace(good, name="times-unaware")  # looks at no clock: not begun either
+    assert running.work(unaware, tmp_path, "cpu", 0.0, "abc").startswith("stopped")
     assert sorted(running.read(tmp_path)) == ["times-good"]
 
 
