@@ -45,8 +45,8 @@ class WorkingSet:
     def __init__(self, task: Task, most: int | None = None):
         given = self.given = task.features
         self.dtype = torch.float32
-        self.own = isinstance(given, StoredFeatures) and given.dtype != torch.float32
-        self.h = StoredFeatures(given.matrix.to(torch.float32)) if self.own else given  # type: ignore[attr-defined]
+        convert = isinstance(given, StoredFeatures) and given.dtype != torch.float32
+        self.h = StoredFeatures(given.matrix.to(torch.float32)) if convert else given  # type: ignore[attr-defined]
         self.most = task.n if most is None else most
         self.bias, self.start = task.bias is not None, task.start_logits
         self.targets, self.loss = task.targets, task.loss
@@ -63,19 +63,13 @@ class WorkingSet:
         self.slow = False
         self.newest: Tensor | None = None
 
-    def held_bytes(self) -> int:
-        """Bytes held: features in float32, S's rows of them, their Gram, half a dozen (n, C)."""
-        own = self.h.nbytes if self.own else 0
-        gram = 2 * self.dtype.itemsize * self.gram.numel()
-        return own + self.chosen.nbytes + gram + 6 * 8 * self.start.numel()
-
     def exact(self) -> bool:
         """From now on in float64; False where that is so already, or S has no room for it."""
         if self.dtype == torch.float64 or len(self.rows) > self.most / math.sqrt(2):
             return False
         self.dtype = torch.float64
         self.most = int(self.most / math.sqrt(2))  # of twice the bytes in the same room
-        self.h, self.own = self.given, False
+        self.h = self.given
         rows, self.rows = self.rows, self.rows[:0]
         self.gram = torch.zeros((0, 0), dtype=torch.float64, device=self.gram.device)
         if len(rows):
