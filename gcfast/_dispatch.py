@@ -73,9 +73,6 @@ class BackendTable(Mapping[str, Mapping[str, str]]):
     def __len__(self) -> int:
         return len(self._reasons)
 
-    def usable(self, op: str, backend: str) -> bool:
-        return self._reasons[op][backend] == ""
-
     def reason(self, op: str, backend: str) -> str:
         return self._reasons[op][backend]
 
