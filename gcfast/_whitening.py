@@ -223,12 +223,6 @@ class WhiteningSweep:
         return Whitened(g2, distance, product_error, witness_error, margin, self.doubled)
 
 
-def whiten(h1: StackedOnes, x: Tiles, dtype: torch.dtype) -> Whitened | None:
-    """A whole :class:`WhiteningSweep`, or None where its errors would be too large."""
-    sweep = WhiteningSweep.begin(h1, x, dtype)
-    return None if sweep is None else sweep.run(h1, x)
-
-
 def norm_upper(x: Tiles) -> float:
     """Proved upper bound of ||x||_2: sqrt(||x||_1 ||x||_inf)."""
     rows, columns = _tiles.abs_products(x)

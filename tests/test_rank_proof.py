@@ -317,9 +317,9 @@ def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype, condit
     h = h1.features.matrix
     x, _ = _whitening.cholesky_inverse(_shift.bounded_gram(h1).lower, 1e-13)
     for _ in range(3):
-        g2 = _whitening.whiten(h1, x, torch.float64).gram
+        g2 = _whitening.WhiteningSweep.begin(h1, x, torch.float64).run(h1, x).gram
         _tiles.compose_(_whitening.cholesky_inverse(g2, 1e-13)[0], x)
-    white = _whitening.whiten(h1, x, dtype)
+    white = _whitening.WhiteningSweep.begin(h1, x, dtype).run(h1, x)
     assert white.doubled == (condition == 1e14)
     q = _whitening.times_doubled(x, h, _tiles.row_maxima(x)) if white.doubled else _tiles.times(x, h)
     q = q.to(dtype)
