@@ -154,12 +154,11 @@ class WhiteningSweep:
         x: Tiles,
         dtype: torch.dtype,
         plain: float = 1e-2,
-        most: float = 1.0,
         scratch: Scratch | None = None,
     ) -> WhiteningSweep | None:
         """Q comes from a doubled product where a plain one would lose ``plain`` or more.
 
-        None, before any product, where even that loses ``most`` or more.
+        None, before any product, where even that loses all of the margin, which is 1.
         """
         n, columns, tile = h1.n, h1.columns, tiling(x.device)
         terms = n + columns
@@ -179,7 +178,7 @@ class WhiteningSweep:
                 scales += float(power_of_two(panel.abs().amax(0)).square().sum())
             norms = (_up(math.sqrt(s), 2 * terms) for s in (sums, scales))
             witness_error = _up(doubled_error(x, columns, x_rows, *norms) + tiny)
-        if not witness_error < most:
+        if not witness_error < 1.0:
             return None
         gram = Tiles(n, dtype, x.device, scratch)
         rows = torch.zeros(n, dtype=torch.float64, device=x.device)
