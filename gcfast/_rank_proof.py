@@ -35,6 +35,8 @@ from gcfast.memory import Scratch, available
 
 __all__ = ["RankProof", "_up", "exact_products", "gamma", "proof_bytes", "prove_full_rank"]
 
+MAX_PASSES = 6  # of whitening; each gains about six digits of the condition number
+
 
 @dataclass(frozen=True)
 class RankProof:
@@ -80,7 +82,6 @@ def prove_full_rank(
     *,
     ones: bool = True,
     sharp: bool = True,
-    max_passes: int = 6,
     progress: Callable[[str, float], None] | None = None,
     max_bytes: int | None = None,
     checkpoint: Checkpoint | None = None,
@@ -93,7 +94,6 @@ def prove_full_rank(
             whether a column of ones is appended.
         ones: append the column of ones (the head's bias).
         sharp: spend about a third more time on a bound of sigma_min within some per cent of the truth.
-        max_passes: of whitening; each gains about six digits of the condition number.
         progress: called with a step's name and the fraction done.
         max_bytes: memory for n x n matrices; what is beyond goes to files without names in TMPDIR.
         checkpoint: where the state is kept between panels of H1, and taken up again.
@@ -106,7 +106,7 @@ def prove_full_rank(
         return RankProof(True, math.inf, 0.0, 1.0, 0, "no rows")
     with exact_products():
         check_products(h1.device)
-        return _Proof(h1, sharp, max_passes, progress, max_bytes, checkpoint).run()
+        return _Proof(h1, sharp, progress, max_bytes, checkpoint).run()
 
 
 def _shifted(short: ShiftProof, sigma_max: float) -> RankProof:
@@ -159,12 +159,11 @@ class _Proof:
         self,
         h1: StackedOnes,
         sharp: bool,
-        max_passes: int,
         tell: Callable[[str, float], None] | None,
         max_bytes: int | None,
         checkpoint: Checkpoint | None,
     ):
-        self.h1, self.sharp, self.max_passes, self.checkpoint = h1, sharp, max_passes, checkpoint
+        self.h1, self.sharp, self.checkpoint = h1, sharp, checkpoint
         self.share = _Share(tell, h1.n, h1.columns)
         free = max_bytes if max_bytes is not None else available(h1.device)
         self.room = math.inf if free is None else free - _panel_bytes(h1.n, h1.columns)
@@ -279,9 +278,7 @@ class _Proof:
             if better:
                 best = (None, white)
             # a small margin makes a poor bound of sigma_min, which another pass would mend
-            if self.passes >= self.max_passes or (
-                best and (not self.sharp or not better or white.margin > 0.9)
-            ):
+            if self.passes >= MAX_PASSES or (best and (not self.sharp or not better or white.margin > 0.9)):
                 break
             if better:
                 best = (x.clone(), white)  # the next pass works in place
