@@ -226,13 +226,11 @@ def _factor(system: Tensor) -> Tensor:
     raise FloatingPointError("the Gram of the features is too far from positive semidefinite, or overflows")
 
 
-def minimise(
-    problem: Problem, state: State, lam: float, tolerance: float, steps: int = NEWTON_STEPS
-) -> State:
-    """Newton steps from ``state``, ``steps`` at most, until P - D <= tolerance * (lambda/2)|U|^2."""
+def minimise(problem: Problem, state: State, lam: float, tolerance: float) -> State:
+    """Newton steps from ``state``, NEWTON_STEPS at most, until P - D <= tolerance * (lambda/2)|U|^2."""
     a, f = state.a, state.f
     n, loss, targets = problem.n, problem.loss, problem.targets
-    for step in range(steps + 1):
+    for step in range(NEWTON_STEPS + 1):
         z = problem.offset + f
         value, residual, _ = loss.terms(z, targets)
         mean = float(value.sum()) / n
@@ -242,7 +240,7 @@ def minimise(
         kg = problem.product(g)
         gap = float((g * kg).sum()) / (2 * lam)
         state = State(a, f, mean, total, max(gap, 0.0), quadratic)
-        if gap <= tolerance * quadratic or step == steps or not math.isfinite(total):
+        if gap <= tolerance * quadratic or step == NEWTON_STEPS or not math.isfinite(total):
             break
         if isinstance(loss, CrossEntropy):
             p = loss.probabilities(residual, targets)
