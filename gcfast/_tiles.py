@@ -162,10 +162,10 @@ def symmetric_row_sums(g: Tiles) -> Tensor:
     return rows + columns - g.diagonal().abs().to(torch.float64)
 
 
-def times(x: Tiles, b: Tensor, rows: range | None = None) -> Tensor:
+def times(x: Tiles, b: Tensor) -> Tensor:
     """x b for lower triangular x: within tiling.gamma(n) |x||b|."""
     out, inner = torch.zeros_like(b), tiling(x.device).inner
-    for i in rows or range(len(x.spans)):
+    for i in range(len(x.spans)):
         for k in range(i + 1):
             add_product_(out[x.spans[i]], x[i, k], b[x.spans[k]], inner)
     return out
