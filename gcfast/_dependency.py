@@ -23,6 +23,7 @@ from gcfast.sources import Features, StoredFeatures
 BLOCK = 128  # rows among which pivots are sought; one step costs about as much as its arithmetic
 EXACT = 32  # rows of the largest dependency that is tried in exact arithmetic
 TRIES = 8  # dependencies that are tried
+VECTORS = 32  # dropped rows that are written in terms of the kept ones
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,20 @@ def first_tolerance(h1: StackedOnes) -> float:
     return 10.0 * (h1.n + h1.columns) * UNIT[torch.float64]
 
 
-def near_dependency(
-    features: Tensor | Features, *, ones: bool = True, vectors: int = 32, basis: RowBasis | None = None
-) -> Dependency | None:
+def near_dependency(features: Tensor | Features, *, ones: bool = True) -> Dependency | None:
     """A small near-dependency among the rows of [features, 1], or None where they are far from dependent.
 
-    Of the rows that a basis drops, ``vectors`` are written in terms of the rows it keeps; the combination of
+    Of the rows that a basis drops, VECTORS are written in terms of the rows it keeps; the combination of
     fewest rows is returned, or the first that exact arithmetic confirms, of those of at most 32 rows: then
     ``exact`` is a proof that the rank is below n.
     """
     features = StoredFeatures(features) if isinstance(features, Tensor) else features
     h1 = StackedOnes(features, ones)
     with exact_products():
-        basis = basis or row_basis(lower_gram(h1), first_tolerance(h1))
+        basis = row_basis(lower_gram(h1), first_tolerance(h1))
         if len(basis.dropped) == 0:
             return None
-        coefficients, dropped = _combinations(h1, basis, vectors)
+        coefficients, dropped = _combinations(h1, basis)
     kept = basis.kept.cpu()
     candidates = [
         _sparse(features, ones, c, row, kept)
@@ -136,15 +135,15 @@ def near_dependency(
     return candidates[0]
 
 
-def _combinations(h1: StackedOnes, basis: RowBasis, vectors: int) -> tuple[Tensor, Tensor]:
+def _combinations(h1: StackedOnes, basis: RowBasis) -> tuple[Tensor, Tensor]:
     """C (k, r) with H1[dropped] = C H1[kept] nearly, for the k dropped rows (k,) that need fewest of them."""
     low = basis.factor[basis.kept]
     right = basis.factor[basis.dropped].mT
     c = torch.linalg.solve_triangular(low.mT, right, upper=True).mT
     if c.shape[1] == 0:
-        return c[:vectors], basis.dropped[:vectors]
+        return c[:VECTORS], basis.dropped[:VECTORS]
     support = (c.abs() > 1e-3 * c.abs().amax(1, keepdim=True).clamp(min=1.0)).sum(1)
-    few = support.argsort(stable=True)[:vectors]
+    few = support.argsort(stable=True)[:VECTORS]
     c, dropped = c[few], basis.dropped[few]
     for _ in range(2):  # the Gram squares the condition number; residuals of the rows do not
         step = torch.zeros_like(c)
