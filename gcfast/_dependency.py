@@ -227,7 +227,6 @@ def prove_rank_of_basis(
     features: Tensor | Features,
     *,
     ones: bool = True,
-    basis: RowBasis | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> tuple[int, RankProof | None]:
     """A proved lower bound of the rank of [features, 1], from rows that are proved independent.
@@ -238,11 +237,9 @@ def prove_rank_of_basis(
     h1 = StackedOnes(features, ones)
     tolerance = first_tolerance(h1)
     for _ in range(4):
-        if basis is None:
-            with exact_products():
-                basis = row_basis(lower_gram(h1), tolerance)
-        kept = basis.kept.sort().values
-        basis = None  # its memory goes to the proof
+        with exact_products():
+            # of the basis only these are named, so that its memory goes to the proof
+            kept = row_basis(lower_gram(h1), tolerance).kept.sort().values
         if len(kept) == 0:
             return 0, None
         if len(kept) < h1.n:
