@@ -165,8 +165,9 @@ def panel_slices(columns: int, inner: int) -> int:
     return columns // PANEL * -(-PANEL // inner) + -(-(columns % PANEL) // inner)
 
 
-def mirror_(g: Tensor, strip: int = 512) -> Tensor:
+def mirror_(g: Tensor) -> Tensor:
     """The lower triangle of g above the diagonal as well, in place."""
+    strip = 512
     for i in range(0, len(g), strip):
         diagonal = g[i : i + strip, i : i + strip]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
