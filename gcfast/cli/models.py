@@ -110,7 +110,7 @@ class _Block(nn.Module):
 
 
 class PreActivationResNet(nn.Module):
-    """Four stages of pre-activation blocks for small images: no pooling but the average at the end."""
+    """Four stages of two pre-activation blocks for small images: no pooling but the average at the end."""
 
     def __init__(
         self,
@@ -119,10 +119,9 @@ class PreActivationResNet(nn.Module):
         width: int = 64,
         wide: int | None = None,
         activation: str = "softplus",
-        blocks: Sequence[int] = (2, 2, 2, 2),
     ) -> None:
         super().__init__()
-        if min(in_channels, classes, width, *blocks) < 1 or (wide is not None and wide < 1):
+        if min(in_channels, classes, width) < 1 or (wide is not None and wide < 1):
             raise UserError(
                 f"resnet18: every size must be at least 1, got channels {in_channels}, classes {classes},"
                 f" width {width}, wide {wide}"
@@ -130,9 +129,9 @@ class PreActivationResNet(nn.Module):
         self.stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         stages: list[nn.Module] = []
         before = width
-        for stage, count in enumerate(blocks):
+        for stage in range(4):
             after = width * 2**stage
-            for index in range(count):
+            for index in range(2):
                 stages.append(_Block(before, after, 2 if stage and not index else 1, activation))
                 before = after
         self.blocks = nn.Sequential(*stages)
