@@ -1,6 +1,6 @@
 """What a model is made of: its head, what enters the head, and by which operators.
 
-`find_head` names the last affine layer; `capture` and `FeatureTap` give the features that enter it;
+`find_head` names the last affine layer; `FeatureTap` gives the features that enter it;
 `analyticity` lists the operators that make these features, with a verdict on each; `wide_activation`
 recognises the wide layer σ(Qz + c) of the theorem. All of them run the model in evaluation mode and leave it
 as it was.
@@ -42,7 +42,6 @@ __all__ = [
     "Verdict",
     "WideLayerFound",
     "analyticity",
-    "capture",
     "find_head",
     "unwrap",
     "wide_activation",
@@ -113,12 +112,6 @@ class FeatureTap:
             shape = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
             raise HeadError(f"{place(self.name)} receives {shape}; it must receive a (batch, m) tensor")
         return seen[0], output
-
-
-def capture(model: nn.Module, head: Head | nn.Module | str, inputs: Any) -> tuple[Tensor, Any]:
-    """What enters the head, (batch, m), and the model's output: one forward pass, nothing left behind."""
-    with FeatureTap(model, head) as tap:
-        return tap(inputs)
 
 
 @dataclass(frozen=True)

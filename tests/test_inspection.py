@@ -15,10 +15,14 @@ from gcfast.inspection import (
     Head,
     HeadError,
     analyticity,
-    capture,
     find_head,
     wide_activation,
 )
+
+
+def captured(model, module, x):
+    with FeatureTap(model, module) as tap:
+        return tap(x)
 
 
 class Net(nn.Module):
@@ -300,7 +304,7 @@ def test_torchvision(make, size, name):
     x = torch.randn(2, 3, size, size)
     head = find_head(model, x)
     assert head.name == name and head.out_features == 10
-    h, out = capture(model, head, x)
+    h, out = captured(model, head, x)
     torch.testing.assert_close(head.module(h), out)
 
 
@@ -324,7 +328,7 @@ class Stateful(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "look", [find_head, lambda m, x: capture(m, "fc", x), lambda m, x: analyticity(m, None, x)]
+    "look", [find_head, lambda m, x: captured(m, "fc", x), lambda m, x: analyticity(m, None, x)]
 )
 def test_the_model_and_the_inputs_stay_as_they_were(look):
     model = Stateful()
@@ -346,7 +350,7 @@ def test_an_exception_leaves_nothing_behind():
     with pytest.raises(RuntimeError):
         find_head(model, torch.randn(3, 99))
     with pytest.raises(RuntimeError):
-        capture(model, "fc", torch.randn(3, 99))
+        captured(model, "fc", torch.randn(3, 99))
     with pytest.raises(ZeroDivisionError), FeatureTap(model, "fc") as tap:
         tap(X)
         _ = 1 / 0
@@ -366,12 +370,12 @@ def test_a_trace_keeps_no_memory():
     assert len(alive()) == len(before)
 
 
-# -- capture and FeatureTap
+# -- FeatureTap
 
 
 def test_captured_features_are_what_the_head_gets():
     model = Net(after=lambda o: o.squeeze(0))
-    h, out = capture(model, find_head(model, X), X)
+    h, out = captured(model, find_head(model, X), X)
     assert torch.equal(h, torch.tanh(model.a(X))) and torch.equal(out, model(X))
     assert not h.requires_grad and not out.requires_grad
 
@@ -387,9 +391,9 @@ def test_features_are_a_copy_in_evaluation_mode():
     model = Overwrites()
     with torch.no_grad():
         expected = torch.tanh(model.a(X))
-    assert torch.equal(capture(model, "b", X)[0], expected)
+    assert torch.equal(captured(model, "b", X)[0], expected)
     dropped = Net(between=nn.Dropout(0.9)).train()
-    assert torch.equal(capture(dropped, "b", X)[0], dropped.a(X))
+    assert torch.equal(captured(dropped, "b", X)[0], dropped.a(X))
 
 
 def test_many_batches_through_one_tap():
@@ -414,7 +418,7 @@ def test_a_tap_inside_compiled_code():
     model = nn.Sequential(torch.compile(body, backend="eager"), nn.Linear(8, 3)).eval()
     with torch.no_grad():
         model(X)  # compiled now, without any hook
-    h, _ = capture(model, body[2], X)
+    h, _ = captured(model, body[2], X)
     torch.testing.assert_close(h, torch.tanh(body[0](X)))
 
 
@@ -423,9 +427,9 @@ def test_a_tap_refuses_what_has_no_rows():
         FeatureTap(Net(), "c")
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     with pytest.raises(HeadError, match=r"'1' receives \(2, 5, 8\)"):
-        capture(model, "1", torch.randn(2, 5, 4))
+        captured(model, "1", torch.randn(2, 5, 4))
     with pytest.raises(HeadError, match="'a' is applied 0 times"):
-        capture(_unused(), "a", X)
+        captured(_unused(), "a", X)
 
 
 def _unused():
@@ -615,8 +619,8 @@ def test_the_wide_layer_is_a_linear_and_an_activation(act, name, analytic):
     found = wide_activation(model, None, X)
     assert (found.name, found.linear_name, found.d, found.m) == ("3", "2", 6, 9)
     assert (found.activation_name, found.analytic, found.polynomial) == (name, analytic, False)
-    z, _ = capture(model, found.module, X)
-    torch.testing.assert_close(act(model[2](z.clone())), capture(model, "7", X)[0])
+    z, _ = captured(model, found.module, X)
+    torch.testing.assert_close(act(model[2](z.clone())), captured(model, "7", X)[0])
 
 
 def test_functional_activations_and_polynomials():
@@ -671,7 +675,7 @@ def test_the_packages_own_wide_layer(activation, analytic):
     found = wide_activation(model, None, X)
     assert (found.name, found.linear_name, found.d, found.m) == ("2", "2", 6, 9)
     assert (found.activation_name, found.analytic, found.polynomial) == (activation, analytic, False)
-    z, _ = capture(model, found.module, X)
+    z, _ = captured(model, found.module, X)
     torch.testing.assert_close(z, torch.tanh(model[0](X)))
     own = [f for f in analyticity(model, None, X) if f.op.startswith("gcfast.")]
     assert [f.verdict for f in own] == ["analytic" if analytic else "not analytic"]

@@ -53,7 +53,8 @@ def test_widened_model_through_both_phases_and_the_solver():
     assert gcfast.find_head(model, x).name == "classify.head"
     found = gcfast.inspection.wide_activation(model, None, x)
     assert found.module is pair.wide and found.analytic
-    h, out = gcfast.inspection.capture(model, "classify.head", x)
+    with gcfast.inspection.FeatureTap(model, "classify.head") as tap:
+        h, out = tap(x)
     torch.testing.assert_close(h, pair.wide(model.body(x)))
     torch.testing.assert_close(out, pair.head(h))
     solution = gcfast.solve_head(model, (x, y), loss="cross_entropy", target_gap=1e-3)
