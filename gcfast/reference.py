@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("softplus", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "relu")
-ANALYTIC = ("softplus", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
 
 _A = 2.0 * math.sqrt(2.0 / math.pi)  # gelu_tanh(x) = x * sigmoid(A x + B x^3)
 _B = 0.044715 * _A

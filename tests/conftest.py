@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 import launches
 
 import gcfast
-from gcfast import _dispatch, ops
+from gcfast import _dispatch, ops, reference
 
 launches.watch()
 
@@ -31,6 +31,7 @@ NEEDS_GPU = [
 NEEDS_INTERPRETER = pytest.mark.skipif(
     not _dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
 )
+ANALYTIC = tuple(name for name in reference.ACTIVATIONS if name != "relu")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 

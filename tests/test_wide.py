@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import ANALYTIC
 from torch.testing._internal.two_tensor import TwoTensor
 
 from gcfast import ops, reference
@@ -24,7 +25,7 @@ def test_preactivations_are_of_size_one(d, m):
         assert unit.min() > 0.4 and unit.max() < 2.5  # none dead, none saturated
 
 
-@pytest.mark.parametrize("activation", reference.ANALYTIC)
+@pytest.mark.parametrize("activation", ANALYTIC)
 def test_features_have_full_rank(activation):
     z = torch.randn(60, 5, dtype=torch.float64)
     layer = WideLayer(5, 64, activation=activation, dtype=torch.float64)
@@ -98,7 +99,7 @@ def dead_share(layer, n=256):
     return float((slope.abs() < 1e-3).all(dim=0).float().mean())
 
 
-@pytest.mark.parametrize("activation, beta", [*((a, 1.0) for a in reference.ANALYTIC), ("softplus", 4.0)])
+@pytest.mark.parametrize("activation, beta", [*((a, 1.0) for a in ANALYTIC), ("softplus", 4.0)])
 @pytest.mark.parametrize("d, m", [(1, 700), (1, 8800), (8, 8800), (64, 8800), (2048, 500)])
 @torch.no_grad()
 def test_no_unit_is_dead_or_saturated(activation, beta, d, m):
@@ -154,7 +155,7 @@ def test_wide_head_is_its_two_modules(shape, bias, device):
     torch.testing.assert_close(model(z.detach().mT.contiguous().mT) if len(shape) == 2 else out, out)
 
 
-@pytest.mark.parametrize("activation", reference.ANALYTIC)
+@pytest.mark.parametrize("activation", ANALYTIC)
 def test_gradients_of_wide_head(activation):
     model = wide_head(activation, torch.float64)
     names = [name for name, _ in model.named_parameters()]
