@@ -5,30 +5,31 @@ a two-phase wrapper around any optimizer, a certificate that it reaches the glob
 that finishes phase two.
 """
 
+from gcfast._choice import Rates
+from gcfast._head import HeadError, find_head
+from gcfast._jacobian_plan import JacobianPlan
 from gcfast._solution import HeadSolution, Progress
 from gcfast._trainability import LayerTrainability, Trainability, trainability
 from gcfast._version import __version__
 from gcfast.cache import FeatureCache
 from gcfast.certificate import Assumption, Certificate, Offender, certify
 from gcfast.head import solve_head
-from gcfast.inspection import HeadError, find_head
-from gcfast.jacobian import JacobianPlan, LayerJacobians
+from gcfast.jacobian import LayerJacobians
 from gcfast.losses import ConvexLoss
-from gcfast.ops import backend, backends, softmax_curvature, softmax_residual
-from gcfast.optim import TwoPhase
-from gcfast.planning import Plan, Rates, plan
-from gcfast.rank import RankEstimate, matrix_rank
-from gcfast.sources import WideFeatures
-from gcfast.wide import (
-    WideGram,
-    WideHead,
-    WideLayer,
+from gcfast.ops import (
+    backend,
+    backends,
+    softmax_curvature,
+    softmax_residual,
     wide_forward,
-    wide_gram,
     wide_gram_product,
     wide_head_grad,
-    widen,
 )
+from gcfast.optim import TwoPhase
+from gcfast.planning import Plan, plan
+from gcfast.rank import RankEstimate, matrix_rank
+from gcfast.sources import WideFeatures
+from gcfast.wide import WideGram, WideHead, WideLayer, wide_gram, widen
 
 __all__ = [
     "Assumption",

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ACTIVATIONS", "Marks", "Verdict", "activation_verdict", "classify", "words"]
-
 Verdict = Literal["analytic", "not analytic", "ties", "unknown"]
 
 

@@ -25,21 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._digest import (
+from gcfast._digest import (
     DIGEST,
     PIECE,
     check_tensor,
     digest_of,
-    fingerprint,
     hash_pieces,
     pieces_of,
     pool,
     raw_bytes,
 )
-from ._file_lock import FileLock, LockHeld
-from ._version import __version__
-
-__all__ = ["Checkpoint", "CheckpointError", "State", "fingerprint"]
+from gcfast._file_lock import FileLock, LockHeld
+from gcfast._version import __version__
 
 _MAGIC = b"gcfast\x00state\r\n\x1a\n"
 _VERSION = 1

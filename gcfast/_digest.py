@@ -13,18 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DIGEST",
-    "PIECE",
-    "check_tensor",
-    "digest_of",
-    "fingerprint",
-    "hash_pieces",
-    "pieces_of",
-    "pool",
-    "raw_bytes",
-]
-
 DIGEST = 32
 _BLOCK = 1 << 20
 PIECE = 4 * _BLOCK

@@ -8,8 +8,6 @@ import os
 import warnings
 import weakref
 
-__all__ = ["FileLock", "LockHeld"]
-
 _ALL: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 

@@ -15,8 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from gcfast._head import Head, HeadError, check_output, observe_head
 from gcfast._trace import OutputHook, output_tensors, unwrap
 
-__all__ = ["Freezer", "Watch", "fingerprint", "hidden_parameters", "plain_name"]
-
 
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile puts in, so that compiled and plain models agree."""

@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from gcfast.memory import require
 
-__all__ = ["Rows", "count"]
-
 
 class Rows:
     """Rows and targets, filled batch by batch; allocated at once where their number is known beforehand."""

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from gcfast._analytic_ops import words
 from gcfast._trace import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
 
-__all__ = ["COPIES", "AmbiguousHeadError", "Head", "HeadError", "check_output", "find_head", "observe_head"]
-
 
 class HeadError(ValueError):
     """The model has no head in the sense of this package; the message says why."""

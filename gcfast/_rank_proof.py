@@ -33,8 +33,6 @@ from gcfast._whitening import (
 )
 from gcfast.memory import Scratch, available
 
-__all__ = ["RankProof", "_up", "exact_products", "gamma", "proof_bytes", "prove_full_rank"]
-
 MAX_PASSES = 6  # of whitening; each gains about six digits of the condition number
 
 

@@ -15,8 +15,6 @@ from gcfast._unchanged import Unchanged
 from gcfast.inspection import FeatureTap
 from gcfast.wide import WideLayer, through_head
 
-__all__ = ["EntranceTap", "Rest", "output_shape"]
-
 # A batch's features up to this size are kept for the backward pass, as the model itself does in phase two:
 # on a CPU 1.3 times as fast at 4 MiB as making them anew, which is 1.5 times as fast at 7 MiB and above.
 _KEPT_BYTES = 6 << 20

@@ -15,8 +15,6 @@ from gcfast._freeze import fingerprint, hidden_parameters, plain_name
 from gcfast._head import Head, find_head
 from gcfast._trace import unwrap
 
-__all__ = ["check_state", "perturb", "resolve_generator", "resolve_perturbation", "resolve_switch_step"]
-
 
 def _is_real(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

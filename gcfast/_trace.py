@@ -19,8 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gcfast._analytic_ops import Marks, Verdict, classify
 
-__all__ = ["ModuleCall", "OpCall", "OutputHook", "Trace", "call_arguments", "same_memory", "trace", "unwrap"]
-
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module below torch.compile, DataParallel and DistributedDataParallel."""

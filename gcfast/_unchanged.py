@@ -14,8 +14,6 @@ from gcfast._freeze import plain_name
 from gcfast._head import Head
 from gcfast._trace import unwrap
 
-__all__ = ["Unchanged"]
-
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from gcfast._freeze import hidden_parameters
 from gcfast._growing import Rows, count
+from gcfast._head import Head
 from gcfast._rest import EntranceTap, Rest, output_shape
 from gcfast._trace import keeping_random_state, unwrap
 from gcfast._unchanged import Unchanged
@@ -29,10 +30,8 @@ from gcfast.features import (
     check_features,
     loader_of,
 )
-from gcfast.inspection import FeatureTap, Head, wide_activation
+from gcfast.inspection import FeatureTap, wide_activation
 from gcfast.wide import WideLayer
-
-__all__ = ["FeatureCache"]
 
 STORES = ("auto", "below", "features")
 _FEW = 32

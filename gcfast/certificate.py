@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from gcfast._analytic_ops import activation_verdict
-from gcfast._checkpoint import Checkpoint, fingerprint
+from gcfast._checkpoint import Checkpoint
 from gcfast._dependency import near_dependency, prove_rank_of_basis
+from gcfast._digest import fingerprint
 from gcfast._distinct import equal_rows
+from gcfast._head import Head
 from gcfast._products import StackedOnes
 from gcfast._rank_proof import proof_bytes, prove_full_rank
 from gcfast.features import TrainingSet, checked, collect
-from gcfast.inspection import Head, WideLayerFound, analyticity
+from gcfast.inspection import WideLayerFound, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
 from gcfast.memory import limit, require
 from gcfast.sources import Features, WideFeatures

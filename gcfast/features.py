@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from gcfast._distinct import RowKeys
-from gcfast.inspection import FeatureTap, Head, WideLayerFound, find_head, wide_activation
+from gcfast._head import Head, find_head
+from gcfast.inspection import FeatureTap, WideLayerFound, wide_activation
 from gcfast.memory import limit
 from gcfast.sources import Features, StoredFeatures, WideFeatures, as_features
 from gcfast.wide import WideLayer

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast._checkpoint import Checkpoint, fingerprint
+from gcfast._checkpoint import Checkpoint
 from gcfast._choice import Option, Sizes, options, rank_of
 from gcfast._descent import descent, exact
+from gcfast._digest import fingerprint
 from gcfast._distinct import equal_rows
 from gcfast._grams import FreeGram, Gram
 from gcfast._grams import form as form_gram
+from gcfast._head import Head
 from gcfast._newton import Problem, State, minimise
 from gcfast._path_keeper import PathKeeper
 from gcfast._products import exact_products
@@ -35,7 +37,6 @@ from gcfast._working_set import (
     follow,
 )
 from gcfast.features import checked, collect
-from gcfast.inspection import Head
 from gcfast.losses import (
     ConvexLoss,
     CrossEntropy,

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from gcfast._analytic_ops import ACTIVATIONS, Verdict, activation_verdict
-from gcfast._head import COPIES, AmbiguousHeadError, Head, HeadError, find_head, head_of_trace, place
+from gcfast._head import COPIES, Head, HeadError, find_head, head_of_trace, place
 from gcfast._trace import (
     ModuleCall,
     OpCall,
@@ -32,20 +32,6 @@ from gcfast._trace import (
     trace,
     unwrap,
 )
-
-__all__ = [
-    "AmbiguousHeadError",
-    "FeatureTap",
-    "Finding",
-    "Head",
-    "HeadError",
-    "Verdict",
-    "WideLayerFound",
-    "analyticity",
-    "find_head",
-    "unwrap",
-    "wide_activation",
-]
 
 
 class FeatureTap:

@@ -21,8 +21,6 @@ from gcfast.memory import limit
 
 _OMEGA_BYTES = 1 << 24  # of the random matrix at a time
 
-__all__ = ["JacobianPlan", "LayerJacobians"]
-
 Layers = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 Direction = Tensor | Mapping[str, Tensor]
 

@@ -21,8 +21,6 @@ from gcfast._head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast._state import check_state, perturb, resolve_generator, resolve_perturbation, resolve_switch_step
 from gcfast._trace import unwrap
 
-__all__ = ["TwoPhase"]
-
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",

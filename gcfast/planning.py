@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from gcfast import _choice, ops
 from gcfast._choice import Option, Rates, Sizes
+from gcfast._head import find_head
 from gcfast._products import exact_products
 from gcfast._rank_proof import proof_bytes, proof_flops
 from gcfast._tiles import Tiles
 from gcfast.features import checked, sample_count
-from gcfast.inspection import find_head
 from gcfast.losses import ConvexLoss, CrossEntropy, output_count, resolve_loss
 from gcfast.memory import limit
 from gcfast.sources import Features, WideFeatures

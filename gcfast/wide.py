@@ -11,24 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gcfast import _validate, ops
+from gcfast._head import Head, find_head
 from gcfast._products import StackedOnes, check_products, exact_products, mirror_
 from gcfast._shift import bounded_gram
 from gcfast._tiles import Tiles
-from gcfast._trace import OutputHook
-from gcfast.inspection import Head, find_head, unwrap
-from gcfast.ops import wide_forward, wide_gram_product, wide_head_grad
+from gcfast._trace import OutputHook, unwrap
 from gcfast.sources import WideFeatures
-
-__all__ = [
-    "WideGram",
-    "WideHead",
-    "WideLayer",
-    "wide_forward",
-    "wide_gram",
-    "wide_gram_product",
-    "wide_head_grad",
-    "widen",
-]
 
 
 class WideLayer(nn.Module):

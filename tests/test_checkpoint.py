@@ -22,7 +22,8 @@ from conftest import DEVICES
 from torch import Tensor
 
 import gcfast._checkpoint as module
-from gcfast._checkpoint import Checkpoint, CheckpointError, fingerprint
+from gcfast._checkpoint import Checkpoint, CheckpointError
+from gcfast._digest import fingerprint
 
 DTYPES = [
     *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn),
@@ -733,7 +734,8 @@ def test_memory_is_bounded(path: Path) -> None:
     """A tensor of 300 MB, transposed, raises the peak by a few pieces only; so does a contiguous one."""
     program = """
         import resource, sys, torch
-        from gcfast._checkpoint import Checkpoint, fingerprint
+        from gcfast._checkpoint import Checkpoint
+        from gcfast._digest import fingerprint
         torch.set_num_threads(2)
         base = torch.ones(5000, 7500, dtype=torch.float64)
         small = torch.ones(700, 700).T.contiguous()

@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gcfast._analytic_ops import Marks, classify
-from gcfast.inspection import (
-    AmbiguousHeadError,
-    FeatureTap,
-    Head,
-    HeadError,
-    analyticity,
-    find_head,
-    wide_activation,
-)
+from gcfast._head import AmbiguousHeadError, Head, HeadError, find_head
+from gcfast.inspection import FeatureTap, analyticity, wide_activation
 
 
 def captured(model, module, x):

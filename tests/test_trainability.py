@@ -14,7 +14,8 @@ from torch import nn
 
 import gcfast
 from gcfast._shift import prove_least_eigenvalue
-from gcfast._trainability import WORK, LayerJacobians, _rank_bounds
+from gcfast._trainability import WORK, _rank_bounds
+from gcfast.jacobian import LayerJacobians
 from gcfast.losses import resolve_loss
 
 LOSSES = ["cross_entropy", "soft", "smoothed", "mse", "bce_with_logits", "soft_bce", "huber"]

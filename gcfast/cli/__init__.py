@@ -1,5 +1,5 @@
 """The command ``gcfast``: data sets, models, training runs, reports. The library itself needs none of it."""
 
-from .commands import main
+from gcfast.cli.commands import main
 
 __all__ = ["main"]

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import DataSplit, load_dataset
-from .models import ModelSpec
-from .storage import save_torch
-from .usage import UserError
-
-__all__ = ["Checkpoint", "DataSpec"]
+from gcfast.cli.data import DataSplit, load_dataset
+from gcfast.cli.models import ModelSpec
+from gcfast.cli.storage import save_torch
+from gcfast.cli.usage import UserError
 
 _FORMAT = "gcfast-checkpoint"
 _VERSION = 1

@@ -13,19 +13,17 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, DataSpec
-from .data import DataSplit, load_dataset
-from .models import ModelSpec, default_hidden
-from .options import parser
-from .progress import Progress
-from .record import certificate_values, versions
-from .report import write_report
-from .run import Run
-from .summary import print_summary
-from .train import Diverged, Settings, default_lr, targets_for
-from .usage import UserError, require
-
-__all__ = ["main"]
+from gcfast.cli.checkpoint import Checkpoint, DataSpec
+from gcfast.cli.data import DataSplit, load_dataset
+from gcfast.cli.models import ModelSpec, default_hidden
+from gcfast.cli.options import parser
+from gcfast.cli.progress import Progress
+from gcfast.cli.record import certificate_values, versions
+from gcfast.cli.report import write_report
+from gcfast.cli.run import Run
+from gcfast.cli.summary import print_summary
+from gcfast.cli.train import Diverged, Settings, default_lr, targets_for
+from gcfast.cli.usage import UserError, require
 
 
 def main(argv: Sequence[str] | None = None) -> int:

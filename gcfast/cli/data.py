@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .formats import (
+from gcfast.cli.formats import (
     Images,
     ImageTree,
     read_cifar_batch,
@@ -40,9 +40,7 @@ from .formats import (
     read_semeion_text,
     read_svhn,
 )
-from .usage import UserError, require
-
-__all__ = ["DATASETS", "DataSplit", "load_dataset"]
+from gcfast.cli.usage import UserError, require
 
 DATASETS = ("digits", "mnist", "kmnist", "semeion", "cifar10", "cifar100", "svhn", "folder")
 _TEST_SHARE = 0.3  # of data sets that come without a test set

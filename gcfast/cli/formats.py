@@ -21,18 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .usage import UserError, require
-
-__all__ = [
-    "ImageTree",
-    "Images",
-    "read_cifar_batch",
-    "read_cifar_names",
-    "read_idx",
-    "read_npz",
-    "read_semeion_text",
-    "read_svhn",
-]
+from gcfast.cli.usage import UserError, require
 
 
 class Images(NamedTuple):

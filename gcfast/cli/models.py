@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .usage import UserError
-
-__all__ = ["ACTIVATIONS", "MODELS", "ModelSpec", "PreActivationResNet", "mlp", "resnet18"]
+from gcfast.cli.usage import UserError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,

@@ -8,15 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .usage import require
+from gcfast.cli.usage import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from gcfast._trainability import LayerTrainability
-
-__all__ = ["eigenvalue_ranges", "lambda_path", "loss_curves", "singular_values"]
 
 BASE, TWO_PHASE, NEAREST = "#4c8ed9", "#e0782f", "#1f9d6b"
 # Stand-ins for the colours the page decides; matplotlib can write only fixed ones.

@@ -9,8 +9,6 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
-__all__ = ["Progress", "format_seconds"]
-
 
 def format_seconds(seconds: float) -> str:
     if seconds < 60:

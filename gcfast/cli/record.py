@@ -12,13 +12,10 @@ import torch
 
 from gcfast._version import __version__
 from gcfast.certificate import Certificate
-
-from .checkpoint import DataSpec
-from .data import DataSplit
-from .models import ModelSpec
-from .train import Point, Schedule, Settings
-
-__all__ = ["Record", "certificate_values", "versions"]
+from gcfast.cli.checkpoint import DataSpec
+from gcfast.cli.data import DataSplit
+from gcfast.cli.models import ModelSpec
+from gcfast.cli.train import Point, Schedule, Settings
 
 _STAGES = ("phase_one", "phase_two", "base", "certify", "solve")
 

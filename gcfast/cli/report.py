@@ -8,11 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .plots import lambda_path, legend_colours, loss_curves, singular_values
-from .progress import format_seconds
-from .storage import write_text
-
-__all__ = ["Verdict", "render", "verdict", "write_report"]
+from gcfast.cli.plots import lambda_path, legend_colours, loss_curves, singular_values
+from gcfast.cli.progress import format_seconds
+from gcfast.cli.storage import write_text
 
 
 class Verdict(NamedTuple):

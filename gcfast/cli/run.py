@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint, DataSpec
-from .data import DataSplit
-from .models import ModelSpec
-from .progress import Progress
-from .record import Record, certificate_values
-from .storage import write_json
-from .train import Diverged, Point, Schedule, Settings, Trainer, threads
+from gcfast.cli.checkpoint import Checkpoint, DataSpec
+from gcfast.cli.data import DataSplit
+from gcfast.cli.models import ModelSpec
+from gcfast.cli.progress import Progress
+from gcfast.cli.record import Record, certificate_values
+from gcfast.cli.storage import write_json
+from gcfast.cli.train import Diverged, Point, Schedule, Settings, Trainer, threads
 
 if TYPE_CHECKING:
     from gcfast.cache import FeatureCache
-
-__all__ = ["Run"]
 
 # Up to here singular values for the picture take seconds, certificate and solver well under one: a second
 # thread has too little to gain, and on a busy machine waiting for it costs ten times as much.

@@ -12,8 +12,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["atomic_write", "save_torch", "write_bytes", "write_json", "write_text"]
-
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path``.

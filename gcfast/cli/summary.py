@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .progress import format_seconds
-from .report import verdict
-
-__all__ = ["print_summary"]
+from gcfast.cli.progress import format_seconds
+from gcfast.cli.report import verdict
 
 
 def print_summary(values: Mapping[str, Any]) -> None:

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .progress import Progress
-from .usage import UserError
+from gcfast.cli.progress import Progress
+from gcfast.cli.usage import UserError
 
 if TYPE_CHECKING:
     from gcfast.cache import FeatureCache
-
-__all__ = ["BASES", "LOSSES", "Diverged", "Point", "Schedule", "Settings", "Trainer", "default_lr"]
 
 # Default learning rates: the lesser of the first number and the second divided by the wide layer's width.
 # The loss is as curved in the head as that layer is wide, and a step moves the outputs in proportion.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["UserError", "require"]
-
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to change."""
