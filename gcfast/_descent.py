@@ -14,8 +14,8 @@ from gcfast._grams import TiledGram, form
 from gcfast._solution import HeadSolution, Progress, finish
 from gcfast._task import Task
 from gcfast._tiles import Tiles
-from gcfast.memory import require
 from gcfast.sources import Features
+from gcfast.storage.memory import require
 
 
 def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:

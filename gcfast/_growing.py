@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from gcfast.memory import require
+from gcfast.storage.memory import require
 
 
 class Rows:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast._checkpoint import Checkpoint, State
 from gcfast._task import Task
 from gcfast._working_set import Point, WorkingSet
+from gcfast.storage.checkpoint import Checkpoint
+from gcfast.storage.file_format import State
 
 
 class PathKeeper:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gcfast import _tiles
-from gcfast._checkpoint import Checkpoint, State
 from gcfast._products import PANEL, UNIT, StackedOnes, _up, check_products, exact_products, gamma
 from gcfast._shift import GramSweep, ShiftProof, prove_by_shift
 from gcfast._tiles import Tiles
@@ -31,7 +30,9 @@ from gcfast._whitening import (
     norm_sharp,
     norm_upper,
 )
-from gcfast.memory import Scratch, available
+from gcfast.storage.checkpoint import Checkpoint
+from gcfast.storage.file_format import State
+from gcfast.storage.memory import Scratch, available
 
 MAX_PASSES = 6  # of whitening; each gains about six digits of the condition number
 

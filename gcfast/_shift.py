@@ -28,7 +28,7 @@ from gcfast._products import (
     tiling,
 )
 from gcfast._tiles import Tiles
-from gcfast.memory import Scratch
+from gcfast.storage.memory import Scratch
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._products import add_product_, subtract_product_, tiling
-from gcfast.memory import Scratch
+from gcfast.storage.memory import Scratch
 
 Step = Callable[[float], None]  # told the fraction done
 

@@ -38,8 +38,8 @@ from gcfast._shift import prove_least_eigenvalue
 from gcfast._trace import call_arguments
 from gcfast.jacobian import LayerJacobians, Layers
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
-from gcfast.memory import limit, require
 from gcfast.rank import matrix_rank
+from gcfast.storage.memory import limit, require
 
 WORK = 9  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gram take beside it, measured
 SMALL = (

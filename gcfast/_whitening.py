@@ -36,7 +36,7 @@ from gcfast._products import (
 )
 from gcfast._shift import verified_cholesky
 from gcfast._tiles import Tiles
-from gcfast.memory import Scratch
+from gcfast.storage.memory import Scratch
 
 INNER32 = 256  # of float32 products: gamma stays 1.5e-5 whatever m is
 

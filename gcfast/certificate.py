@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast._analytic_ops import activation_verdict
-from gcfast._checkpoint import Checkpoint
 from gcfast._dependency import near_dependency, prove_rank_of_basis
-from gcfast._digest import fingerprint
 from gcfast._distinct import equal_rows
 from gcfast._head import Head
 from gcfast._products import StackedOnes
@@ -32,8 +30,10 @@ from gcfast._rank_proof import proof_bytes, prove_full_rank
 from gcfast.features import TrainingSet, checked, collect
 from gcfast.inspection import WideLayerFound, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
-from gcfast.memory import limit, require
 from gcfast.sources import Features, WideFeatures
+from gcfast.storage.checkpoint import Checkpoint
+from gcfast.storage.digest import fingerprint
+from gcfast.storage.memory import limit, require
 
 SHARP = 4096  # samples up to which the bound of sigma_min is sharpened without being asked
 

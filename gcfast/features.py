@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from gcfast._distinct import RowKeys
 from gcfast._head import Head, find_head
 from gcfast.inspection import FeatureTap, WideLayerFound, wide_activation
-from gcfast.memory import limit
 from gcfast.sources import Features, StoredFeatures, WideFeatures, as_features
+from gcfast.storage.memory import limit
 from gcfast.wide import WideLayer
 
 BATCH = 512

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast._checkpoint import Checkpoint
 from gcfast._choice import Option, Sizes, options, rank_of
 from gcfast._descent import descent, exact
-from gcfast._digest import fingerprint
 from gcfast._distinct import equal_rows
 from gcfast._grams import FreeGram, Gram
 from gcfast._grams import form as form_gram
@@ -45,8 +43,10 @@ from gcfast.losses import (
     output_count,
     resolve_loss,
 )
-from gcfast.memory import limit, require
 from gcfast.sources import Features, WideFeatures
+from gcfast.storage.checkpoint import Checkpoint
+from gcfast.storage.digest import fingerprint
+from gcfast.storage.memory import limit, require
 
 METHODS = ("nearest", "exact", "gd", "sgd")
 

@@ -17,7 +17,7 @@ from gcfast._jacobian_factors import Factor, Lookup, Outer
 from gcfast._jacobian_plan import GroupPlan, JacobianPlan, counted, tiles_of
 from gcfast._products import mirror_
 from gcfast._trace import unwrap
-from gcfast.memory import limit
+from gcfast.storage.memory import limit
 
 _OMEGA_BYTES = 1 << 24  # of the random matrix at a time
 

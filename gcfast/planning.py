@@ -18,8 +18,8 @@ from gcfast._rank_proof import proof_bytes, proof_flops
 from gcfast._tiles import Tiles
 from gcfast.features import checked, sample_count
 from gcfast.losses import ConvexLoss, CrossEntropy, output_count, resolve_loss
-from gcfast.memory import limit
 from gcfast.sources import Features, WideFeatures
+from gcfast.storage.memory import limit
 
 # Not measured by gcfast: nominal figures of the card, of which half is assumed to be reached.
 NOMINAL = {"h100": Rates(f32=3.0e13, f64=3.0e13, memory=2.4e12)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import _validate, ops
-from gcfast.memory import available, reserve_file
+from gcfast.storage.memory import available, reserve_file
 
 ROWS = 4096  # of stored features at a time
 CONVERTED = 1 << 22  # bytes of features of another dtype at a time, so that caches hold them until their use

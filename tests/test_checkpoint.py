@@ -21,9 +21,10 @@ import torch
 from conftest import DEVICES
 from torch import Tensor
 
-import gcfast._checkpoint as module
-from gcfast._checkpoint import Checkpoint, CheckpointError
-from gcfast._digest import fingerprint
+import gcfast.storage.checkpoint as module
+from gcfast.storage.checkpoint import Checkpoint
+from gcfast.storage.digest import fingerprint
+from gcfast.storage.file_format import CheckpointError
 
 DTYPES = [
     *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn),
@@ -109,7 +110,7 @@ def test_tensors_of_several_pieces(
     """Digests and order do not depend on how a tensor lies in memory, whatever the size of the pieces."""
     for name in ("_digest", "_checkpoint"):
         monkeypatch.setattr(f"gcfast.{name}.PIECE", 256)
-    monkeypatch.setattr("gcfast._digest._BLOCK", 64)
+    monkeypatch.setattr("gcfast.storage.digest._BLOCK", 64)
     base = random_bits(11, 13, 17, dtype=torch.float64, device=device)
     views = {
         "contiguous": base,
@@ -358,7 +359,7 @@ def test_a_new_computation_replaces_its_own_file_without_loading(path: Path) -> 
 
 SAVES_FOR_EVER = """
     import sys, torch
-    from gcfast._checkpoint import Checkpoint
+    from gcfast.storage.checkpoint import Checkpoint
     torch.set_num_threads(1)
     with Checkpoint(sys.argv[1], "certify", "0123") as checkpoint:
         step = int(sys.argv[2])
@@ -371,7 +372,7 @@ SAVES_FOR_EVER = """
 
 SAVES_FROM_FORKS = """
     import os, random, signal, sys, time, torch
-    from gcfast._checkpoint import Checkpoint
+    from gcfast.storage.checkpoint import Checkpoint
     torch.set_num_threads(1)
     path, rounds = sys.argv[1], int(sys.argv[2])
     source = random.Random(5)
@@ -539,7 +540,7 @@ def test_too_little_room_is_seen_beforehand(
 
 FILLS_THE_DISK = """
     import os, resource, sys, torch
-    from gcfast._checkpoint import Checkpoint
+    from gcfast.storage.checkpoint import Checkpoint
     path, limits = sys.argv[1], map(int, sys.argv[2:])
     folder, name = os.path.split(path)
     checkpoint = Checkpoint(path, "certify", "0123")
@@ -688,7 +689,8 @@ def test_a_lock_file_deleted_before_it_was_locked(path: Path, monkeypatch: pytes
 def test_children_neither_hold_nor_release_the_lock(path: Path) -> None:
     program = """
         import os, signal, sys, time
-        from gcfast._checkpoint import Checkpoint, CheckpointError
+        from gcfast.storage.checkpoint import Checkpoint
+        from gcfast.storage.file_format import CheckpointError
         checkpoint = Checkpoint(sys.argv[1], "certify", "0123")
         checkpoint.save({}, {})
         leaver = os.fork()
@@ -734,8 +736,8 @@ def test_memory_is_bounded(path: Path) -> None:
     """A tensor of 300 MB, transposed, raises the peak by a few pieces only; so does a contiguous one."""
     program = """
         import resource, sys, torch
-        from gcfast._checkpoint import Checkpoint
-        from gcfast._digest import fingerprint
+        from gcfast.storage.checkpoint import Checkpoint
+        from gcfast.storage.digest import fingerprint
         torch.set_num_threads(2)
         base = torch.ones(5000, 7500, dtype=torch.float64)
         small = torch.ones(700, 700).T.contiguous()
@@ -826,7 +828,7 @@ def test_fingerprints_do_not_depend_on_layout_order_or_process() -> None:
     assert fingerprint(x.T) == fingerprint(x.T.contiguous()) == fingerprint(torch.nn.Parameter(x.T))
     assert fingerprint({"a": 1, "b": x}) == fingerprint({"b": x, "a": 1})
     settings = ("certify", 0.1, 3, None, {"tol": 1e-6}, True)
-    done = run(f"from gcfast._checkpoint import fingerprint; print(fingerprint(*{settings!r}))")
+    done = run(f"from gcfast.storage.checkpoint import fingerprint; print(fingerprint(*{settings!r}))")
     assert done.stdout.strip() == fingerprint(*settings)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gcfast
-from gcfast._checkpoint import CheckpointError
+from gcfast.storage.file_format import CheckpointError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kill -9 and flock")
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch
     path, (h, y) = tmp_path / "state", _problem()
     _interrupted(path, h, y)
     kept = path.read_bytes()
-    monkeypatch.setattr("gcfast._checkpoint.shutil.disk_usage", lambda folder: _Usage)
+    monkeypatch.setattr("gcfast.storage.checkpoint.shutil.disk_usage", lambda folder: _Usage)
     with pytest.raises(OSError, match=r"solve_head.*last checkpoint is intact"):
         gcfast.solve_head(h, y, checkpoint=path, checkpoint_seconds=0.0)
     monkeypatch.undo()
@@ -208,7 +208,7 @@ def test_scratch_files_without_room_are_refused(monkeypatch):
     def full(fd, start, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gcfast.memory.os.posix_fallocate", full)
+    monkeypatch.setattr("gcfast.storage.memory.os.posix_fallocate", full)
     h = torch.randn((700, 800), dtype=torch.float64)
     with pytest.raises(OSError, match=r"scratch tiles: [\d,]+ bytes do not fit on the disk of .*TMPDIR"):
         gcfast.certify(h, max_bytes=gcfast._rank_proof.proof_bytes(700, 800, disk=True) + 1000)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from gcfast.cli.storage import atomic_write, save_torch, write_json, write_text
+from gcfast.storage.files import atomic_write, save_torch, write_json, write_text
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     save_torch(path, {"weight": torch.zeros(3)})
     program = (
         "import resource, signal, sys, torch\n"
-        "from gcfast.cli.storage import save_torch\n"
+        "from gcfast.storage.files import save_torch\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
         "try:\n"

@@ -8,7 +8,7 @@ import torch
 from gcfast import _products, _tiles
 from gcfast._products import Tiling
 from gcfast._tiles import Tiles
-from gcfast.memory import Scratch
+from gcfast.storage.memory import Scratch
 
 SIZES = [1, 7, 8, 9, 16, 37]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gcfast.cli.storage import save_torch
+from gcfast.storage.files import save_torch
 
 KEEP_EVERY = 60.0  # seconds
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from gcfast.cli.data import DataSplit, load_dataset
 from gcfast.cli.models import ModelSpec
-from gcfast.cli.storage import save_torch
 from gcfast.cli.usage import UserError
+from gcfast.storage.files import save_torch
 
 _FORMAT = "gcfast-checkpoint"
 _VERSION = 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gcfast.cli.plots import lambda_path, legend_colours, loss_curves, singular_values
 from gcfast.cli.progress import format_seconds
-from gcfast.cli.storage import write_text
+from gcfast.storage.files import write_text
 
 
 class Verdict(NamedTuple):

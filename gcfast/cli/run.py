@@ -20,8 +20,8 @@ from gcfast.cli.data import DataSplit
 from gcfast.cli.models import ModelSpec
 from gcfast.cli.progress import Progress
 from gcfast.cli.record import Record, certificate_values
-from gcfast.cli.storage import write_json
 from gcfast.cli.train import Diverged, Point, Schedule, Settings, Trainer, threads
+from gcfast.storage.files import write_json
 
 if TYPE_CHECKING:
     from gcfast.cache import FeatureCache
@@ -160,7 +160,7 @@ class Run:
     def _cache(self, model: nn.Module) -> FeatureCache | None:
         """What enters the head, for the samples are the same at every step; None where it does not fit."""
         from gcfast.cache import FeatureCache
-        from gcfast.memory import available
+        from gcfast.storage.memory import available
 
         data = (self.trainer.x_train, self.trainer.targets)
         free = available(data[0].device)
