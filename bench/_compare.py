@@ -13,7 +13,7 @@ from typing import Any
 import _record
 import torch
 
-from gcfast import _dispatch
+from gcfast.ops import dispatch
 
 DEVICE = "GCFAST_BENCH_DEVICE"
 
@@ -142,9 +142,9 @@ def compare(
         pending = {}
         for name, f in candidates.items():
             if round_ == 0 or name not in once:
-                _dispatch._last.clear()
+                dispatch._last.clear()
                 pending[name] = clock.time(f)
-                ran[name] = dict(_dispatch._last)
+                ran[name] = dict(dispatch._last)
         clock.settle()
         for name, read in pending.items():
             seconds[name].append(read() * (scale or {}).get(name, 1.0))
@@ -194,7 +194,7 @@ def on_backend(backend: str, call: Callable[[], object]) -> Callable[[], Any]:
     """`call` with a backend of gcfast forced."""
 
     def forced() -> Any:
-        with _dispatch.backend(backend):
+        with dispatch.backend(backend):
             return call()
 
     return forced

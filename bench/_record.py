@@ -69,7 +69,7 @@ def header() -> dict[str, Any]:
     """The machine, the versions and the commit of this run."""
     import torch
 
-    from gcfast import _native
+    from gcfast.ops import native
 
     try:
         import triton
@@ -88,7 +88,7 @@ def header() -> dict[str, Any]:
         "triton": triton_version,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        "instruction_set": _native.cpu_instruction_set() or platform.machine(),
+        "instruction_set": native.cpu_instruction_set() or platform.machine(),
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

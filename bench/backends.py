@@ -1,6 +1,6 @@
 """Does every op run on the kernels that it should on this GPU? If not, a line for each and exit code 1.
 
-"Should" is the policy of gcfast._dispatch: the first backend that has a kernel for the op and the dtype,
+"Should" is the policy of gcfast.ops.dispatch: the first backend that has a kernel for the op and the dtype,
 whether or not it is usable here. A module that did not build or does not load is seen by this.
 """
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import gcfast
-from gcfast import _dispatch, ops
+from gcfast import ops
+from gcfast.ops import dispatch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROWS = {"small": 64, "large": 2048}  # x 100: on either side of the size where the policy changes
@@ -81,9 +82,9 @@ SEEN = {
 
 def expected(op: str, x: torch.Tensor) -> str:
     x = x.to(SEEN.get(op, {}).get(x.dtype, x.dtype))
-    for backend in _dispatch.preferred(op, x):
-        served = backend == "reference" or x.dtype in _dispatch.dtypes_of(op, backend)
-        if served and op in _dispatch._KERNELS[backend]:
+    for backend in dispatch.preferred(op, x):
+        served = backend == "reference" or x.dtype in dispatch.dtypes_of(op, backend)
+        if served and op in dispatch._KERNELS[backend]:
             return backend
     raise AssertionError(f"no backend for {op}")
 
@@ -92,7 +93,7 @@ def check(op: str, dtype: torch.dtype, rows: int, device: str) -> str:
     """ "" if the call ran where it should, or what is wrong."""
     x = torch.randn(rows, 100, device=device).to(dtype)
     want = expected(op, x)
-    _dispatch._last.clear()
+    dispatch._last.clear()
     try:
         CALLS[op](x)
         if device == "cuda":
@@ -107,12 +108,12 @@ def main(device: str = "cuda") -> int:
     print(f"gcfast {gcfast.__version__} from {Path(gcfast.__file__).parent}")
     print(gcfast.backends())
     failures = []
-    for op in _dispatch.OPS:
+    for op in dispatch.OPS:
         for dtype in DTYPES:
             for name, rows in ROWS.items():
                 if wrong := check(op, dtype, rows, device):
                     failures.append(f"{op} {str(dtype).removeprefix('torch.')} {name}: {wrong}")
-    checked = len(_dispatch.OPS) * len(DTYPES) * len(ROWS)
+    checked = len(dispatch.OPS) * len(DTYPES) * len(ROWS)
     print(*failures, f"{checked - len(failures)} of {checked} calls ran where they should", sep="\n")
     return int(bool(failures))
 

@@ -24,7 +24,7 @@ SHAPES = ((1, 1), (2, 31), (5, 33), (3, 252), (2, 507), (0, 5))
 def in_place(backend: str, device: torch.device) -> float:
     """out = x, and out = the fused upstream gradient."""
     from gcfast import ops, reference
-    from gcfast._ops_activation import run_activation
+    from gcfast.ops.activations import run_activation
 
     worst = 0.0
     for dtype in (torch.float32, torch.float64):

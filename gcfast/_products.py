@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast import _dispatch, ops, reference
+from gcfast import ops, reference
+from gcfast.ops import dispatch
 from gcfast.sources import Features, StoredFeatures
 
 PANEL = 1024  # columns of H1 in flight
@@ -153,8 +154,8 @@ def subtract_product_(out: Tensor, a: Tensor, b: Tensor, inner: int) -> None:
 
 def _add(out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
     """ops.add_product; a backend that is forced and has no kernel for it is no obstacle to a proof."""
-    forced = _dispatch.forced()
-    if forced is not None and not _dispatch.serves("add_product", forced, out):
+    forced = dispatch.forced()
+    if forced is not None and not dispatch.serves("add_product", forced, out):
         reference.add_product(out, a, b, **options)
     else:
         ops.add_product(out, a, b, **options)

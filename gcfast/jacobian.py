@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gcfast import _validate
 from gcfast._jacobian_engine import Engine, Group, Tile
 from gcfast._jacobian_factors import Factor, Lookup, Outer
 from gcfast._jacobian_plan import GroupPlan, JacobianPlan, counted, tiles_of
 from gcfast._products import mirror_
 from gcfast._trace import unwrap
+from gcfast.ops import arguments
 from gcfast.storage.memory import limit
 
 _OMEGA_BYTES = 1 << 24  # of the random matrix at a time
@@ -113,8 +113,8 @@ class LayerJacobians:
         """A vector (p,) of J's columns by parameter's name, each of its parameter's shape."""
         like = next(iter(self.parameters.values()))
         if isinstance(v, Tensor):
-            _validate.has_shape("v", v, (self.shape[1],), "a column of J for each parameter")
-            _validate.matches("v", v, "the parameters", like)
+            arguments.has_shape("v", v, (self.shape[1],), "a column of J for each parameter")
+            arguments.matches("v", v, "the parameters", like)
             parts = v.detach().split([p.numel() for p in self.parameters.values()])
             return {name: part.view_as(p) for (name, p), part in zip(self.parameters.items(), parts)}
         if not isinstance(v, Mapping):
@@ -127,8 +127,8 @@ class LayerJacobians:
                     f"v: {name!r} is no parameter that these Jacobians have; they have "
                     f"{', '.join(self.parameters)}"
                 )
-            _validate.matches(f"v[{name!r}]", value, "its parameter", self.parameters[name])
-            _validate.has_shape(f"v[{name!r}]", value, self.parameters[name].shape, "as its parameter")
+            arguments.matches(f"v[{name!r}]", value, "its parameter", self.parameters[name])
+            arguments.has_shape(f"v[{name!r}]", value, self.parameters[name].shape, "as its parameter")
         return {
             name: v[name].detach() if name in v else torch.zeros_like(p)
             for name, p in self.parameters.items()
@@ -269,7 +269,7 @@ class LayerJacobians:
                 f"{name} must have shape ({self.n}, {self.c}) or ({self.n * self.c},); got {tuple(u.shape)}"
             )
         like = next(iter(self.parameters.values()))
-        _validate.matches(name, u, "the parameters", like)
+        arguments.matches(name, u, "the parameters", like)
         return u.detach().reshape(self.n, self.c)
 
     def _tiles(self, engine: Engine, stored: bool, grams: int = 1) -> list[Tile]:

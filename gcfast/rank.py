@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcfast import ops
+from gcfast._large_rank import rank_of_large
+from gcfast.ops.rank import Bounds, kernel_ranks, outputs
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ def _relative(absolute: float | Tensor, default: float) -> float | Tensor:
     if isinstance(absolute, Tensor):
         return torch.where(absolute > 0, torch.zeros_like(absolute), default)
     return 0.0 if absolute > 0 else default
+
+
+@torch.library.custom_op("gcfast::matrix_rank", mutates_args=())
+def matrix_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+    found = kernel_ranks(a, atol, rtol, check_tolerance)
+    if found is not None:
+        return found
+    parts = [rank_of_large(a[i : i + 1], atol[i : i + 1], rtol[i : i + 1]) for i in range(len(a))]
+    return tuple(torch.cat(column) for column in zip(*parts))  # type: ignore[return-value]
+
+
+@matrix_rank_op.register_fake
+def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+    return outputs(a)
 
 
 def matrix_rank(
@@ -131,5 +146,5 @@ def matrix_rank(
         else torch.full((count,), t, dtype=torch.float64, device=a.device)
         for t in limits
     )
-    found = ops.batched_rank(flat, *vectors, check_tolerance=bool(shapes))
+    found = matrix_rank_op(flat, *vectors, bool(shapes))
     return RankEstimate(*(t.reshape(batch) for t in found))

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast import _validate, ops
+from gcfast import ops
+from gcfast.ops import arguments
 from gcfast.storage.memory import available, reserve_file
 
 ROWS = 4096  # of stored features at a time
@@ -191,8 +192,8 @@ class WideFeatures(Features):
                 )
             weight, bias = layer[0].detach(), layer[1].detach()
         matrix, self.mapped = as_matrix(z, "z", "(n, d)")
-        _validate.wide_rows("WideFeatures", matrix[:1].to(weight.dtype), weight, bias)
-        _validate.is_activation(activation, beta)
+        arguments.wide_rows("WideFeatures", matrix[:1].to(weight.dtype), weight, bias)
+        arguments.is_activation(activation, beta)
         self.z, self.weight, self.bias = matrix, weight, bias
         self.settings: dict[str, Any] = {"activation": activation, "beta": float(beta)}
         self.n, self.d, self.m = len(matrix), matrix.shape[1], len(weight)

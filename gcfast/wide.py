@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from gcfast import _validate, ops
+from gcfast import ops
 from gcfast._head import Head, find_head
 from gcfast._products import StackedOnes, check_products, exact_products, mirror_
 from gcfast._shift import bounded_gram
 from gcfast._tiles import Tiles
 from gcfast._trace import OutputHook, unwrap
+from gcfast.ops import arguments
 from gcfast.sources import WideFeatures
 
 
@@ -64,7 +65,7 @@ class WideLayer(nn.Module):
         for name, value in (("d", d), ("m", m)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        _validate.is_activation(activation, beta)
+        arguments.is_activation(activation, beta)
         self.d = d
         self.m = m
         self.activation = activation
@@ -151,8 +152,8 @@ def wide_gram(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    _validate.wide_rows("wide_gram", z, weight, bias)
-    _validate.is_activation(activation, beta)
+    arguments.wide_rows("wide_gram", z, weight, bias)
+    arguments.is_activation(activation, beta)
     for name, value in (("z", z), ("weight", weight), ("bias", bias)):
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")

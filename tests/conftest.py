@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 import launches
 
 import gcfast
-from gcfast import _dispatch, ops, reference
+from gcfast import ops, reference
+from gcfast.ops import dispatch
 
 launches.watch()
 
@@ -29,7 +30,7 @@ NEEDS_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 NEEDS_INTERPRETER = pytest.mark.skipif(
-    not _dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
+    not dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
 )
 ANALYTIC = tuple(name for name in reference.ACTIVATIONS if name != "relu")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -54,7 +55,7 @@ TARGETS = [
     pytest.param(("triton", "cuda"), id="triton", marks=NEEDS_GPU),
     pytest.param(("cuda", "cuda"), id="cuda", marks=NEEDS_GPU),
 ]
-RANK_TARGETS = [p for p in TARGETS if "batched_rank" in _dispatch._KERNELS[p.values[0][0]]]
+RANK_TARGETS = [p for p in TARGETS if "batched_rank" in dispatch._KERNELS[p.values[0][0]]]
 
 
 @pytest.fixture(params=TARGETS)

@@ -17,7 +17,7 @@ import torch
 from conftest import ANALYTIC, TARGETS
 
 from gcfast import ops, reference
-from gcfast._ops_activation import run_activation
+from gcfast.ops.activations import run_activation
 
 DTYPES = [torch.float32, torch.float64]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}

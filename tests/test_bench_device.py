@@ -219,7 +219,12 @@ def test_wheel_content(tmp_path):
 def test_stage_copies_sources_only(tmp_path):
     _build.stage(ROOT, tmp_path / "src")
     copied = {str(p.relative_to(tmp_path / "src")) for p in (tmp_path / "src").rglob("*")}
-    assert {"setup.py", "csrc/core/activations.h", "gcfast/ops.py", "triton_kernels/_launch.py"} <= copied
+    assert {
+        "setup.py",
+        "csrc/core/activations.h",
+        "gcfast/ops/__init__.py",
+        "triton_kernels/_launch.py",
+    } <= copied
     assert not [p for p in copied if p.endswith(".so") or "__pycache__" in p or p == "gcfast/triton_kernels"]
 
 

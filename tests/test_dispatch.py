@@ -1,6 +1,6 @@
 """What every op promises, whatever backend runs it, and the policy that chooses the backend.
 
-``CALLS`` has one entry an op; an op of ``_dispatch.OPS`` that is missing here fails the first test.
+``CALLS`` has one entry an op; an op of ``dispatch.OPS`` that is missing here fails the first test.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gcfast import _dispatch, _ops_rank, ops
+from gcfast import ops
+from gcfast.ops import dispatch
+from gcfast.ops import rank as _ops_rank
 
 from conftest import Target  # isort: skip
 
@@ -90,23 +92,23 @@ CALLS: dict[str, tuple[bool, Callable, Callable]] = {
 
 
 def test_every_op_is_here():
-    assert set(CALLS) == set(_dispatch.OPS)
-    for backend, served in _dispatch._KERNELS.items():
-        assert backend in _dispatch.BACKENDS and set(served) <= set(_dispatch.OPS)
+    assert set(CALLS) == set(dispatch.OPS)
+    for backend, served in dispatch._KERNELS.items():
+        assert backend in dispatch.BACKENDS and set(served) <= set(dispatch.OPS)
 
 
 def supported(op: str, target: Target) -> None:
-    if op not in _dispatch._KERNELS[target.backend]:
+    if op not in dispatch._KERNELS[target.backend]:
         pytest.skip(f"{op} has no kernel on {target.backend}")
 
 
-@pytest.mark.parametrize("op", _dispatch.OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_the_backend_asked_for_runs_and_repeats_bit_for_bit(op, target, monkeypatch):
     supported(op, target)
     _, f, make = CALLS[op]
     args = make(target.device, 9)
     first = f(*args)
-    assert _dispatch.last_backend(op) == target.backend
+    assert dispatch.last_backend(op) == target.backend
     # Torch fills fresh memory with NaN under this switch: nothing may read what it has not written.
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -118,7 +120,7 @@ def test_the_backend_asked_for_runs_and_repeats_bit_for_bit(op, target, monkeypa
         torch.testing.assert_close(first, f(*args), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", _dispatch.OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_compiles_whole_with_dynamic_shapes(op, target):
     supported(op, target)
     _, f, make = CALLS[op]
@@ -158,20 +160,20 @@ def like(device: str, dtype: torch.dtype, numel: int) -> SimpleNamespace:
     ],
 )
 def test_the_policy(tensor, first):
-    order = _dispatch.preferred("activation", tensor)
+    order = dispatch.preferred("activation", tensor)
     assert order[0] == first and order[-1] == "reference"
 
 
 def test_the_policy_for_ranks():
     # Triton has no kernel for them.
-    assert _dispatch.preferred("batched_rank", like("cuda", torch.float32, 1 << 20))[0] == "cuda"
-    assert _dispatch.preferred("batched_rank", like("cpu", torch.float32, 1 << 20))[0] == "cpu"
+    assert dispatch.preferred("batched_rank", like("cuda", torch.float32, 1 << 20))[0] == "cuda"
+    assert dispatch.preferred("batched_rank", like("cpu", torch.float32, 1 << 20))[0] == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_the_cuda_kernel_of_ranks_is_given(dtype, monkeypatch):
     """With the CPU kernel in its place: the arguments are its, then scratch memory, a device and a stream."""
-    if _dispatch._native.cpu is None:
+    if dispatch.native.cpu is None:
         pytest.skip("needs the CPU kernels")
     seen = []
 
@@ -179,13 +181,13 @@ def test_what_the_cuda_kernel_of_ranks_is_given(dtype, monkeypatch):
         *same, scratch, device, stream = args
         assert scratch and device == 5 and stream == 77
         ctypes.memset(scratch, 0xFF, 8 * (args[1] + 1))  # a number a matrix and one more
-        seen.append(getattr(_dispatch._native.cpu, f"batched_rank_f{torch.finfo(dtype).bits}")(*same, 1))
+        seen.append(getattr(dispatch.native.cpu, f"batched_rank_f{torch.finfo(dtype).bits}")(*same, 1))
 
     fake = SimpleNamespace(
         batched_rank_limit=lambda device: 8, batched_rank_f32=kernel, batched_rank_f64=kernel
     )
-    monkeypatch.setattr(_dispatch._native, "cuda", fake)
-    monkeypatch.setattr(_dispatch, "choose", lambda op, tensor: "cuda")
+    monkeypatch.setattr(dispatch.native, "cuda", fake)
+    monkeypatch.setattr(dispatch, "choose", lambda op, tensor: "cuda")
     monkeypatch.setattr(_ops_rank, "_device_and_stream", lambda a: (5, 77))
     _ops_rank._cuda_limit.cache_clear()
     try:
@@ -209,15 +211,15 @@ def test_what_the_cuda_kernel_of_ranks_is_given(dtype, monkeypatch):
 def test_the_first_usable_backend_runs(monkeypatch):
     """With kernels pretended to be usable or not, the choice follows the policy and the log says why."""
     usable = {"triton", "reference"}
-    monkeypatch.setattr(_dispatch, "_static_reason", lambda op, b: "" if b in usable else "not built")
-    monkeypatch.setattr(_dispatch, "_input_reason", lambda op, b, t: "")
-    assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "triton"
+    monkeypatch.setattr(dispatch, "_static_reason", lambda op, b: "" if b in usable else "not built")
+    monkeypatch.setattr(dispatch, "_input_reason", lambda op, b, t: "")
+    assert dispatch.choose("activation", like("cuda", torch.float64, 10)) == "triton"
     usable.add("cuda")
-    assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "cuda"
+    assert dispatch.choose("activation", like("cuda", torch.float64, 10)) == "cuda"
     usable -= {"cuda", "triton"}
-    assert _dispatch.choose("activation", like("cuda", torch.float64, 10)) == "reference"
+    assert dispatch.choose("activation", like("cuda", torch.float64, 10)) == "reference"
     with ops.backend("triton"), pytest.raises(ops.BackendError, match="cannot run activation: not built"):
-        _dispatch.choose("activation", like("cuda", torch.float64, 10))
+        dispatch.choose("activation", like("cuda", torch.float64, 10))
 
 
 @pytest.mark.parametrize(
@@ -236,12 +238,12 @@ def test_the_first_usable_backend_runs(monkeypatch):
 )
 def test_which_devices_a_cuda_build_serves(archs, capability, served, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(_dispatch._native, "cuda_status", lambda: {"archs": archs})
-    _dispatch._capability_reason.cache_clear()
+    monkeypatch.setattr(dispatch.native, "cuda_status", lambda: {"archs": archs})
+    dispatch._capability_reason.cache_clear()
     try:
-        reason = _dispatch._capability_reason("cuda", torch.device("cuda", 0))
+        reason = dispatch._capability_reason("cuda", torch.device("cuda", 0))
     finally:
-        _dispatch._capability_reason.cache_clear()
+        dispatch._capability_reason.cache_clear()
     assert (reason == "") == served
     if not served:
         assert f"compiled for {archs.replace(';', ', ')}" in reason and "compute capability" in reason

@@ -12,7 +12,8 @@ import pytest
 import torch
 from op_cases import CASES, DTYPES, TOLERANCE, error
 
-from gcfast import _dispatch, _native, ops, reference
+from gcfast import ops, reference
+from gcfast.ops import dispatch, native
 
 pytestmark = conftest.NEEDS_GPU
 PAIRS = [
@@ -138,7 +139,7 @@ def test_matrices_rows_and_columns_far_apart(shape, far):
 
 
 def test_matrices_of_every_size_up_to_the_limit():
-    limit = _native.cuda.batched_rank_limit(torch.cuda.current_device())
+    limit = native.cuda.batched_rank_limit(torch.cuda.current_device())
     assert limit >= 96
     for n in (1, 8, 31, 32, 33, 64, 65, 104, limit - 1, limit):
         for dtype in DTYPES:
@@ -158,9 +159,9 @@ def test_matrices_of_every_size_up_to_the_limit():
 
 
 def test_wrong_architecture_is_named(monkeypatch):
-    status = {**_native.cuda_status(), "archs": "52;60a"}
-    monkeypatch.setattr(_native, "cuda_status", lambda: status)
-    _dispatch._capability_reason.cache_clear()
+    status = {**native.cuda_status(), "archs": "52;60a"}
+    monkeypatch.setattr(native, "cuda_status", lambda: status)
+    dispatch._capability_reason.cache_clear()
     try:
         with (
             ops.backend("cuda"),
@@ -168,15 +169,15 @@ def test_wrong_architecture_is_named(monkeypatch):
         ):
             ops.activation(torch.randn(3, device=CUDA))
     finally:
-        _dispatch._capability_reason.cache_clear()
+        dispatch._capability_reason.cache_clear()
 
 
 def test_a_failing_cuda_call_is_named():
-    assert _native.cuda is not None
+    assert native.cuda is not None
     count = torch.cuda.device_count()
     x = torch.zeros(4, device=CUDA)
     with pytest.raises(RuntimeError, match=r"cudaSetDevice\(device\) failed: cudaErrorInvalidDevice"):
-        _native.cuda.activation_f32(x.data_ptr(), 0, 0, x.data_ptr(), 1, 4, 4, 0, 4, 0, 0, 1.0, count, 0)
+        native.cuda.activation_f32(x.data_ptr(), 0, 0, x.data_ptr(), 1, 4, 4, 0, 4, 0, 0, 1.0, count, 0)
     with ops.backend("cuda"):  # and leaves nothing behind
         torch.testing.assert_close(ops.activation(x), reference.activation(x))
 

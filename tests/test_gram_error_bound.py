@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import TARGETS
 
-from gcfast import _dispatch, ops
-from gcfast._ops_gram import abs_products_op, gram_error_bound_op
+from gcfast import ops
 from gcfast._rank_proof import prove_full_rank
+from gcfast.ops import dispatch
+from gcfast.ops.error_bounds import abs_products_op, gram_error_bound_op
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(0, 0), (0, 3), (3, 0), (1, 1), (1, 2), (2, 1), (1, 507), (507, 1), (31, 33), (33, 31)]
 SHAPES += [(2, 252), (33, 507), (252, 2), (252, 31), (507, 252)]
 LAYOUTS = ["contiguous", "transposed", "rows of a wider one", "every other row", "no unit stride", "expanded"]
-KERNELS = [p for p in TARGETS if p.values[0][0] in _dispatch._KERNELS and p.values[0][0] != "cuda"]
+KERNELS = [p for p in TARGETS if p.values[0][0] in dispatch._KERNELS and p.values[0][0] != "cuda"]
 on_each = pytest.mark.parametrize("target", KERNELS, indirect=True)
 U = Fraction(1, 2**53)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import NEEDS_INTERPRETER, TARGETS
 
-from gcfast import _dispatch, ops, reference
+from gcfast import ops, reference
+from gcfast.ops import dispatch
 
 DTYPES = (torch.float32, torch.float64)
 # n, C, T, n2, C2, T2, ends
@@ -23,7 +24,7 @@ SIZES = [
 ]
 FEW = [(5, 3, 2, 7, 4, 3, (2, 9)), (23, 3, 1, 23, 3, 1, (16, 40, 77)), (2, 3, 2, 1, 70, 3, (64,))]
 LAYOUTS = ("contiguous", "outputs first", "positions first", "spread", "o not last")
-KERNELS = [p for p in TARGETS if p.values[0][0] in _dispatch._KERNELS and p.values[0][0] != "cuda"]
+KERNELS = [p for p in TARGETS if p.values[0][0] in dispatch._KERNELS and p.values[0][0] != "cuda"]
 on_each = pytest.mark.parametrize("target", KERNELS, indirect=True)
 
 

@@ -15,10 +15,11 @@ from conftest import ANALYTIC
 from torch.autograd import gradcheck, gradgradcheck
 
 import gcfast.ops as ops
-from gcfast import _dispatch, reference
-from gcfast._ops_activation import activation_grad_op, activation_op, activation_out_op
-from gcfast._ops_softmax import softmax_curvature_op, softmax_residual_op
-from gcfast._ops_wide import wide_backward_op, wide_forward_op
+from gcfast import reference
+from gcfast.ops import dispatch
+from gcfast.ops.activations import activation_grad_op, activation_op, activation_out_op
+from gcfast.ops.softmax import softmax_curvature_op, softmax_residual_op
+from gcfast.ops.wide import wide_backward_op, wide_forward_op
 
 F64 = torch.float64
 
@@ -344,7 +345,7 @@ def test_forcing_is_per_thread():
 
 
 def test_half_goes_to_the_reference_and_says_why(caplog):
-    _dispatch._logged.clear()
+    dispatch._logged.clear()
     with caplog.at_level(logging.DEBUG, logger="gcfast"):
         for _ in range(2):
             ops.activation(torch.randn(3).bfloat16())

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gcfast import _native
 from gcfast._version import __version__
+from gcfast.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
@@ -35,12 +35,12 @@ def test_console_script():
 
 
 def test_compiled_module_loaded():
-    assert _native.cpu is not None, _native.cpu_error
-    assert _native.cpu_instruction_set() in ("x86-64-v4", "x86-64-v3", "baseline")
+    assert native.cpu is not None, native.cpu_error
+    assert native.cpu_instruction_set() in ("x86-64-v4", "x86-64-v3", "baseline")
 
 
 def test_cuda_status_is_honest():
-    status = _native.cuda_status()
+    status = native.cuda_status()
     assert bool(status["devices"]) == (status["why"] == "")
     if status["built"]:
         assert status["runtime"] >= 11000 and status["archs"]

@@ -12,8 +12,9 @@ from conftest import RANK_TARGETS
 from rank_cases import Spectrum
 
 import gcfast
-from gcfast import _ops_rank, matrix_rank, ops
-from gcfast._ops_rank import batched_rank_op
+from gcfast import matrix_rank, ops
+from gcfast.ops import rank as _ops_rank
+from gcfast.ops.rank import batched_rank_op
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 7), (7, 1), (3, 8), (8, 3), (13, 7), (16, 16), (33, 31), (64, 128), (130, 70)]

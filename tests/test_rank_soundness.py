@@ -19,8 +19,9 @@ from rank_cases import (
     small_first_pivot,
 )
 
-from gcfast import _ops_rank, matrix_rank, ops, reference
+from gcfast import matrix_rank, ops, reference
 from gcfast._rank_proof import prove_full_rank
+from gcfast.ops import rank as _ops_rank
 
 pytest.importorskip("flint")
 hypothesis = pytest.importorskip("hypothesis")

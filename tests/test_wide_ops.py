@@ -10,7 +10,8 @@ import torch
 from conftest import TARGETS
 from torch import Tensor
 
-from gcfast import _dispatch, _native, ops, reference
+from gcfast import ops, reference
+from gcfast.ops import dispatch, native
 
 TRITON_TARGETS = [p for p in TARGETS if p.values[0][0] == "triton"]
 OPS = ("wide_forward", "wide_head_grad", "wide_backward", "wide_gram_product")
@@ -73,7 +74,7 @@ def check(op, args, *, margin=4.0, precision=None, **options):
 
 
 def serves(op: str, target) -> None:
-    if ("wide_forward" if op == "wide_backward" else op) not in _dispatch._KERNELS[target.backend]:
+    if ("wide_forward" if op == "wide_backward" else op) not in dispatch._KERNELS[target.backend]:
         pytest.skip(f"{op} has no kernel on {target.backend}")
 
 
@@ -186,7 +187,7 @@ def test_an_infinite_unit_makes_no_nan_of_rows_that_are_not_there(op, target):
 
 def test_library_products_are_as_exact_as_asked():
     """Panels meet torch's own products, which the user may have allowed TF32."""
-    from gcfast._ops_wide import _library_products
+    from gcfast.ops.wide_calls import _library_products
 
     switch = torch.backends.cuda.matmul
     before, switch.fp32_precision = switch.fp32_precision, "tf32"
@@ -207,7 +208,7 @@ def test_bf16_where_it_is_allowed(op, target):
     got = run(op, args, ops, precision="bf16")
     for error in errors(op, args, got, {}):
         assert error <= 2.0**-8
-    if target.backend == "cpu" and _native.cpu is not None and _native.cpu.wide_bf16():
+    if target.backend == "cpu" and native.cpu is not None and native.cpu.wide_bf16():
         assert not torch.equal(got[0], run(op, args, ops, precision="ieee")[0])
         before = torch.backends.mkldnn.matmul.fp32_precision
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # what torch is allowed, we are

@@ -6,21 +6,22 @@ import conftest
 import pytest
 import torch
 
-from gcfast import _native, reference
+from gcfast import reference
+from gcfast.ops import native
 
 pytestmark = conftest.NEEDS_GPU
 KINDS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
 
 
 def panel(z, weight, bias, activation, beta=1.0, out=None):
-    assert _native.cuda is not None
+    assert native.cuda is not None
     n, d = z.shape
     w = weight.shape[0]
     out = torch.full((n, w), float("nan"), dtype=torch.float64, device=z.device) if out is None else out
     stream = torch.cuda.current_stream(z.device).cuda_stream
     pointers = (z.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
     strides = (z.stride(0), weight.stride(0), out.stride(0))
-    _native.cuda.wide_panel_f64(*pointers, n, w, d, *strides, KINDS[activation], beta, z.device.index, stream)
+    native.cuda.wide_panel_f64(*pointers, n, w, d, *strides, KINDS[activation], beta, z.device.index, stream)
     return out
 
 

@@ -1,4 +1,4 @@
-// gcfast._cpu: raw pointers, sizes and strides in elements. Arguments are checked in gcfast/ops.py, not here.
+// gcfast._cpu: raw pointers, sizes and strides in elements. Arguments are checked in gcfast/ops/__init__.py, not here.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -191,5 +191,5 @@ PYBIND11_MODULE(_cpu, m) {
   GCFAST_DEF(wide_panel)
   m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 9;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 9;  // gcfast/ops/native.py refuses a module built from other sources
 }

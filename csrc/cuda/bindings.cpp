@@ -1,5 +1,5 @@
 // gcfast._cuda: raw pointers, sizes and strides in elements, a device and its stream. Arguments are checked in
-// gcfast/ops.py, not here. No kernel code: those files compile without pybind11.
+// gcfast/ops/__init__.py, not here. No kernel code: those files compile without pybind11.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -80,5 +80,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("batched_rank_f64", &batched_rank<double>, nogil);
   m.def("batched_rank_limit", &gcfast::cuda::batched_rank_limit, "the longest shorter side that batched_rank takes");
   m.def("wide_panel_f64", &wide_panel, nogil);
-  m.attr("api") = 9;  // gcfast/_native.py refuses a module built from other sources
+  m.attr("api") = 9;  // gcfast/ops/native.py refuses a module built from other sources
 }

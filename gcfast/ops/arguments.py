@@ -196,3 +196,12 @@ def precision(value: str | None, dtype: torch.dtype) -> None:
             f"precision says how float32 products may be made: {_short(dtype)} takes None or 'ieee' only; "
             f"got {value!r}"
         )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """A 2-d view with unit column stride, or such a copy."""
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1]) if x.dim() else x.view(1, 1)
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
+    return x.contiguous().view(-1, x.shape[-1])

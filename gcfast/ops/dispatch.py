@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from gcfast import _native
+from gcfast.ops import native
 
 log = logging.getLogger("gcfast")
 
@@ -115,7 +115,7 @@ def _triton_reason() -> str:
 
 @functools.cache
 def _cuda_reason() -> str:
-    status = _native.cuda_status()
+    status = native.cuda_status()
     if status["why"]:
         return str(status["why"])
     return "" if torch.cuda.is_available() else "torch sees no CUDA device"
@@ -126,7 +126,7 @@ def _static_reason(op: str, backend: str) -> str:
     if op not in _KERNELS[backend]:
         return "this op has no kernel there"
     if backend == "cpu":
-        return "" if _native.cpu is not None else _native.cpu_error
+        return "" if native.cpu is not None else native.cpu_error
     if backend == "triton":
         return _triton_reason()
     return _cuda_reason() if backend == "cuda" else ""
@@ -141,7 +141,7 @@ def _capability_reason(backend: str, device: torch.device) -> str:
         return "" if capability >= (8, 0) else f"needs compute capability 8.0, {found}"
     if torch.version.hip is not None:
         return "needs a CUDA device, torch is built for HIP"
-    archs = str(_native.cuda_status()["archs"]).split(";")
+    archs = str(native.cuda_status()["archs"]).split(";")
     # Machine code serves its own major version from its minor on; the last one is there as PTX too. An
     # architecture-specific one ("90a") serves exactly itself, a family's ("100f") its major version.
     number = 10 * capability[0] + capability[1]
@@ -201,11 +201,11 @@ def _triton_note() -> str:
 
 def backends() -> BackendTable:
     """Every op's backends: usable, or the reason why not. ``print(gcfast.backends())`` shows a table."""
-    cuda = _native.cuda_status()
-    bf16 = _native.cpu.wide_bf16() if _native.cpu is not None else ""
+    cuda = native.cuda_status()
+    bf16 = native.cpu.wide_bf16() if native.cpu is not None else ""
     products = f", bf16 products by {bf16}" if bf16 else ""
     notes = {
-        "cpu": f"{_native.cpu_instruction_set() or 'no kernels'}, {torch.get_num_threads()} threads"
+        "cpu": f"{native.cpu_instruction_set() or 'no kernels'}, {torch.get_num_threads()} threads"
         + products,
         "cuda": cuda["why"] or ", ".join(str(d["name"]) for d in cuda["devices"]),
         "triton": _triton_note(),

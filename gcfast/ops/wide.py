@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gcfast import _dispatch, _native, reference
-from gcfast._ops_activation import _KINDS
-from gcfast._rows import as_rows
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def chosen_precision(precision: str | None, z: Tensor) -> str:
-    """How float32 products may be made: as said, or as torch's own products are allowed to on this device."""
-    if precision is not None or z.dtype != torch.float32:
-        return precision or "ieee"
-    if z.device.type == "cuda":
-        allowed = getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    else:
-        allowed = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "ieee")
-    return allowed if allowed in ("tf32", "bf16") else "ieee"
-
-
-def _backend(op: str, *tensors: Tensor) -> str:
-    """The backend of a call; the reference where a size is zero, which no kernel is asked to serve."""
-    backend = _dispatch.choose(op, tensors[0])
-    return backend if all(t.numel() for t in tensors) else "reference"
-
-
-def _working(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What the CPU's kernels take: half precision in float32, unit column strides."""
-    wide = [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
-    return [t if t is None else as_rows(t) if t.dim() == 2 else t.contiguous() for t in wide]
-
-
-def _cpu(name: str, dtype: torch.dtype) -> Any:
-    assert _native.cpu is not None
-    return getattr(_native.cpu, f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
-
-
-def _layer(
-    z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, bf16: bool = False
-) -> tuple[Any, ...]:
-    """What every CPU kernel of the wide layer takes first."""
-    pointers = (z.data_ptr(), weight.data_ptr(), bias.data_ptr())
-    sizes = (*z.shape, weight.shape[0], z.stride(0), weight.stride(0))
-    return (*pointers, *sizes, _KINDS[activation], beta, bf16, torch.get_num_threads())
-
-
-def _bf16(z: Tensor, precision: str) -> bool:
-    return precision == "bf16" or z.dtype == torch.bfloat16
-
-
-def _triton(name: str) -> Any:
-    return getattr(importlib.import_module(f"gcfast.triton_kernels.{name}"), name)
-
-
-@contextmanager
-def _library_products(precision: str) -> Iterator[None]:
-    """Torch's own float32 products on panels no less exact than what the caller asked for."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    if precision in ("ieee", "tf32x3") and before != "ieee":
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if switch.fp32_precision != before:
-            switch.fp32_precision = before
+from gcfast import reference
+from gcfast.ops import arguments
+from gcfast.ops.activations import _KINDS, activation_op, activation_out_op
+from gcfast.ops.wide_calls import (
+    _backend,
+    _bf16,
+    _cpu,
+    _layer,
+    _library_products,
+    _triton,
+    _working,
+    chosen_precision,
+)
+from gcfast.ops.wide_products import wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
 
 
 @torch.library.custom_op("gcfast::wide_forward", mutates_args=())
@@ -102,9 +50,9 @@ def wide_forward_op(
     x, w, b, h, hb = _working(z, weight, bias, head_weight, head_bias)
     assert x is not None and w is not None and b is not None and h is not None
     out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
-    arguments = _layer(x, w, b, activation, beta, _bf16(z, precision))
+    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
     head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
-    _cpu("wide_forward", x.dtype)(*arguments, *head)
+    _cpu("wide_forward", x.dtype)(*layer, *head)
     return out.to(z.dtype)
 
 
@@ -146,88 +94,6 @@ def wide_backward_op(
     )
     dz, dw, db, dh = (o.to(z.dtype) for o in outs)
     return dz, dw, db, dh
-
-
-def _with_sides(
-    op: str,
-    shape: tuple[int, int],
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    sides: Tensor,
-    activation: str,
-    beta: float,
-    precision: str | None,
-) -> Tensor:
-    """An op on the layer and `sides` (n, C), with a result of `shape`, on the backend chosen for it."""
-    precision = chosen_precision(precision, z)
-    backend = _backend(op, z, weight, sides)
-    if backend == "reference":
-        out: Tensor = getattr(reference, op)(z, weight, bias, sides, activation=activation, beta=beta)
-    elif backend == "triton":
-        with _library_products(precision):
-            out = _triton(op)(z, weight, bias, sides, _KINDS[activation], beta, precision)
-    else:
-        x, w, b, r = _working(z, weight, bias, sides)
-        assert x is not None and w is not None and b is not None and r is not None
-        out = torch.empty(shape, dtype=x.dtype)
-        layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
-        _cpu(op, x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
-    return out.to(z.dtype)
-
-
-@torch.library.custom_op("gcfast::wide_head_grad", mutates_args=())
-def wide_head_grad_op(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    activation: str,
-    beta: float,
-    precision: str | None,
-) -> Tensor:
-    """residual^T Phi (C, m) for residual (n, C)."""
-    shape = (residual.shape[1], weight.shape[0])
-    return _with_sides("wide_head_grad", shape, z, weight, bias, residual, activation, beta, precision)
-
-
-@torch.library.custom_op("gcfast::wide_gram_product", mutates_args=())
-def wide_gram_product_op(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    r: Tensor,
-    activation: str,
-    beta: float,
-    precision: str | None,
-) -> Tensor:
-    """Phi (Phi^T r) (n, C) for r (n, C)."""
-    shape = (z.shape[0], r.shape[1])
-    return _with_sides("wide_gram_product", shape, z, weight, bias, r, activation, beta, precision)
-
-
-@torch.library.custom_op("gcfast::wide_panel_out", mutates_args=("out",))
-def wide_panel_out_op(
-    z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor
-) -> None:
-    """Phi (n, m) into out; all float64, out with a unit column stride."""
-    backend = _backend("wide_panel", z, weight)
-    if backend == "reference" or out.numel() == 0:
-        out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))
-    elif backend == "triton":
-        _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
-    else:
-        x, w, b = as_rows(z), as_rows(weight), bias.contiguous()
-        if backend == "cpu":
-            _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
-            return
-        assert _native.cuda is not None
-        pointers = (x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr())
-        strides = (x.stride(0), w.stride(0), out.stride(0))
-        _native.cuda.wide_panel_f64(
-            *(*pointers, x.shape[0], w.shape[0], x.shape[1], *strides, _KINDS[activation], beta),
-            *(x.device.index, torch.cuda.current_stream(x.device).cuda_stream),
-        )
 
 
 @wide_forward_op.register_fake
@@ -331,3 +197,82 @@ def _no_second(ctx: Any, *grads: Tensor) -> None:
 
 wide_forward_op.register_autograd(_backward, setup_context=_setup)
 wide_backward_op.register_autograd(_no_second)
+
+
+def wide_features(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The features act(z weight^T + bias), stored whole: z (..., d), weight (m, d), bias (m,) to (..., m).
+
+    Twice differentiable. With `out` (contiguous, shape (..., m)) nothing else of that size is allocated, and
+    no gradient flows.
+    """
+    arguments.wide(z, weight, bias)
+    arguments.is_activation(activation, beta)
+    if out is None:
+        pre = torch.nn.functional.linear(z, weight)
+        return activation_op(pre, bias, activation, float(beta), 0)
+    arguments.matches("out", out, "z", z)
+    arguments.has_shape("out", out, (*z.shape[:-1], weight.shape[0]), "(..., m)")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous; got strides {tuple(out.stride())}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight, bias, out)):
+        raise RuntimeError("out= cannot be differentiated: leave it out, or work under torch.no_grad()")
+    torch.mm(z.reshape(-1, z.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
+    activation_out_op(out, bias, activation, float(beta), 0, out)
+    return out
+
+
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    """What autocast makes of an operand: float64 and what is not floating stay."""
+    castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if castable else t
+
+
+def wide_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """act(z weight^T + bias) head_weight^T + head_bias without ever storing the features.
+
+    Args:
+        z: (..., d); weight: (m, d); bias: (m,); head_weight: (C, m); head_bias: (C,) or None; all of one
+            dtype and device. Half precision is accumulated in float32 and rounded once. Under autocast they
+        are cast to its dtype first, as torch casts the operands of a product.
+        activation, beta: as in :func:`activation`.
+        precision: how products of float32 may be made: "ieee", or, where that is faster on the device at
+            hand, "tf32x3" (errors near float32's), "tf32" (10 bits) or "bf16" (operands rounded to 8 bits,
+            sums in float32). A processor without such instructions computes as if it were "ieee". None: what
+            torch allows its own products (``torch.backends.cuda.matmul.fp32_precision``, on the CPU
+            ``torch.backends.mkldnn.matmul.fp32_precision``).
+
+    Returns:
+        (..., C). Features exist in tiles only, in the backward pass too, where they are computed again;
+        gradients reach all five tensors, once (not twice) differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(z, Tensor) and torch.is_autocast_enabled(z.device.type):
+        dtype = torch.get_autocast_dtype(z.device.type)
+        operands = (z, weight, bias, head_weight, head_bias)
+        z, weight, bias, head_weight, head_bias = (_autocast(t, dtype) for t in operands)
+    arguments.wide(z, weight, bias, head_weight, head_bias)
+    arguments.is_activation(activation, beta)
+    arguments.precision(precision, z.dtype)
+    flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+    out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta), precision)
+    return out.reshape(*z.shape[:-1], head_weight.shape[0])

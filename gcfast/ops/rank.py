@@ -1,4 +1,4 @@
-"""The torch.library op behind ``gcfast.matrix_rank``: kernels for small matrices, proofs for large ones."""
+"""The ranks of many small matrices with proved bounds: the kernels behind ``gcfast.matrix_rank``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from gcfast import _dispatch, _native, reference
+from gcfast import reference
+from gcfast.ops import arguments, dispatch, native
 
 # The shorter side of the largest matrix that the CPU kernel takes; a larger one fills the machine by itself.
 CPU_LIMIT = 256
@@ -15,7 +16,7 @@ CPU_LIMIT = 256
 Bounds = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _outputs(a: Tensor) -> Bounds:
+def outputs(a: Tensor) -> Bounds:
     counts = tuple(a.new_empty(a.shape[0], dtype=torch.int64) for _ in range(3))
     values = tuple(a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2))
     return (*counts, *values)  # type: ignore[return-value]
@@ -37,9 +38,9 @@ def _refuse_non_finite(bad: Tensor) -> None:
 
 def _cpu(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
     """What the kernel says, and whether it has left something (ranks of -1 and -2)."""
-    assert _native.cpu is not None
-    out = _outputs(a)
-    kernel = _native.cpu.batched_rank_f64 if a.dtype == torch.float64 else _native.cpu.batched_rank_f32
+    assert native.cpu is not None
+    out = outputs(a)
+    kernel = native.cpu.batched_rank_f64 if a.dtype == torch.float64 else native.cpu.batched_rank_f32
     pointers = [t.data_ptr() for t in (atol, rtol, *out)]
     return out, kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, torch.get_num_threads()) > 0
 
@@ -50,9 +51,9 @@ def _device_and_stream(a: Tensor) -> tuple[int, int]:
 
 def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
     """The same on the device of `a`, whichever is current, and on that device's current stream."""
-    assert _native.cuda is not None
-    out = _outputs(a)
-    kernel = _native.cuda.batched_rank_f64 if a.dtype == torch.float64 else _native.cuda.batched_rank_f32
+    assert native.cuda is not None
+    out = outputs(a)
+    kernel = native.cuda.batched_rank_f64 if a.dtype == torch.float64 else native.cuda.batched_rank_f32
     scratch = a.new_empty(a.shape[0] + 1, dtype=torch.int64)
     pointers = [t.data_ptr() for t in (atol, rtol, *out, scratch)]
     kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, *_device_and_stream(a))
@@ -62,8 +63,8 @@ def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
 @functools.cache
 def _cuda_limit(device: int) -> int:
     """What `CPU_LIMIT` is for the CPU: the size that fits the shared memory of a block there."""
-    assert _native.cuda is not None
-    return int(_native.cuda.batched_rank_limit(device))
+    assert native.cuda is not None
+    return int(native.cuda.batched_rank_limit(device))
 
 
 def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
@@ -77,25 +78,18 @@ def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
     out[4][where] = torch.minimum(largest, better[4])
 
 
-def _large(a: Tensor, atol: Tensor, rtol: Tensor) -> Bounds:
-    from gcfast._large_rank import rank_of_large  # imports this module by way of gcfast.ops
-
-    parts = [rank_of_large(a[i : i + 1], atol[i : i + 1], rtol[i : i + 1]) for i in range(len(a))]
-    return tuple(torch.cat(column) for column in zip(*parts))  # type: ignore[return-value]
-
-
-@torch.library.custom_op("gcfast::batched_rank", mutates_args=())
-def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -> Bounds | None:
+    """What the backend in force says of the matrices; None where they are larger than its kernel takes."""
     if check_tolerance:
         _check_tolerance("atol", atol)
         _check_tolerance("rtol", rtol)
-    backend = _dispatch.choose("batched_rank", a)
+    backend = dispatch.choose("batched_rank", a)
     if a.numel() == 0:
         return reference.batched_rank(a, atol, rtol)
     limit = 0 if backend == "reference" else CPU_LIMIT if backend == "cpu" else _cuda_limit(a.get_device())
     if min(a.shape[1:]) > limit:
         _refuse_non_finite(~torch.isfinite(a).flatten(1).all(1))
-        return (reference.batched_rank if backend == "reference" else _large)(a, atol, rtol)
+        return reference.batched_rank(a, atol, rtol) if backend == "reference" else None
     kernel = _cpu if backend == "cpu" else _cuda
     out, left = kernel(a, atol.contiguous(), rtol.contiguous())
     if left:  # a singular value lies where the tolerance is, or the pivots grew
@@ -106,6 +100,40 @@ def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool
     return out
 
 
+@torch.library.custom_op("gcfast::batched_rank", mutates_args=())
+def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+    found = kernel_ranks(a, atol, rtol, check_tolerance)
+    return reference.batched_rank(a, atol, rtol) if found is None else found
+
+
 @batched_rank_op.register_fake
 def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
-    return _outputs(a)
+    return outputs(a)
+
+
+def batched_rank(
+    a: Tensor, atol: Tensor, rtol: Tensor, *, check_tolerance: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The number of singular values above max(atol, rtol sigma_max), a matrix, with proved bounds.
+
+    Args:
+        a: (B, n, m) float32 or float64, any strides.
+        atol, rtol: (B,) float64, >= 0.
+        check_tolerance: whether that is checked, which reads them once more.
+
+    Returns:
+        rank, lower, upper (B,) int64 and sigma_min_lower, sigma_max_upper (B,) float64, as
+        :class:`gcfast.RankEstimate` explains them. Not differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a matrix that is not finite with its index.
+    """
+    arguments.is_float("a", a)
+    if a.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a must be float32 or float64; got {a.dtype}")
+    if a.dim() != 3:
+        raise ValueError(f"a must have shape (B, n, m); got {tuple(a.shape)}")
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        arguments.is_float64(name, value, a.device)
+        arguments.has_shape(name, value, a.shape[:1], "B from a")
+    return batched_rank_op(a.detach(), atol, rtol, bool(check_tolerance))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast import _dispatch, _native, _validate, reference
-from gcfast._rows import as_rows
+from gcfast import reference
+from gcfast.ops import arguments, dispatch, native
+from gcfast.ops.arguments import as_rows
 
 _CLAMP = -1e4  # exp of it is 0 in any dtype, and 0 * _CLAMP is no NaN
 
@@ -18,8 +19,8 @@ def softmax_residual_op(
     logits: Tensor, target: Tensor, label_smoothing: float, check_target: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     if check_target:
-        _validate.target_values(target, logits.shape[1])
-    backend = _dispatch.choose("softmax_residual", logits)
+        arguments.target_values(target, logits.shape[1])
+    backend = dispatch.choose("softmax_residual", logits)
     if backend == "reference":
         return reference.softmax_residual(logits, target, label_smoothing=label_smoothing)
     n, c = logits.shape
@@ -35,9 +36,9 @@ def softmax_residual_op(
 
         launch(rows, wanted, label_smoothing, loss, residual, neg_entropy)
         return loss, residual, neg_entropy
-    assert _native.cpu is not None
+    assert native.cpu is not None
     double = logits.dtype == torch.float64
-    kernel = _native.cpu.softmax_residual_f64 if double else _native.cpu.softmax_residual_f32
+    kernel = native.cpu.softmax_residual_f64 if double else native.cpu.softmax_residual_f32
     kernel(
         rows.data_ptr(),
         0 if soft else wanted.data_ptr(),
@@ -58,7 +59,7 @@ def softmax_residual_op(
 @torch.library.custom_op("gcfast::softmax_curvature", mutates_args=())
 def softmax_curvature_op(logits: Tensor, v: Tensor) -> Tensor:
     """(diag(p) - p p^T) v a row."""
-    backend = _dispatch.choose("softmax_curvature", logits)
+    backend = dispatch.choose("softmax_curvature", logits)
     if backend == "reference":
         return reference.softmax_curvature(logits, v)
     n, c = logits.shape
@@ -71,9 +72,9 @@ def softmax_curvature_op(logits: Tensor, v: Tensor) -> Tensor:
 
         launch(rows, vectors, out)
         return out
-    assert _native.cpu is not None
+    assert native.cpu is not None
     double = logits.dtype == torch.float64
-    kernel = _native.cpu.softmax_curvature_f64 if double else _native.cpu.softmax_curvature_f32
+    kernel = native.cpu.softmax_curvature_f64 if double else native.cpu.softmax_curvature_f32
     strides, threads = (rows.stride(0), vectors.stride(0)), torch.get_num_threads()
     kernel(rows.data_ptr(), vectors.data_ptr(), out.data_ptr(), n, c, *strides, threads)
     return out
@@ -142,3 +143,57 @@ def _backward_curvature(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | No
 
 softmax_residual_op.register_autograd(_backward_softmax, setup_context=_setup_softmax)
 softmax_curvature_op.register_autograd(_backward_curvature, setup_context=_setup_curvature)
+
+
+def softmax_residual(
+    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, check_target: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, its residual and its conjugate term, per row, in one pass.
+
+    Args:
+        logits: (n, C), C >= 1, any strides.
+        target: int64 class indices (n,), or probabilities (n, C) of logits' dtype whose rows sum to one.
+        label_smoothing: in [0, 1); the targets are q = (1 - label_smoothing) y + label_smoothing / C.
+        check_target: whether the values of `target` are checked. That costs a pass over it and, on the GPU,
+            a synchronisation, which is not allowed while a CUDA graph is captured. Without the check a label
+            outside [0, C) gives NaN in all three outputs of its row, and rows of probabilities are taken as
+            they are; no memory outside the arguments is read.
+
+    Returns:
+        loss (n,), as ``torch.nn.functional.cross_entropy(..., reduction="none")``; residual (n, C), p - q
+        with p = softmax(logits), the gradient of the loss; neg_entropy (n,), sum p log p, the conjugate of
+        log-sum-exp at p. All have small relative error where they are tiny. A row with a NaN or an
+        infinite maximum gives NaN; a logit of -inf is a class of probability zero, and 0 log 0 = 0.
+
+    All three outputs can be differentiated in `logits`; `target` must not require a gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a label out of range with its index and value.
+    """
+    arguments.logits_and_target(logits, target)
+    arguments.smoothing(label_smoothing)
+    return softmax_residual_op(logits, target, float(label_smoothing), bool(check_target))
+
+
+def softmax_curvature(logits: Tensor, v: Tensor) -> Tensor:
+    """The curvature of cross-entropy times a vector, per row: (diag(p) - p p^T) v with p = softmax(logits).
+
+    Args:
+        logits: (n, C), C >= 1, any strides.
+        v: (n, C), of logits' dtype and device, any strides.
+
+    Returns:
+        (n, C), contiguous: with k the first maximum of the row, w_c = v_c - v_k and mu the sum of p_c w_c
+        over c != k, it is p_c (w_c - mu) for c != k and -p_k mu at k. Nothing cancels where p is nearly
+        one-hot, so the small numbers there keep their relative accuracy. A row of logits with a NaN or an
+        infinite maximum gives NaN; a logit of -inf is a class of probability zero.
+
+    Symmetric and linear in `v`; differentiable any number of times in both arguments.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    arguments.is_logits(logits)
+    arguments.matches("v", v, "logits", logits)
+    arguments.has_shape("v", v, logits.shape, "as logits")
+    return softmax_curvature_op(logits, v)

@@ -1,0 +1,125 @@
+"""The torch.library ops on Grams and on the factors of Grams."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcfast import reference
+from gcfast.ops import arguments, dispatch, native
+from gcfast.ops.error_bounds import abs_products_op, gram_error_bound_op
+
+
+@torch.library.custom_op("gcfast::gram_product", mutates_args=())
+def gram_product_op(gram: Tensor, x: Tensor) -> Tensor:
+    if dispatch.choose("gram_product", gram) == "reference":
+        return reference.gram_product(gram, x)
+    assert native.cpu is not None
+    n, c = x.shape
+    sides = x.mT.contiguous()  # the kernel takes each right-hand side as a row
+    out = torch.empty_like(sides)
+    if out.numel() == 0:
+        return x.new_empty(n, c)
+    rows = gram if gram.stride(1) == 1 and gram.stride(0) >= n else gram.contiguous()
+    double = gram.dtype == torch.float64
+    kernel = native.cpu.gram_product_f64 if double else native.cpu.gram_product_f32
+    threads = torch.get_num_threads()
+    kernel(rows.data_ptr(), sides.data_ptr(), out.data_ptr(), n, c, rows.stride(0), threads)
+    return out.mT.contiguous()
+
+
+@gram_product_op.register_fake
+def _(gram: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("gcfast::add_product", mutates_args=("out",))
+def add_product_op(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
+    if dispatch.choose("add_product", out) == "reference":
+        reference.add_product(out, a, b, alpha=alpha, inner=inner, lower=lower)
+        return
+    assert native.cpu is not None
+    kernel = native.cpu.add_product_f64 if out.dtype == torch.float64 else native.cpu.add_product_f32
+    strides = (*out.stride(), *a.stride(), *b.stride())
+    settings = (inner, alpha, lower, torch.get_num_threads())
+    kernel(out.data_ptr(), a.data_ptr(), b.data_ptr(), *out.shape, a.shape[1], *strides, *settings)
+
+
+@add_product_op.register_fake
+def _(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
+    return None
+
+
+@abs_products_op.register_fake
+def _(a: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    n, m = a.shape
+    return a.new_empty(n, dtype=torch.float64), a.new_empty(m, dtype=torch.float64)
+
+
+@gram_error_bound_op.register_fake
+def _(h: Tensor) -> Tensor:
+    return h.new_empty(h.shape[0], dtype=torch.float64)
+
+
+def add_product(
+    out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, inner: int = 128, lower: bool = False
+) -> None:
+    """out += alpha a b in place, with the rounding errors that proofs are made with.
+
+    Args:
+        out: (r, c) float32 or float64, any strides that keep its elements apart; it shares none with a, b.
+        a: (r, k), b: (k, c), of out's dtype and device, any strides; they may overlap.
+        alpha: 1 or -1.
+        inner: sums over slices of this length begin at zero and are added to out one by one.
+        lower: r == c, and nothing above out's diagonal is read or written, in about half the time.
+
+    Every element of out goes through one rounding a slice, and every slice's sum is within gamma_inner of the
+    exact one: beyond the roundings of what was in out, the error is at most gamma_(inner + slices + 2) |a||b|
+    with gamma_k = k u / (1 - k u), short of underflow. On a GPU that needs ``torch``'s TF32 switched off.
+    Repeatable bit for bit: on the CPU's kernels neither the number of threads nor the rows and columns that
+    a call is given change a bit of the others. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    arguments.is_added_to(out, "(r, c)")
+    r, c = out.shape
+    for name, value in (("a", a), ("b", b)):
+        arguments.matches(name, value, "out", out)
+    if a.dim() != 2 or a.shape[0] != r:
+        raise ValueError(f"a must have shape ({r}, k), r from out; got {tuple(a.shape)}")
+    arguments.has_shape("b", b, (a.shape[1], c), "k from a, c from out")
+    if alpha not in (1.0, -1.0):
+        raise ValueError(f"alpha must be 1 or -1; got {alpha!r}")
+    if inner < 1:
+        raise ValueError(f"inner must be >= 1; got {inner!r}")
+    if lower and r != c:
+        raise ValueError(f"out must be square with lower=True; got {(r, c)}")
+    arguments.without_gradient("add_product", out=out, a=a, b=b)
+    add_product_op(out, a, b, float(alpha), inner, bool(lower))
+
+
+def gram_product(gram: Tensor, x: Tensor) -> Tensor:
+    """gram x for a symmetric matrix and few right-hand sides: the inner step of phase two's solver.
+
+    Args:
+        gram: (n, n), symmetric; not checked: the CPU kernel reads the lower triangle, in half the time.
+        x: (n, c), of gram's dtype and device, any strides.
+
+    Returns:
+        (n, c). Not differentiable. Repeatable bit for bit at the same number of threads.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    arguments.is_float("gram", gram)
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram must have shape (n, n); got {tuple(gram.shape)}")
+    arguments.matches("x", x, "gram", gram)
+    if x.dim() != 2 or x.shape[0] != gram.shape[0]:
+        raise ValueError(f"x must have shape ({gram.shape[0]}, c); got {tuple(x.shape)}")
+    if torch.is_grad_enabled() and (gram.requires_grad or x.requires_grad):
+        raise RuntimeError(
+            "gram_product cannot be differentiated: use gram @ x, or work under torch.no_grad()"
+        )
+    return gram_product_op(gram, x)

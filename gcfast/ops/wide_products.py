@@ -1,0 +1,203 @@
+"""Products with the wide layer's features, made tile by tile: head gradient, Gram product, panels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcfast import reference
+from gcfast.ops import arguments, native
+from gcfast.ops.activations import _KINDS
+from gcfast.ops.arguments import as_rows
+from gcfast.ops.wide_calls import (
+    _backend,
+    _bf16,
+    _cpu,
+    _layer,
+    _library_products,
+    _triton,
+    _working,
+    chosen_precision,
+)
+
+
+def wide_head_grad(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """residual^T Phi with Phi = act(z weight^T + bias), never stored: the gradient of a linear head's weight.
+
+    Args:
+        z: (n, d); weight: (m, d); bias: (m,); residual: (n, C), the gradient of the loss in the outputs; all
+            of one dtype and device, any strides. The head bias's gradient is ``residual.sum(0)``.
+        activation, beta, precision: as in :func:`wide_forward`.
+
+    Returns:
+        (C, m), as ``nn.Linear(m, C).weight.grad``. Not differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    arguments.wide_sides("wide_head_grad", z, weight, bias, "residual", residual)
+    arguments.is_activation(activation, beta)
+    arguments.precision(precision, z.dtype)
+    return wide_head_grad_op(z, weight, bias, residual, activation, float(beta), precision)
+
+
+def wide_gram_product(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    r: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """Phi (Phi^T r) with Phi = act(z weight^T + bias), never stored and computed once: K r for K = Phi Phi^T.
+
+    The inner step of matrix-free solves. With a column of ones in Phi add ``r.sum(0)`` to every row.
+
+    Args:
+        z: (n, d); weight: (m, d); bias: (m,); r: (n, C); all of one dtype and device, any strides.
+        activation, beta, precision: as in :func:`wide_forward`.
+
+    Returns:
+        (n, C). Memory: a panel of Phi, n by 64 columns (on a GPU some tens of megabytes). Not
+        differentiable. Repeatable bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    arguments.wide_sides("wide_gram_product", z, weight, bias, "r", r)
+    arguments.is_activation(activation, beta)
+    arguments.precision(precision, z.dtype)
+    return wide_gram_product_op(z, weight, bias, r, activation, float(beta), precision)
+
+
+def wide_panel(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str = "softplus",
+    beta: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """act(z weight^T + bias) in float64, for the columns of the wide layer that are given.
+
+    Args:
+        z: (n, d); weight: (w, d); bias: (w,); of one floating dtype and device, any strides; cast to
+            float64, which is exact.
+        activation, beta: as in :func:`activation`.
+        out: (n, w) float64 with a unit column stride, written and returned.
+
+    Returns:
+        (n, w) float64. Except on the reference backend an element depends on its row of z, its row of weight
+        and its bias alone, bit for bit, whatever other rows and columns are computed with it, on however many
+        threads: panels that are computed again, or cut elsewhere, are of one matrix. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
+    """
+    arguments.wide_rows("wide_panel", z, weight, bias)
+    arguments.is_activation(activation, beta)
+    shape = (z.shape[0], weight.shape[0])
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float64, device=z.device)
+    else:
+        arguments.is_float64("out", out, z.device)
+        arguments.has_shape("out", out, shape, "n from z, w from weight")
+        if out.stride(1) != 1 and shape[1] > 1:
+            raise ValueError(f"out must have a unit column stride; got strides {tuple(out.stride())}")
+    layer = (t.detach().double() for t in (z, weight, bias))
+    wide_panel_out_op(*layer, activation, float(beta), out)
+    return out
+
+
+def _with_sides(
+    op: str,
+    shape: tuple[int, int],
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sides: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    """An op on the layer and `sides` (n, C), with a result of `shape`, on the backend chosen for it."""
+    precision = chosen_precision(precision, z)
+    backend = _backend(op, z, weight, sides)
+    if backend == "reference":
+        out: Tensor = getattr(reference, op)(z, weight, bias, sides, activation=activation, beta=beta)
+    elif backend == "triton":
+        with _library_products(precision):
+            out = _triton(op)(z, weight, bias, sides, _KINDS[activation], beta, precision)
+    else:
+        x, w, b, r = _working(z, weight, bias, sides)
+        assert x is not None and w is not None and b is not None and r is not None
+        out = torch.empty(shape, dtype=x.dtype)
+        layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+        _cpu(op, x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
+    return out.to(z.dtype)
+
+
+@torch.library.custom_op("gcfast::wide_head_grad", mutates_args=())
+def wide_head_grad_op(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    """residual^T Phi (C, m) for residual (n, C)."""
+    shape = (residual.shape[1], weight.shape[0])
+    return _with_sides("wide_head_grad", shape, z, weight, bias, residual, activation, beta, precision)
+
+
+@torch.library.custom_op("gcfast::wide_gram_product", mutates_args=())
+def wide_gram_product_op(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    r: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> Tensor:
+    """Phi (Phi^T r) (n, C) for r (n, C)."""
+    shape = (z.shape[0], r.shape[1])
+    return _with_sides("wide_gram_product", shape, z, weight, bias, r, activation, beta, precision)
+
+
+@torch.library.custom_op("gcfast::wide_panel_out", mutates_args=("out",))
+def wide_panel_out_op(
+    z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor
+) -> None:
+    """Phi (n, m) into out; all float64, out with a unit column stride."""
+    backend = _backend("wide_panel", z, weight)
+    if backend == "reference" or out.numel() == 0:
+        out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))
+    elif backend == "triton":
+        _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
+    else:
+        x, w, b = as_rows(z), as_rows(weight), bias.contiguous()
+        if backend == "cpu":
+            _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
+            return
+        assert native.cuda is not None
+        pointers = (x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr())
+        strides = (x.stride(0), w.stride(0), out.stride(0))
+        native.cuda.wide_panel_f64(
+            *(*pointers, x.shape[0], w.shape[0], x.shape[1], *strides, _KINDS[activation], beta),
+            *(x.device.index, torch.cuda.current_stream(x.device).cuda_stream),
+        )
