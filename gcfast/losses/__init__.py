@@ -1,0 +1,23 @@
+"""Convex losses: value, residual, curvature, conjugate and infimum, sample by sample.
+
+The training loss is L = (1/n) sum_i loss_i(f_i) with f = logits (n, C). Values agree with the functions of
+``torch.nn.functional`` of the same name with ``reduction="mean"``: MSE, BCE and Huber average over the C
+outputs too, so that loss_i carries a factor 1/C.
+"""
+
+from gcfast.losses.base import ConvexLoss
+from gcfast.losses.cross_entropy import CrossEntropy
+from gcfast.losses.elementwise import MSE, BCEWithLogits, Huber
+from gcfast.losses.resolve import check_convex, infimum_with_copies, output_count, resolve_loss
+
+__all__ = [
+    "MSE",
+    "BCEWithLogits",
+    "ConvexLoss",
+    "CrossEntropy",
+    "Huber",
+    "check_convex",
+    "infimum_with_copies",
+    "output_count",
+    "resolve_loss",
+]

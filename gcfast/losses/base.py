@@ -1,0 +1,119 @@
+"""The protocol of a convex loss: value, residual, curvature, conjugate and infimum, sample by sample."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class ConvexLoss(ABC):
+    """A convex, differentiable loss of the outputs; subclass it for a loss of your own.
+
+    :meth:`value` and :meth:`infimum` are enough: the rest is derived by automatic differentiation.
+    """
+
+    name = "custom"
+    separable = False  # no curvature between outputs of one sample
+
+    @abstractmethod
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        """loss_i (n,) at outputs z (n, C) and prepared targets y."""
+
+    @abstractmethod
+    def infimum(self, y: Tensor) -> Tensor:
+        """inf_q loss_i(q) (n,), or a lower bound of it: what no model can beat."""
+
+    def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
+        """Check the targets of n samples with c outputs and bring them into the form the methods take."""
+        if len(y) != n:
+            raise ValueError(f"targets: expected {n} rows, one per sample; got shape {tuple(y.shape)}")
+        return y
+
+    def attained(self, y: Tensor) -> bool:
+        """Whether every infimum is attained at finite outputs (not so for cross-entropy with hard labels)."""
+        return False
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        """d loss_i / d z_i, (n, C)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.value(z, y).sum(), z)[0]
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """(d^2 loss_i / d z_i^2) v_i, (n, C)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (g,) = torch.autograd.grad(self.value(z, y).sum(), z, create_graph=True)
+            if not g.requires_grad:
+                return torch.zeros_like(v)
+            (h,) = torch.autograd.grad((g * v).sum(), z, allow_unused=True)
+        return torch.zeros_like(v) if h is None else h
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        """Diagonals of the C x C curvature matrices, (n, C)."""
+        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return torch.stack([self.curvature_product(z, y, e.expand_as(z))[:, c] for c, e in enumerate(eye)], 1)
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss_i, residual, conjugate loss_i*(residual_i)); the last two by Fenchel and Young's equality."""
+        value, residual = self.value(z, y), self.residual(z, y)
+        return value, residual, (residual * z).sum(1) - value
+
+    def smoothness(self, c: int) -> float:
+        """Upper bound of the largest eigenvalue of any curvature matrix with c outputs; inf if unknown."""
+        return math.inf
+
+    def dominance(self, c: int) -> float:
+        """A kappa with |residual_i|^2 >= kappa (loss_i - inf loss_i) at all outputs; 0 if none is known."""
+        return 0.0
+
+    def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
+        """Upper bound of (1/n) sum_i (loss_i - inf loss_i) at all outputs with |residual|_F <= residual_norm.
+
+        inf where none is known. y: prepared targets, n >= 1.
+        """
+        kappa = self.dominance(c)
+        return residual_norm**2 / (kappa * len(y)) if kappa > 0 else math.inf
+
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        """Outputs near z at which every loss_i is within eps of its infimum; None if not known."""
+        return None
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        """inf_q sum_{i in group} loss_i(q), (groups,), or a lower bound: samples no model can tell apart."""
+        total = torch.zeros(groups, dtype=torch.float64, device=y.device)
+        return total.index_add_(0, group, self.infimum(y).to(torch.float64))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean of y (n, C) in each group and the number of members."""
+    y = y.to(torch.float64)
+    count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
+        0, group, torch.ones_like(y[:, 0])
+    )
+    total = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device).index_add_(0, group, y)
+    return total / count.clamp(min=1).unsqueeze(1), count
+
+
+def _log_excess(u: float) -> float:
+    """A k with -log(1 - v) <= v + k v^2 for all v <= u, inf for u >= 1: (-log(1 - u) - u) / u^2, rounded up.
+
+    For (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v.
+    """
+    if u >= 1.0:
+        return math.inf
+    return 0.5 + 0.5 * u if u < 1e-3 else (-math.log1p(-u) - u) / u**2 * (1 + 1e-9)
+
+
+def _finite(y: Tensor) -> None:
+    bad = (~torch.isfinite(y)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"targets: expected finite numbers; got {float(y[tuple(bad[0])])} at sample {int(bad[0][0])}"
+        )

@@ -1,0 +1,134 @@
+"""Cross-entropy with labels, probabilities, smoothing and weights, as a convex loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gcfast import ops
+from gcfast.losses.base import ConvexLoss, _finite, _group_mean, _log_excess
+
+
+class CrossEntropy(ConvexLoss):
+    """-sum_c q_c log softmax(z)_c; y: int64 classes (n,) or probabilities (n, C), as F.cross_entropy."""
+
+    name = "cross_entropy"
+
+    def __init__(self, label_smoothing: float = 0.0):
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1); got {label_smoothing}")
+        self.label_smoothing = float(label_smoothing)
+
+    def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
+        if y.is_floating_point():
+            if tuple(y.shape) != (n, c):
+                raise ValueError(f"targets: probabilities must have shape ({n}, {c}); got {tuple(y.shape)}")
+            y = y.to(torch.float64)
+            _finite(y)
+            bad = ((y < 0).any(1) | ((y.sum(1) - 1).abs() > 1e-4)).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise ValueError(
+                    f"targets: row {i} is no probability vector (minimum {float(y[i].min()):.3g}, "
+                    f"sum {float(y[i].sum()):.6g})"
+                )
+            y = y / y.sum(1, keepdim=True)
+        else:
+            if y.dtype == torch.bool or y.is_complex():
+                raise TypeError(f"targets: expected integer class labels or probabilities; got {y.dtype}")
+            if y.dim() == 2 and y.shape[1] == 1:
+                y = y[:, 0]
+            if tuple(y.shape) != (n,):
+                raise ValueError(f"targets: class labels must have shape ({n},); got {tuple(y.shape)}")
+            y = y.long()
+            bad = ((y < 0) | (y >= c)).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise ValueError(
+                    f"targets: label {int(y[i])} of sample {i} is out of range for {c} outputs (0..{c - 1})"
+                )
+            if self.label_smoothing:
+                y = nn.functional.one_hot(y, c).to(torch.float64)
+        if self.label_smoothing:
+            y = (1 - self.label_smoothing) * y + self.label_smoothing / c
+        return y
+
+    def attained(self, y: Tensor) -> bool:
+        return y.dim() == 2 and bool((y > 0).all())
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.terms(z, y)[0]
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.terms(z, y)[1]
+
+    def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # conjugate of log-sum-exp minus <q, .> at p - q is sum p log p
+        return ops.softmax_residual(z, y.to(z.dtype) if y.dim() == 2 else y)
+
+    def probabilities(self, residual: Tensor, y: Tensor) -> Tensor:
+        """softmax(z) from the residual: exact where it is tiny."""
+        if y.dim() == 2:
+            return residual + y
+        return residual.scatter_add(1, y[:, None], torch.ones_like(residual[:, :1]))
+
+    def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return ops.softmax_curvature(z, v)
+
+    def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
+        p = self.probabilities(self.residual(z, y), y)
+        return p * (1 - p)
+
+    def infimum(self, y: Tensor) -> Tensor:
+        if y.dim() == 1:
+            return torch.zeros(len(y), dtype=torch.float64, device=y.device)
+        return -torch.xlogy(y, y).sum(1)
+
+    def smoothness(self, c: int) -> float:
+        return 0.5 if c > 1 else 0.0
+
+    def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
+        """As the base class; finite where the norm is too small for any probability to reach zero.
+
+        With d = y - p = -residual_i the excess is KL(y || p) = sum_(y_c > 0) -y_c log(1 - d_c / y_c). As d
+        sums to zero, |d_c| <= sqrt((C-1)/C) |d|; let u bound d_c / y_c. Then the excess is at most
+        q + k(u) sum_(y_c > 0) d_c^2 / y_c with k of _log_excess and q the sum of d over the support of y,
+        which is that of p over its z zeros: q <= sqrt(z (C-z) / C) |d|, by the norms of the two parts of d.
+        Cauchy and Schwarz sum q over the samples.
+        """
+        if y.dim() == 1:
+            zeros, least = (
+                torch.full_like(y, c - 1, dtype=torch.float64),
+                torch.ones_like(y, dtype=torch.float64),
+            )
+        else:
+            zeros = (y == 0).sum(1).to(torch.float64)
+            least = torch.where(y > 0, y, math.inf).amin(1)
+        share = (c - 1) / c
+        excess = _log_excess(math.sqrt(share) * residual_norm / float(least.amin()))
+        outside = math.sqrt(float((zeros * (c - zeros) / c).sum())) * residual_norm
+        weight = float((torch.where(zeros == c - 1, share, 1.0) / least).amax())
+        return (outside + excess * weight * residual_norm**2) / len(y) if excess < math.inf else math.inf
+
+    def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
+        if y.dim() == 2:
+            if not self.attained(y):
+                return None
+            target = y.log()
+            return target + (z - target).mean(1, keepdim=True)  # a constant in a row changes nothing
+        label = y[:, None]
+        others = z.scatter(1, label, -math.inf).logsumexp(1, keepdim=True)
+        return z.scatter(1, label, torch.maximum(z.gather(1, label), others - math.log(math.expm1(eps))))
+
+    def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
+        if y.dim() == 2:
+            mean, count = _group_mean(y, group, groups)
+            return -count * torch.xlogy(mean, mean).sum(1)
+        # count the pairs (group, class) that occur: a table of all would be groups x classes
+        classes = int(y.max()) + 1 if len(y) else 1
+        pair, times = torch.unique(group * classes + y, return_counts=True)
+        of, count = pair // classes, group.bincount(minlength=groups).to(torch.float64)
+        terms = torch.xlogy(times, times / count[of])
+        return torch.zeros_like(count).index_add_(0, of, terms).neg_()
