@@ -6,7 +6,6 @@ that finishes phase two.
 """
 
 from gcfast._choice import Rates
-from gcfast._head import HeadError, find_head
 from gcfast._jacobian_plan import JacobianPlan
 from gcfast._solution import HeadSolution, Progress
 from gcfast._trainability import LayerTrainability, Trainability, trainability
@@ -16,6 +15,9 @@ from gcfast.certificate import Assumption, Certificate, Offender, certify
 from gcfast.head import solve_head
 from gcfast.jacobian import LayerJacobians
 from gcfast.losses import ConvexLoss
+from gcfast.model.head import HeadError, find_head
+from gcfast.model.widening import widen
+from gcfast.nn import WideHead, WideLayer
 from gcfast.ops import (
     backend,
     backends,
@@ -27,9 +29,9 @@ from gcfast.ops import (
 )
 from gcfast.optim import TwoPhase
 from gcfast.planning import Plan, plan
+from gcfast.proofs.wide_layer_gram import WideGram, wide_gram
 from gcfast.rank import RankEstimate, matrix_rank
 from gcfast.sources import WideFeatures
-from gcfast.wide import WideGram, WideHead, WideLayer, wide_gram, widen
 
 __all__ = [
     "Assumption",

@@ -46,8 +46,8 @@ from gcfast._jacobian_graph import (
     locate,
     shape_of,
 )
-from gcfast._trace import call_arguments, copy_tensors
-from gcfast.wide import WideLayer
+from gcfast.model.tracing import call_arguments, copy_tensors
+from gcfast.nn import WideLayer
 
 log = logging.getLogger("gcfast")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast._freeze import Freezer
-from gcfast._head import Head
 from gcfast._unchanged import Unchanged
-from gcfast.inspection import FeatureTap
-from gcfast.wide import WideLayer, through_head
+from gcfast.model.freeze import Freezer
+from gcfast.model.head import Head
+from gcfast.model.tap import FeatureTap
+from gcfast.nn import WideLayer, through_head
 
 # A batch's features up to this size are kept for the backward pass, as the model itself does in phase two:
 # on a CPU 1.3 times as fast at 4 MiB as making them anew, which is 1.5 times as fast at 7 MiB and above.

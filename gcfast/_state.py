@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcfast._freeze import fingerprint, hidden_parameters, plain_name
-from gcfast._head import Head, find_head
-from gcfast._trace import unwrap
+from gcfast.model.freeze import fingerprint, hidden_parameters, plain_name
+from gcfast.model.head import Head, find_head
+from gcfast.model.tracing import unwrap
 
 
 def _is_real(value: object) -> bool:

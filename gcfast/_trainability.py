@@ -35,9 +35,9 @@ from gcfast._distinct import equal_samples
 from gcfast._large_rank import count_above
 from gcfast._products import check_products, exact_products
 from gcfast._shift import prove_least_eigenvalue
-from gcfast._trace import call_arguments
 from gcfast.jacobian import LayerJacobians, Layers
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
+from gcfast.model.tracing import call_arguments
 from gcfast.rank import matrix_rank
 from gcfast.storage.memory import limit, require
 
@@ -139,7 +139,7 @@ class Trainability:
 
     def to_svg(self) -> str:
         """Eigenvalue ranges layer by layer, a picture of its own. Needs matplotlib (``gcfast[cli]``)."""
-        from gcfast.cli.plots import eigenvalue_ranges
+        from gcfast.plots import eigenvalue_ranges
 
         return eigenvalue_ranges([*self.rows, self.total])
 

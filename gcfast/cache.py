@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from gcfast._freeze import hidden_parameters
 from gcfast._growing import Rows, count
-from gcfast._head import Head
 from gcfast._rest import EntranceTap, Rest, output_shape
-from gcfast._trace import keeping_random_state, unwrap
 from gcfast._unchanged import Unchanged
 from gcfast.features import (
     _batches,
@@ -30,8 +27,12 @@ from gcfast.features import (
     check_features,
     loader_of,
 )
-from gcfast.inspection import FeatureTap, wide_activation
-from gcfast.wide import WideLayer
+from gcfast.model.freeze import hidden_parameters
+from gcfast.model.head import Head
+from gcfast.model.tap import FeatureTap
+from gcfast.model.tracing import keeping_random_state, unwrap
+from gcfast.model.wide_activation import wide_activation
+from gcfast.nn import WideLayer
 
 STORES = ("auto", "below", "features")
 _FEW = 32

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast._analytic_ops import activation_verdict
 from gcfast._dependency import near_dependency, prove_rank_of_basis
 from gcfast._distinct import equal_rows
-from gcfast._head import Head
 from gcfast._products import StackedOnes
 from gcfast._rank_proof import proof_bytes, prove_full_rank
 from gcfast.features import TrainingSet, checked, collect
-from gcfast.inspection import WideLayerFound, analyticity
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
+from gcfast.model.analytic_body import analyticity
+from gcfast.model.analytic_ops import activation_verdict
+from gcfast.model.head import Head
+from gcfast.model.wide_activation import WideLayerFound
 from gcfast.sources import Features, WideFeatures
 from gcfast.storage.checkpoint import Checkpoint
 from gcfast.storage.digest import fingerprint

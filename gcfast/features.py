@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from gcfast._distinct import RowKeys
-from gcfast._head import Head, find_head
-from gcfast.inspection import FeatureTap, WideLayerFound, wide_activation
+from gcfast.model.head import Head, find_head
+from gcfast.model.tap import FeatureTap
+from gcfast.model.wide_activation import WideLayerFound, wide_activation
+from gcfast.nn import WideLayer
 from gcfast.sources import Features, StoredFeatures, WideFeatures, as_features
 from gcfast.storage.memory import limit
-from gcfast.wide import WideLayer
 
 BATCH = 512
 

@@ -18,7 +18,6 @@ from gcfast._descent import descent, exact
 from gcfast._distinct import equal_rows
 from gcfast._grams import FreeGram, Gram
 from gcfast._grams import form as form_gram
-from gcfast._head import Head
 from gcfast._newton import Problem, State, minimise
 from gcfast._path_keeper import PathKeeper
 from gcfast._products import exact_products
@@ -43,6 +42,7 @@ from gcfast.losses import (
     output_count,
     resolve_loss,
 )
+from gcfast.model.head import Head
 from gcfast.sources import Features, WideFeatures
 from gcfast.storage.checkpoint import Checkpoint
 from gcfast.storage.digest import fingerprint

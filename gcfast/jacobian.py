@@ -15,7 +15,7 @@ from gcfast._jacobian_engine import Engine, Group, Tile
 from gcfast._jacobian_factors import Factor, Lookup, Outer
 from gcfast._jacobian_plan import GroupPlan, JacobianPlan, counted, tiles_of
 from gcfast._products import mirror_
-from gcfast._trace import unwrap
+from gcfast.model.tracing import unwrap
 from gcfast.ops import arguments
 from gcfast.storage.memory import limit
 

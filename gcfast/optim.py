@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcfast._freeze import Freezer, Watch, fingerprint, hidden_parameters, plain_name
-from gcfast._head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast._state import check_state, perturb, resolve_generator, resolve_perturbation, resolve_switch_step
-from gcfast._trace import unwrap
+from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name
+from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
+from gcfast.model.tracing import unwrap
+from gcfast.model.watch import Watch
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from gcfast import _choice, ops
 from gcfast._choice import Option, Rates, Sizes
-from gcfast._head import find_head
 from gcfast._products import exact_products
 from gcfast._rank_proof import proof_bytes, proof_flops
 from gcfast._tiles import Tiles
 from gcfast.features import checked, sample_count
 from gcfast.losses import ConvexLoss, CrossEntropy, output_count, resolve_loss
+from gcfast.model.head import find_head
 from gcfast.sources import Features, WideFeatures
 from gcfast.storage.memory import limit
 
@@ -172,7 +172,7 @@ def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
     """Sizes, and whether the targets are known to be real numbers."""
     if isinstance(source, nn.Module):
         from gcfast.features import loader_of, streams
-        from gcfast.wide import WideLayer
+        from gcfast.nn import WideLayer
 
         if data is None:
             raise ValueError("data: a model needs its training set")

@@ -26,7 +26,7 @@ from image_files import (
 
 from gcfast.cli.data import DataSplit, load_dataset
 from gcfast.cli.formats import read_svhn
-from gcfast.cli.usage import UserError
+from gcfast.errors import UserError
 
 
 def standardised(images: np.ndarray, train: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gcfast._analytic_ops import Marks, classify
-from gcfast._head import AmbiguousHeadError, Head, HeadError, find_head
-from gcfast.inspection import FeatureTap, analyticity, wide_activation
+from gcfast.model.analytic_body import analyticity
+from gcfast.model.analytic_ops import Marks, classify
+from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
+from gcfast.model.tap import FeatureTap
+from gcfast.model.wide_activation import wide_activation
 
 
 def captured(model, module, x):
@@ -661,7 +663,7 @@ def test_features_that_pass_by_the_last_linear_are_not_its_own():
     ("activation", "analytic"), [("softplus", True), ("gelu_tanh", True), ("relu", False)]
 )
 def test_the_packages_own_wide_layer(activation, analytic):
-    WideLayer = pytest.importorskip("gcfast.wide").WideLayer
+    WideLayer = pytest.importorskip("gcfast.nn").WideLayer
     model = nn.Sequential(
         nn.Linear(4, 6), nn.Tanh(), WideLayer(6, 9, activation=activation), nn.Dropout(), nn.Linear(9, 2)
     )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gcfast.cli.models import ACTIVATIONS, ModelSpec, default_hidden, mlp, resnet18
-from gcfast.cli.usage import UserError
+from gcfast.errors import UserError
 
 
 def sizes(model: nn.Module) -> list[tuple[int, int]]:
@@ -24,7 +24,7 @@ def test_mlp_layers() -> None:
 
 
 def test_mlp_wide_layer_is_before_the_head() -> None:
-    wide = pytest.importorskip("gcfast.wide")
+    wide = pytest.importorskip("gcfast.nn")
     model = mlp(64, 10, (128, 64), wide=1383)
     assert isinstance(model[-2], wide.WideLayer)
     head = model[-1]
@@ -72,7 +72,7 @@ def test_every_activation_trains(name: str) -> None:
 
 
 def test_spec_rebuilds_the_same_model() -> None:
-    pytest.importorskip("gcfast.wide")
+    pytest.importorskip("gcfast.nn")
     for spec in (
         ModelSpec("mlp", (1, 8, 8), 10, (16, 8), 40),
         ModelSpec("resnet18", (3, 8, 8), 10, (2,), 40, "gelu"),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gcfast._head import HeadError
+from gcfast.model.head import HeadError
 from gcfast.optim import TwoPhase
 
 BASES = {

@@ -11,7 +11,7 @@ from conftest import ANALYTIC
 from torch.testing._internal.two_tensor import TwoTensor
 
 from gcfast import ops, reference
-from gcfast.wide import WideHead, WideLayer
+from gcfast.nn import WideHead, WideLayer
 
 
 @pytest.mark.parametrize("d, m", [(1, 200), (8, 300), (64, 2000), (2048, 500)])

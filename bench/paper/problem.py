@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gcfast.cli import models
 from gcfast.cli.data import DataSplit, load_dataset
 from gcfast.cli.train import Schedule
-from gcfast.cli.usage import UserError
+from gcfast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 BETA = 4.0  # of the wide layer's softplus; docs/paper.md has 1.0 beside it

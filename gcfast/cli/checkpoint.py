@@ -16,7 +16,7 @@ from torch import nn
 
 from gcfast.cli.data import DataSplit, load_dataset
 from gcfast.cli.models import ModelSpec
-from gcfast.cli.usage import UserError
+from gcfast.errors import UserError
 from gcfast.storage.files import save_torch
 
 _FORMAT = "gcfast-checkpoint"

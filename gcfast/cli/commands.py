@@ -23,7 +23,7 @@ from gcfast.cli.report import write_report
 from gcfast.cli.run import Run
 from gcfast.cli.summary import print_summary
 from gcfast.cli.train import Diverged, Settings, default_lr, targets_for
-from gcfast.cli.usage import UserError, require
+from gcfast.errors import UserError, require
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,7 +40,7 @@ from gcfast.cli.formats import (
     read_semeion_text,
     read_svhn,
 )
-from gcfast.cli.usage import UserError, require
+from gcfast.errors import UserError, require
 
 DATASETS = ("digits", "mnist", "kmnist", "semeion", "cifar10", "cifar100", "svhn", "folder")
 _TEST_SHARE = 0.3  # of data sets that come without a test set

@@ -1,7 +1,7 @@
 """Readers for the files image data sets come in: idx, npz, CIFAR pickles, mat, Semeion text, image folders.
 
 Each takes a path and gives what the file holds, whole data sets as uint8 images (n, channels, height,
-width) and int64 labels (n,), or raises :class:`~gcfast.cli.usage.UserError` naming the file and what is
+width) and int64 labels (n,), or raises :class:`~gcfast.errors.UserError` naming the file and what is
 wrong with it.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gcfast.cli.usage import UserError, require
+from gcfast.errors import UserError, require
 
 
 class Images(NamedTuple):

@@ -1,6 +1,6 @@
 """The networks the command line trains: a multilayer perceptron and a pre-activation ResNet-18.
 
-Both end in one ``nn.Linear`` head, with a :class:`~gcfast.wide.WideLayer` before it on request, and
+Both end in one ``nn.Linear`` head, with a :class:`~gcfast.nn.WideLayer` before it on request, and
 use analytic activations, because the guarantee needs features that are analytic in the weights.
 A :class:`ModelSpec` is a model's recipe in plain values: what a checkpoint stores beside its weights.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcfast.cli.usage import UserError
+from gcfast.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
@@ -39,7 +39,7 @@ def _activation(name: str) -> nn.Module:
 
 
 def _wide(d: int, m: int, activation: str) -> nn.Module:
-    from gcfast.wide import WideLayer
+    from gcfast.nn import WideLayer
 
     return WideLayer(d, m, activation=activation)
 
@@ -75,7 +75,7 @@ class _WideMlp(nn.Sequential):
     """Ends in a wide layer and its head, whose features between them are not stored."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from gcfast.wide import through_head
+        from gcfast.nn import through_head
 
         if len(self) < 2:  # a slice
             out: torch.Tensor = super().forward(x)
@@ -144,7 +144,7 @@ class PreActivationResNet(nn.Module):
         out = self.flatten(self.pool(self.activation(self.norm(self.blocks(self.stem(x))))))
         if self.wide is None:
             return self.head(out)
-        from gcfast.wide import through_head
+        from gcfast.nn import through_head
 
         return through_head(self.wide, self.head, out)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gcfast.cli.progress import Progress
-from gcfast.cli.usage import UserError
+from gcfast.errors import UserError
 
 if TYPE_CHECKING:
     from gcfast.cache import FeatureCache

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gcfast._analytic_ops import words
-from gcfast._trace import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
+from gcfast.model.analytic_tables import words
+from gcfast.model.tracing import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
 
 
 class HeadError(ValueError):

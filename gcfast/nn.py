@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gcfast import ops
-from gcfast._head import Head, find_head
-from gcfast._products import StackedOnes, check_products, exact_products, mirror_
-from gcfast._shift import bounded_gram
-from gcfast._tiles import Tiles
-from gcfast._trace import OutputHook, unwrap
 from gcfast.ops import arguments
-from gcfast.sources import WideFeatures
 
 
 class WideLayer(nn.Module):
@@ -118,56 +113,6 @@ def _watched(module: nn.Module) -> bool:
     return bool(hooks) or nn.modules.module._has_any_global_hook()
 
 
-class WideGram(NamedTuple):
-    """K = H H^T and a proved bound of what rounding made of it; see :func:`wide_gram`."""
-
-    gram: Tensor
-    error_bound: float
-
-
-def wide_gram(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    activation: str = "softplus",
-    beta: float = 1.0,
-    ones: bool = False,
-) -> WideGram:
-    """The Gram matrix of the wide layer's features in float64, the features never stored.
-
-    Args:
-        z: (n, d); weight: (m, d); bias: (m,); of one floating dtype and device, any strides, finite.
-        activation, beta: as in :func:`gcfast.ops.activation`.
-        ones: append a column of ones to the features: H = [Phi, 1] instead of Phi.
-
-    Returns:
-        ``gram`` (n, n) float64, symmetric to the bit, and ``error_bound``, with ||gram - H H^T||_2 <=
-        ``error_bound`` proved, rounding included, for H the matrix of :func:`gcfast.ops.wide_panel`'s values.
-        H is computed by column panels, twice, and is the same to the bit each time. With slices of length k
-        and s of them the bound is gamma_(k+s+2) || |H||H|^T ||, plus what underflow may have cost (Higham,
-        *Accuracy and Stability of Numerical Algorithms*, section 3.5); inf where the Gram overflows. Memory
-        beside the result: about three panels of 1,024 columns. Work: n^2 m + 4 n m d, half of a full product.
-
-    Raises:
-        TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
-    """
-    arguments.wide_rows("wide_gram", z, weight, bias)
-    arguments.is_activation(activation, beta)
-    for name, value in (("z", z), ("weight", weight), ("bias", bias)):
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")
-    layer = (weight.double(), bias.double())  # the Gram is that of features in float64
-    h = StackedOnes(WideFeatures(z.double(), layer, activation=activation, beta=beta), ones)
-    if h.n == 0 or h.columns == 0:
-        return WideGram(torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device), 0.0)
-    with exact_products():
-        check_products(z.device)
-        gram = torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device)
-        bounded = bounded_gram(h, Tiles.of(gram))
-    return WideGram(mirror_(gram), bounded.error)
-
-
 class WideHead(nn.Sequential):
     """A wide layer and the linear head upon it: (..., d) to (..., C); the features (..., m) are never stored.
 
@@ -215,60 +160,15 @@ class WideHead(nn.Sequential):
         return through_head(self.wide, self.head, z, self.fused)
 
 
-def widen(
-    model: nn.Module,
-    n_samples: int,
-    *,
-    width: int | None = None,
-    activation: str = "softplus",
-    beta: float = 1.0,
-    inputs: Any = None,
-    head: Head | nn.Module | str | None = None,
-    generator: torch.Generator | None = None,
-) -> nn.Module:
-    """Put a wide analytic layer before the head of ``model``, in place, unless a wide enough layer is there.
+class OutputHook:
+    """A forward hook that reads a module's output alone, so that whoever fuses the module can serve it.
 
-    The head ``nn.Linear(d, C)`` gives way to ``WideHead(WideLayer(d, m), nn.Linear(m, C))``, of
-    its device, dtype and with a bias if it had one; both are drawn anew, so widen before training and before
-    the optimizer is made.
-
-    Args:
-        model: any model whose head ``gcfast.inspection.find_head`` finds.
-        n_samples: size n of the training set.
-        width: m; default 1.1 n, rounded up: 10 % above the n the theorem needs keeps sigma_min away from 0.
-        activation, beta: of the :class:`WideLayer`.
-        inputs: a batch for one observed forward pass, where the structure leaves the head ambiguous.
-        head: module or name, likewise.
-        generator: for the weights of both layers.
-
-    Returns:
-        the same model (a new ``WideHead`` where the model is itself the head).
-
-    Raises:
-        HeadError: no head, or an ambiguous one. ValueError: naming the argument.
+    Nothing is called while code is compiled.
     """
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
-        raise ValueError(f"n_samples: expected a positive int; got {n_samples!r}")
-    m = -(-11 * n_samples // 10) if width is None else width
-    if not isinstance(m, int) or m < n_samples:
-        raise ValueError(f"width: expected an int of at least n_samples = {n_samples}; got {width!r}")
-    root = unwrap(model)
-    found = find_head(root, inputs, head)
-    if found.in_features >= n_samples:
-        return model
-    old = found.module
-    options: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
-    wide = WideLayer(found.in_features, m, activation=activation, beta=beta, **options)
-    new = nn.Linear(m, found.out_features, bias=old.bias is not None, **options)
-    if generator is not None:
-        wide.reset_parameters(generator)
-        with torch.no_grad():  # as nn.Linear draws them
-            for p in new.parameters():
-                p.uniform_(-1.0 / math.sqrt(m), 1.0 / math.sqrt(m), generator=generator)
-    pair = WideHead(wide, new)
-    pair.train(old.training)
-    if old is root:
-        return pair
-    parent, _, attribute = found.name.rpartition(".")
-    setattr(root.get_submodule(parent), attribute, pair)
-    return model
+
+    def __init__(self, look: Callable[[Any], None]) -> None:
+        self.look = look
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.look(output)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gcfast._analytic_ops import Marks, Verdict, classify
+from gcfast.model.analytic_ops import Marks, Verdict, classify
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -110,20 +110,6 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
             if buffer.is_inference() or buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(copy)
-
-
-class OutputHook:
-    """A forward hook that reads a module's output alone, so that whoever fuses the module can serve it.
-
-    Nothing is called while code is compiled.
-    """
-
-    def __init__(self, look: Callable[[Any], None]) -> None:
-        self.look = look
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.look(output)
 
 
 @dataclass

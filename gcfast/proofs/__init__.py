@@ -1,0 +1,1 @@
+"""Proofs that trust nothing but matrix products and their rounding-error bounds."""
