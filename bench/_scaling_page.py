@@ -61,7 +61,7 @@ factor sends every finished column of tiles round once. What a device sends, in 
 
 {sharded}
 
-`tests/test_plan.py` runs these algorithms on a simulated ring that counts every message: sent bytes are the planned
+`tests/solve/test_plan.py` runs these algorithms on a simulated ring that counts every message: sent bytes are the planned
 ones, and the results those of one device.
 """
 

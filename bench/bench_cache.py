@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from _compare import compare, show
 
 import gcfast
-from gcfast.cli.models import mlp, resnet18
+from gcfast.cli.training.models import mlp, resnet18
 
 BATCH = 64
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from _compare import compare, copy_bandwidth, show
 
-from gcfast._distinct import RowKeys, equal_rows
+from gcfast.features.duplicates import RowKeys, equal_rows
 
 N, D = 200_000, 512
 

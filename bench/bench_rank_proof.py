@@ -7,8 +7,9 @@ import torch
 from _compare import compare, matmul_peak, show
 from _mnist import head_problem
 
-from gcfast._products import StackedOnes, exact_products, gamma, gram
-from gcfast._rank_proof import prove_full_rank
+from gcfast.features.stacked_ones import StackedOnes
+from gcfast.proofs.full_rank import prove_full_rank
+from gcfast.proofs.rounding import exact_products, gamma, gram
 
 
 def _ones(h: torch.Tensor) -> torch.Tensor:

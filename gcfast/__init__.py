@@ -5,15 +5,15 @@ a two-phase wrapper around any optimizer, a certificate that it reaches the glob
 that finishes phase two.
 """
 
-from gcfast._choice import Rates
-from gcfast._jacobian_plan import JacobianPlan
-from gcfast._solution import HeadSolution, Progress
-from gcfast._trainability import LayerTrainability, Trainability, trainability
 from gcfast._version import __version__
-from gcfast.cache import FeatureCache
-from gcfast.certificate import Assumption, Certificate, Offender, certify
-from gcfast.head import solve_head
-from gcfast.jacobian import LayerJacobians
+from gcfast.certificate.certificate import Assumption, Certificate, Offender
+from gcfast.certificate.certification import certify
+from gcfast.features.cache import FeatureCache
+from gcfast.features.wide import WideFeatures
+from gcfast.jacobian.layer_jacobians import LayerJacobians
+from gcfast.jacobian.plan import JacobianPlan
+from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
+from gcfast.jacobian.trainability_run import trainability
 from gcfast.losses import ConvexLoss
 from gcfast.model.head import HeadError, find_head
 from gcfast.model.widening import widen
@@ -27,11 +27,14 @@ from gcfast.ops import (
     wide_gram_product,
     wide_head_grad,
 )
-from gcfast.optim import TwoPhase
-from gcfast.planning import Plan, plan
+from gcfast.optim.two_phase import TwoPhase
+from gcfast.proofs.rank_estimate import RankEstimate, matrix_rank
 from gcfast.proofs.wide_layer_gram import WideGram, wide_gram
-from gcfast.rank import RankEstimate, matrix_rank
-from gcfast.sources import WideFeatures
+from gcfast.solve.gram_forms import Rates
+from gcfast.solve.head_solver import solve_head
+from gcfast.solve.plan_report import Plan
+from gcfast.solve.planning import plan
+from gcfast.solve.solution import HeadSolution, Progress
 
 __all__ = [
     "Assumption",

@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gcfast.errors import require
 
@@ -14,14 +14,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gcfast._trainability import LayerTrainability
-
 BASE, TWO_PHASE, NEAREST = "#4c8ed9", "#e0782f", "#1f9d6b"
 # Stand-ins for the colours the page decides; matplotlib can write only fixed ones.
 _INK, _GRID = "#010203", "#040506"
 
 
-def eigenvalue_ranges(rows: Sequence[LayerTrainability]) -> str:
+class EigenvalueRow(Protocol):
+    """One layer of the picture: any object with these values will do."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def carries(self) -> bool: ...
+    @property
+    def lambda_min(self) -> float | None: ...
+    @property
+    def lambda_max(self) -> float | None: ...
+    @property
+    def lambda_min_lower(self) -> float: ...
+    @property
+    def rounding(self) -> float: ...
+
+
+def eigenvalue_ranges(rows: Sequence[EigenvalueRow]) -> str:
     """Estimated range of the eigenvalues of each K_l, the proved bound, and rounding: a file of its own."""
     figure, axes = _figure(0.9 + 0.3 * len(rows), narrow=False)
     axes.set_xscale("log")

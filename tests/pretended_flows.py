@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pretend
 
 import gcfast
-from gcfast import _dependency, _rank_proof, reference
+from gcfast import reference
+from gcfast.proofs import dependency, full_rank
 
 N = 60
 
@@ -81,17 +82,17 @@ def conflicting_copies(device: torch.device) -> None:
 
 
 def proof(device: torch.device) -> None:
-    assert _rank_proof.prove_full_rank(torch.randn(300, 400, device=device)).proved
-    assert not _rank_proof.prove_full_rank(torch.ones(20, 30, device=device)).proved
+    assert full_rank.prove_full_rank(torch.randn(300, 400, device=device)).proved
+    assert not full_rank.prove_full_rank(torch.ones(20, 30, device=device)).proved
     rows = torch.randn(300, 400, dtype=torch.float64)
     for small in (1e-9, 1e-13):
         near = rows.clone()
         near[7] = near[31] + small * near[7]
-        proof = _rank_proof.prove_full_rank(near.to(device))
+        proof = full_rank.prove_full_rank(near.to(device))
         assert proof.route == "whitening", proof.reason
     rows[7] = rows[31]
-    assert _dependency.near_dependency(rows.to(device)).samples == [7, 31]
-    assert _dependency.prove_rank_of_basis(rows.to(device))[0] == 299
+    assert dependency.near_dependency(rows.to(device)).samples == [7, 31]
+    assert dependency.prove_rank_of_basis(rows.to(device))[0] == 299
 
 
 def every_reference(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import torch
 
 import gcfast
 from gcfast import ops
-from gcfast._products import tiling
+from gcfast.proofs.rounding import tiling
 
 
 class Ring:

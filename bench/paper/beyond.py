@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gcfast
-from gcfast.cli.data import DataSplit
+from gcfast.cli.data.split import DataSplit
 
 from .context import Context
 from .frozen import Frozen, Setting, noisy

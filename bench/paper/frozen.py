@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import gcfast
-from gcfast.cli.data import DataSplit
+from gcfast.cli.data.split import DataSplit
 
 from .context import Context
 from .generalisation import Stepper

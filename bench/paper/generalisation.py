@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gcfast
-from gcfast.cli.data import DataSplit
-from gcfast.cli.train import Schedule
+from gcfast.cli.data.split import DataSplit
+from gcfast.cli.training.train import Schedule
 
 from .context import Context
 from .problem import (

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcfast.cli import models
-from gcfast.cli.data import DataSplit, load_dataset
-from gcfast.cli.train import Schedule
+from gcfast.cli.data.datasets import load_dataset
+from gcfast.cli.data.split import DataSplit
+from gcfast.cli.training import models
+from gcfast.cli.training.train import Schedule
 from gcfast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from gcfast.cli.checkpoint import Checkpoint, DataSpec
-from gcfast.cli.data import DataSplit, load_dataset
-from gcfast.cli.models import ModelSpec, default_hidden
+from gcfast.cli.data.datasets import load_dataset
+from gcfast.cli.data.split import DataSplit
 from gcfast.cli.options import parser
 from gcfast.cli.progress import Progress
-from gcfast.cli.record import certificate_values, versions
-from gcfast.cli.report import write_report
-from gcfast.cli.run import Run
-from gcfast.cli.summary import print_summary
-from gcfast.cli.train import Diverged, Settings, default_lr, targets_for
+from gcfast.cli.report.page import write_report
+from gcfast.cli.report.summary import print_summary
+from gcfast.cli.training.checkpoint import Checkpoint, DataSpec
+from gcfast.cli.training.models import ModelSpec, default_hidden
+from gcfast.cli.training.record import certificate_values, versions
+from gcfast.cli.training.run import Run
+from gcfast.cli.training.train import Diverged, Settings, default_lr, targets_for
 from gcfast.errors import UserError, require
 
 
@@ -215,7 +216,7 @@ def _warn_of_memory(n: int, width: int, say: Callable[[str], None]) -> None:
 
 
 def _certify(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from gcfast.certificate import certify
+    from gcfast.certificate.certification import certify
 
     device = _device(options.device)
     checkpoint = Checkpoint.load(options.checkpoint)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from gcfast._version import __version__
-from gcfast.cli.data import DATASETS
-from gcfast.cli.models import ACTIVATIONS, MODELS
-from gcfast.cli.train import BASES, LOSSES
+from gcfast.cli.data.datasets import DATASETS
+from gcfast.cli.training.models import ACTIVATIONS, MODELS
+from gcfast.cli.training.train import BASES, LOSSES
 
 _EXIT_CODES = (
     "exit codes: 0 done, 1 the run broke down or (certify) the condition was not proved, 2 bad input,"

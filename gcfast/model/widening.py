@@ -31,7 +31,7 @@ def widen(
     the optimizer is made.
 
     Args:
-        model: any model whose head ``gcfast.model.wide_activation.find_head`` finds.
+        model: any model whose head ``gcfast.find_head`` finds.
         n_samples: size n of the training set.
         width: m; default 1.1 n, rounded up: 10 % above the n the theorem needs keeps sigma_min away from 0.
         activation, beta: of the :class:`WideLayer`.

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast._products import StackedOnes, check_products, exact_products, mirror_
-from gcfast._shift import bounded_gram
-from gcfast._tiles import Tiles
+from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features.wide import WideFeatures
 from gcfast.ops import arguments
-from gcfast.sources import WideFeatures
+from gcfast.proofs.rounding import check_products, exact_products, mirror_
+from gcfast.proofs.shift import bounded_gram
+from gcfast.proofs.tiles import Tiles
 
 
 class WideGram(NamedTuple):

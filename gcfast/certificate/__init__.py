@@ -1,0 +1,1 @@
+"""Certificates: does the expressivity condition hold for this model and these data, and why."""

@@ -1,0 +1,160 @@
+"""What a certificate says: holds, fails or unknown, each assumption with its reason, offenders, the gap."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from gcfast.losses import ConvexLoss
+
+Status = Literal["holds", "fails", "unknown", "not needed"]
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """One thing the guarantee rests on, and what was found."""
+
+    name: str
+    status: Status
+    reason: str
+
+    def __str__(self) -> str:
+        return f"[{self.status}] {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Offender:
+    """Samples that spoil the rank.
+
+    ``kind``: equal inputs, equal features, or a (near-)dependency with coefficients.
+    """
+
+    kind: str
+    samples: list[int]
+    targets: list[Any] = field(default_factory=list)
+    conflicting: bool | None = None
+    coefficients: list[float] = field(default_factory=list)
+    residual: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.kind}: samples {_shorten(self.samples)}"
+        if self.targets:
+            text += f", targets {_shorten(self.targets)}" + (" (conflicting)" if self.conflicting else "")
+        if self.residual is not None:
+            text += f", relative residual {self.residual:.1e}"
+        return text
+
+
+@dataclass
+class Certificate:
+    """What is proved of a model and its training set.
+
+    ``status``: "holds", "fails" (``offenders`` or the reason are the witness) or "unknown" (the reason says
+    what would decide it). ``route``: "direct", "theorem" or None. ``rank_lower``: proved lower bound of
+    rank(H1). ``sigma_min_lower``, ``sigma_max_upper``: proved bounds of its singular values, rounding
+    included (0 and inf where nothing is proved). ``loss``, ``infimum``, ``gap``: the current training loss,
+    L*, and L - L* (None without a loss).
+    """
+
+    status: Literal["holds", "fails", "unknown"]
+    route: Literal["direct", "theorem"] | None
+    reason: str
+    n: int
+    width: int
+    rank_lower: int
+    sigma_min_lower: float
+    sigma_max_upper: float
+    offenders: list[Offender]
+    assumptions: list[Assumption]
+    loss_name: str | None = None
+    loss: float | None = None
+    infimum: float | None = None
+    gap: float | None = None
+    _convex: ConvexLoss | None = field(default=None, repr=False)
+    _outputs: Tensor | None = field(default=None, repr=False)
+    _targets: Tensor | None = field(default=None, repr=False)
+
+    def steps_to(self, eps: float) -> float:
+        """Steps of gradient descent on the head, of size 1/beta, after which L - L* <= eps for sure.
+
+        From L(w_t) - L(V) <= beta |V - V_tau|^2 / (2 t), beta = smoothness * sigma_max(H1)^2 / n, for the V
+        that reaches loss L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss from
+        the linear rate 1 - sigma_min^2/sigma_max^2. Infinite where sigma_min has no proved bound; ValueError
+        without a loss.
+        """
+        if not (isinstance(eps, (int, float)) and eps > 0):
+            raise ValueError(f"eps: expected a positive number; got {eps!r}")
+        if self._convex is None or self._outputs is None or self._targets is None or self.gap is None:
+            raise ValueError("steps_to needs a loss and targets: call certify(..., loss=...)")
+        if self.gap <= eps:
+            return 0.0
+        if self.sigma_min_lower <= 0:
+            return math.inf
+        rate = (self.sigma_min_lower / self.sigma_max_upper) ** 2
+        if self._convex.name == "mse":
+            return math.ceil(0.5 * math.log(self.gap / eps) / -math.log1p(-rate)) if rate < 1 else 1.0
+        goal = self._convex.reachable(self._outputs, self._targets, 0.5 * eps)
+        beta = self._convex.smoothness(self._outputs.shape[1]) * self.sigma_max_upper**2 / self.n
+        if goal is None or not math.isfinite(beta):
+            return math.inf
+        distance2 = float(((goal - self._outputs) ** 2).sum()) / self.sigma_min_lower**2
+        return float(math.ceil(beta * distance2 / eps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; infinities become None."""
+
+        def plain(x: float | None) -> float | None:
+            return x if x is None or math.isfinite(x) else None
+
+        return {
+            "status": self.status,
+            "route": self.route,
+            "reason": self.reason,
+            "n": self.n,
+            "width": self.width,
+            "rank_lower": self.rank_lower,
+            "sigma_min_lower": self.sigma_min_lower,
+            "sigma_max_upper": plain(self.sigma_max_upper),
+            "offenders": [vars(o) for o in self.offenders],
+            "assumptions": [vars(a) for a in self.assumptions],
+            "loss_name": self.loss_name,
+            "loss": plain(self.loss),
+            "infimum": plain(self.infimum),
+            "gap": plain(self.gap),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        head = f"expressivity condition {self.status.upper()}" + (
+            f" (route: {self.route})" if self.route else ""
+        )
+        lines = [
+            head,
+            f"  {self.reason}",
+            f"  n = {self.n} samples, m = {self.width} features, rank(H1) >= {self.rank_lower} proved",
+        ]
+        if self.sigma_min_lower > 0:
+            lines.append(
+                f"  {self.sigma_min_lower:.3e} <= sigma_min(H1), "
+                f"sigma_max(H1) <= {self.sigma_max_upper:.3e} (proved, rounding included)"
+            )
+        if self.loss is not None and self.infimum is not None and self.gap is not None:
+            lines.append(
+                f"  {self.loss_name}: L = {self.loss:.6g}, global minimum L* = {self.infimum:.6g}, "
+                f"gap L - L* = {self.gap:.3g}"
+            )
+        lines += [f"  {a}" for a in self.assumptions] + [f"  offender: {o}" for o in self.offenders[:10]]
+        if len(self.offenders) > 10:
+            lines.append(f"  ... and {len(self.offenders) - 10} more offenders")
+        return "\n".join(lines)
+
+
+def _shorten(items: list[Any]) -> str:
+    return str(items) if len(items) <= 8 else str(items[:8])[:-1] + f", ... {len(items) - 8} more]"

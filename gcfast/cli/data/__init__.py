@@ -1,0 +1,1 @@
+"""Real data sets as tensors, read from files that the user already has."""

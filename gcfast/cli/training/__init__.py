@@ -1,0 +1,1 @@
+"""Training runs of the command line: models, loop, checkpoints, record."""

@@ -1,0 +1,1 @@
+"""The two-phase optimizer around any torch.optim.Optimizer."""

@@ -1,0 +1,69 @@
+"""The arguments of the two-phase optimizer, checked, and its Gaussian step."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def resolve_switch_step(value: Any) -> float:
+    """The number of steps of phase one: an int, or infinity."""
+    if value is None:
+        return math.inf
+    if not _is_real(value) or math.isnan(value) or value <= 0:
+        raise ValueError(
+            "switch_step: expected a number of steps > 0 (or None to switch by hand), "
+            f"got {value!r} ({type(value).__name__})"
+        )
+    if math.isinf(value):
+        return math.inf
+    # 0.28 * 100 = 28.000000000000004 means 28
+    return max(1, math.ceil(value * (1 - 1e-12))) if not isinstance(value, int) else value
+
+
+def resolve_perturbation(value: Any) -> float:
+    """The standard deviation of the Gaussian step."""
+    if not _is_real(value) or not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"perturbation: expected a finite number ≥ 0, got {value!r} ({type(value).__name__})"
+        )
+    return float(value)
+
+
+def resolve_generator(generator: Any, seed: Any) -> torch.Generator:
+    """The generator of the Gaussian step."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("seed: expected None beside generator, got both")
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            what = getattr(generator, "device", type(generator).__name__)
+            raise ValueError(f"generator: expected a torch.Generator on the CPU, got {what}")
+        return generator
+    if seed is None:
+        # a stream of its own, which must not be that of the weights' initial values
+        seed = (torch.initial_seed() * 6364136223846793005 + 1442695040888963407) % 2**63
+    elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed: expected an int, got {seed!r} ({type(seed).__name__})")
+    return torch.Generator().manual_seed(int(seed))
+
+
+@torch.no_grad()
+def perturb(parameters: Iterable[Tensor], scale: float, generator: torch.Generator) -> None:
+    """Add scale · N(0, I): drawn on the CPU in float32 or wider, added there, rounded once."""
+    for p in parameters:
+        if not (p.is_floating_point() or p.is_complex()):
+            continue
+        value = torch.view_as_real(p) if p.is_complex() else p
+        wide = torch.promote_types(value.dtype, torch.float32)
+        noise = torch.randn(value.shape, dtype=wide, generator=generator)
+        if scale > 0:
+            value.copy_(value.to(wide) + noise.to(value.device) * scale)

@@ -1,0 +1,97 @@
+"""Arguments of `optim.TwoPhase`, its Gaussian step, and the checks on a state before it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gcfast.model.freeze import fingerprint, hidden_parameters, plain_name
+from gcfast.model.head import Head, find_head
+from gcfast.model.tracing import unwrap
+from gcfast.optim.arguments import resolve_perturbation, resolve_switch_step
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "phase": (int,),
+    "step_count": (int,),
+    "switch_step": (int, float),
+    "perturbation": (int, float),
+    "generator": (Tensor,),
+    "head": (str, type(None)),
+    "trainable": (list,),
+    "fingerprint": (str,),
+}
+
+
+def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: Head | None) -> Head | None:
+    """Raise unless `state` can be loaded; the head it names, where the optimizer did not know one."""
+    own = state.get("two_phase")
+    if not isinstance(own, dict):
+        raise ValueError(
+            "the state has no entry 'two_phase': it was saved from a plain optimizer, not from TwoPhase; "
+            "load it into base (opt.base.load_state_dict) if that is meant"
+        )
+    if own.get("format") != 1:
+        raise ValueError(f"the state has format {own.get('format')!r}; this version of gcfast reads format 1")
+    for key, kinds in _KINDS.items():
+        if not isinstance(own.get(key), kinds) or isinstance(own.get(key), bool):
+            raise ValueError(f"the state is damaged: two_phase[{key!r}] is {own.get(key)!r}")
+    if own["phase"] not in (1, 2) or own["step_count"] < 0:
+        raise ValueError(f"the state is damaged: phase {own['phase']}, step_count {own['step_count']}")
+    resolve_switch_step(own["switch_step"])
+    resolve_perturbation(own["perturbation"])
+    _check_generator(own["generator"])
+    _check_groups(state, base, own)
+    name = own["head"]
+    here = None if head is None else plain_name(head.name)
+    if name is not None and here is not None and name != here:
+        raise ValueError(f"the state belongs to a model with head {name!r}, this one has {here!r}")
+    if head is None and name is not None:
+        head = find_head(model, head=_present_name(model, name))
+    if own["phase"] == 2:
+        if head is None:
+            raise ValueError("the state is damaged: phase 2 without a head")
+        _check_frozen(own, model, head)
+    return head
+
+
+def _check_generator(value: Tensor) -> None:
+    try:
+        torch.Generator().set_state(value.cpu())
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the state is damaged: two_phase['generator'] is no such state ({error})") from None
+
+
+def _check_groups(state: dict[str, Any], base: Optimizer, own: dict[str, Any]) -> None:
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
+        raise ValueError("the state is damaged: 'state' or 'param_groups' is missing")
+    if own.get("base") != type(base).__name__:
+        raise ValueError(f"the state was saved around {own.get('base')}, this base is {type(base).__name__}")
+    saved = [len(g["params"]) for g in groups]
+    here = [len(g["params"]) for g in base.param_groups]
+    if saved != here:
+        raise ValueError(f"the state has param_groups of {saved} parameters, base has {here}")
+
+
+def _present_name(model: nn.Module, name: str) -> str:
+    for present, _ in unwrap(model).named_modules():
+        if plain_name(present) == name:
+            return present
+    return name
+
+
+def _check_frozen(own: dict[str, Any], model: nn.Module, head: Head) -> None:
+    hidden = hidden_parameters(model, head)
+    strange = [n for n in own["trainable"] if n not in hidden]
+    if strange:
+        raise ValueError(
+            f"the state froze {strange[0]!r}, which is no parameter below the head of this model"
+        )
+    if own["fingerprint"] != fingerprint(model, head):
+        raise ValueError(
+            "the state is of phase two, and the model's hidden weights or buffers are not those it froze: "
+            "load the model's own state first (model.load_state_dict), then this one"
+        )

@@ -1,0 +1,452 @@
+"""Algorithm A(base): two-phase training around any optimizer.
+
+Kawaguchi and Sun, *A Recipe for Global Convergence Guarantee in Deep Neural Networks*, AAAI 2021.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name
+from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
+from gcfast.model.tracing import unwrap
+from gcfast.model.watch import Watch
+from gcfast.optim.arguments import perturb, resolve_generator, resolve_perturbation, resolve_switch_step
+from gcfast.optim.saved_state import check_state
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class TwoPhase(Optimizer):
+    """Train all weights with `base` for `switch_step` steps, then the head alone.
+
+    Phase one is `base`, unchanged. The last thing step number `switch_step` does is to switch: a Gaussian
+    vector, `perturbation` · N(0, I), is added to every hidden weight that is being trained, hidden weights
+    stop requiring gradients (and lose those they have), and from the next forward pass on normalisation
+    statistics and dropout below the head are frozen, whatever `model.train()` says. In phase two `base`
+    trains the head alone, with the momentum it has; with a convex loss this problem is convex, and if the
+    features have rank n (see `gcfast.certify`) its minimum is the global minimum of the training loss.
+    `gcfast.FeatureCache` makes its steps cheap: what enters the head does not change any more.
+
+    It is used as `base` would be: learning-rate schedulers, `GradScaler`, gradient clipping, closures, hooks
+    and checkpoints all take a `TwoPhase`. `param_groups`, `state` and `defaults` are those of `base`.
+
+    Args:
+        base: any `torch.optim.Optimizer` over parameters of `model`. From now on step this object instead.
+        model: the model, plain or wrapped by `torch.compile`, `DataParallel`, `DistributedDataParallel`.
+        switch_step: number of steps of phase one, ≥ 1. A fraction is rounded up, so that `0.6 * total_steps`
+            will do. `None` or `math.inf`: only `switch()` switches. Skipped steps of a `GradScaler` do not
+            count.
+        head: the last affine layer, an `nn.Linear` or its qualified name. By default it is found: from the
+            structure, or as the last `nn.Linear` applied in the first forward pass with gradients. This pass
+            also checks, by one additional pass in evaluation mode, that the output is affine in the head.
+        perturbation: standard deviation of the Gaussian vector, ≥ 0. It is drawn in float32 (float64 for
+            float64 weights) on the CPU, parameter by parameter in the order of `model.named_parameters()`, so
+            that a seed means the same on every device; the sum is rounded once to the weights' own type.
+        generator: the `torch.Generator`, on the CPU, to draw from. Default: an own one, seeded by `seed`, or
+            else by torch's initial seed; the global generator is never drawn from.
+        seed: seed for the own generator; not together with `generator`.
+
+    Raises:
+        HeadError: no head, several candidates, or an output not affine in it; in the constructor if that can
+            be told there, else in the first forward pass, or in the first step if no forward pass was seen.
+        ValueError, TypeError: an argument is out of range; a parameter of `base` is not one of `model`.
+
+    Hidden parameters that are in `model` but not in `base` are perturbed if they require gradients, and
+    frozen. The tensors `state` holds for hidden parameters stay where they are. A head without bias is
+    trained as it is. Copying a model in phase two (`copy.deepcopy(model)`) gives one whose hidden weights
+    require no gradients but which is otherwise free; copying a `TwoPhase` copies its model and freezes the
+    copy.
+
+    Under `torch.compile` the first forward pass is observed if the compiled model itself is given here. If
+    the plain model is given and then compiled, nothing is observed: the structure or `head` must tell.
+
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.Softplus(), nn.Linear(32, 3))
+    >>> opt = TwoPhase(torch.optim.SGD(model.parameters(), lr=0.1), model, switch_step=2, seed=0)
+    >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    >>> for _ in range(3):
+    ...     opt.zero_grad(); nn.functional.cross_entropy(model(x), y).backward(); opt.step()
+    >>> opt.phase, opt.step_count, model[0].weight.requires_grad, model[2].weight.requires_grad
+    (2, 3, False, True)
+    """
+
+    switch_step: float
+    _head: Head | None
+    _head_error: HeadError | None  # why the head is not known
+    _watch: Watch | None
+    _freezer: Freezer | None  # there is one in phase two
+
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module,
+        switch_step: float | None,
+        head: nn.Module | str | None = None,
+        perturbation: float = 1e-3,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
+        if isinstance(base, TwoPhase):
+            raise TypeError("base: expected the optimizer to be wrapped, got a TwoPhase")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+        self.base, self.model = base, model
+        self.switch_step = resolve_switch_step(switch_step)
+        self.perturbation = resolve_perturbation(perturbation)
+        self.generator = resolve_generator(generator, seed)
+        self.step_count = 0
+        self._head = None
+        self._prepare()
+        for i, group in enumerate(base.param_groups):
+            self._check_group(group, i)
+        try:
+            self._head = find_head(model, head=head)
+            self._check_head_in_base(self._head)
+        except AmbiguousHeadError as error:
+            self._head_error = error
+        self._watch = Watch(model, None if self._head is None else self._head.module, self._hear)
+
+    def _prepare(self) -> None:
+        """What is neither an argument nor saved."""
+        self._patch_step_function()  # names zero_grad in profiles; `step` is marked as hooked already
+        self._freezer = None
+        self._watch = None
+        self._head_error = None
+        self._proved_frozen = False
+
+    # -- what is shared with base
+
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The very list of `base`."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        """The very state of `base`."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of `base`."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    # -- what is known
+
+    @property
+    def phase(self) -> int:
+        """1 while all weights are trained, 2 while the head alone is."""
+        return 1 if self._freezer is None else 2
+
+    @property
+    def head(self) -> Head:
+        """The head; `HeadError` while it is not known."""
+        if self._head is None:
+            raise self._head_error or HeadError("the head is not known yet")
+        return self._head
+
+    @property
+    def hidden(self) -> dict[str, nn.Parameter]:
+        """By name, the hidden parameters that phase one trains and phase two holds fixed."""
+        everything = hidden_parameters(self.model, self.head)
+        if self._freezer is not None:
+            return {name: everything[name] for name in self._freezer.trainable}
+        return {name: p for name, p in everything.items() if p.requires_grad}
+
+    def _hear(self, answer: Head | HeadError) -> None:
+        """What the watch has to tell."""
+        if isinstance(answer, HeadError):
+            self._head_error = answer
+            return
+        try:
+            self._check_head_in_base(answer)
+        except ValueError as error:
+            self._head_error = HeadError(str(error))
+            raise
+        self._head, self._head_error = answer, None
+
+    def _check_head_in_base(self, head: Head) -> None:
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for key, p in (("weight", head.weight), ("bias", head.bias)):
+            if p is not None and id(p) not in known:
+                raise ValueError(
+                    f"base: the {key} of the head {head} is in none of its param_groups, "
+                    "so phase two could not train it"
+                )
+            if p is not None and not p.requires_grad:
+                raise ValueError(
+                    f"model: the {key} of the head {head} does not require gradients, "
+                    "so phase two could not train it"
+                )
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        known = {id(p) for p in unwrap(self.model).parameters()}
+        for j, p in enumerate(group["params"]):
+            if id(p) not in known:
+                shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+                raise ValueError(
+                    f"param_groups[{index}]['params'][{j}], of shape {shape}, is not a parameter of the model"
+                )
+
+    # -- stepping
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of `base`, on all parameters in phase one, on the head in phase two; its result."""
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for hook in self._optimizer_step_pre_hooks.values():
+            changed = hook(self, args, kwargs)
+            if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(
+                        f"a step pre-hook must return None or (new_args, new_kwargs), got {changed!r}"
+                    )
+                args, kwargs = changed
+        with self._head_only() if self.phase == 2 else contextlib.nullcontext():
+            result = self.base.step(*args[1:], **kwargs)
+        if self._head_error is not None:
+            self._refuse(self._head_error)
+        self.step_count += 1
+        for post in self._optimizer_step_post_hooks.values():
+            post(self, args, kwargs)
+        if self.phase == 1 and self.step_count >= self.switch_step:
+            self.switch()
+        return result
+
+    def _refuse(self, error: HeadError) -> None:
+        """The first step is the last moment at which not to know the head."""
+        if isinstance(error, AmbiguousHeadError):
+            raise HeadError(
+                f"no forward pass of the model with gradients was seen before the step, and {error}"
+            )
+        raise error
+
+    # Optimizer would wrap `step` to run hooks; those of all optimizers are run by base.step, our own above
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _head_only(self) -> Iterator[None]:
+        """Hide hidden parameters from `base` while it steps.
+
+        They are taken out of the lists in place and put back, so that outside a step `param_groups` is
+        complete: schedulers see all groups, state_dict numbers parameters as in phase one, and an optimizer
+        that holds on to the lists (LBFGS does) sees the change. Having no gradient would not do: some
+        optimizers decay or move weights all the same, and LBFGS flattens all it has.
+        """
+        groups = self.base.param_groups
+        all_groups, full = list(groups), [(g["params"], list(g["params"])) for g in groups]
+        own = {id(p) for p in self.head.parameters}
+        proof = None if self._proved_frozen else fingerprint(self.model, self.head, buffers=False)
+        for params, everything in full:
+            params[:] = [p for p in everything if id(p) in own]
+        groups[:] = [g for g in all_groups if g["params"]]
+        self._forget_flattening()
+        try:
+            yield
+        finally:
+            for params, everything in full:
+                params[:] = everything
+            groups[:] = all_groups
+            self._forget_flattening()
+        if proof is not None and proof != fingerprint(self.model, self.head, buffers=False):
+            raise RuntimeError(
+                f"{type(self.base).__name__} changed hidden weights in phase two: it does not take the "
+                "parameters it steps from its param_groups, so TwoPhase cannot freeze them"
+            )
+        self._proved_frozen = True
+
+    def _forget_flattening(self) -> None:
+        if hasattr(self.base, "_numel_cache"):  # LBFGS
+            self.base._numel_cache = None
+
+    def _forget_curvature(self) -> None:
+        """LBFGS holds the history of one long vector, of another length from now on."""
+        if hasattr(self.base, "_numel_cache"):
+            self.base.state.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """`base.zero_grad`."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """`base.add_param_group`, for parameters of the model; hidden ones are frozen in phase two."""
+        params = param_group.get("params")
+        if params is not None:
+            listed = [params] if isinstance(params, Tensor) else list(params)
+            param_group["params"] = listed
+            plain = [p[1] if isinstance(p, tuple) else p for p in listed]
+            self._check_group({"params": plain}, len(self.param_groups))
+        self.base.add_param_group(param_group)
+        if self._freezer is not None:
+            new = [n for n, p in hidden_parameters(self.model, self.head).items() if p.requires_grad]
+            self._freeze(list(dict.fromkeys([*self._freezer.trainable, *new])))
+
+    # -- the two phases
+
+    @torch.no_grad()
+    def switch(self) -> None:
+        """Begin phase two now, if it has not begun. Call it between steps, not before a backward pass."""
+        if self._freezer is not None:
+            return
+        head = self.head
+        self._check_head_in_base(head)
+        hidden = self.hidden
+        perturb(hidden.values(), self.perturbation, self.generator)
+        self._forget_curvature()
+        self._freeze(list(hidden))
+
+    def _freeze(self, trainable: list[str]) -> None:
+        if self._freezer is not None:
+            self._freezer.release()
+        self._freezer = Freezer(self.model, self.head, trainable)
+        self._proved_frozen = False
+        _recompile()
+
+    def unfreeze(self) -> None:
+        """Give the model back: gradients required as before, hooks removed, training mode as the user has it.
+
+        What was trained stays. The phase is 1 again, and `switch_step` infinite, so that nothing switches
+        unasked.
+        """
+        if self._watch is not None:
+            self._watch.remove()
+        self.switch_step = math.inf
+        if self._freezer is not None:
+            self._freezer.release()
+            self._freezer = None
+            self._forget_curvature()
+            _recompile()
+
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `base`, with an entry "two_phase" of tensors and plain values beside it.
+
+        In phase two that entry holds a fingerprint of all that is frozen, and loading asks for the same.
+        """
+        for pre in self._optimizer_state_dict_pre_hooks.values():
+            pre(self)
+        state = dict(self.base.state_dict())
+        state["two_phase"] = {
+            "format": 1,
+            "base": type(self.base).__name__,
+            "phase": self.phase,
+            "step_count": self.step_count,
+            "switch_step": self.switch_step,
+            "perturbation": self.perturbation,
+            "generator": self.generator.get_state(),
+            "head": None if self._head is None else plain_name(self._head.name),
+            "trainable": [] if self._freezer is None else list(self._freezer.trainable),
+            "fingerprint": "" if self._freezer is None else fingerprint(self.model, self.head),
+        }
+        for post in self._optimizer_state_dict_post_hooks.values():
+            changed = post(self, state)
+            if changed is not None:
+                state = changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state: phase, count, generator, `switch_step` and `perturbation`.
+
+        What the state says replaces what the constructor was given. Load the model's own state first: a
+        state of phase two is refused by a model whose frozen weights or buffers differ in one bit.
+        Everything is checked before anything is changed.
+        """
+        state = state_dict.copy()
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre(self, state)
+            if changed is not None:
+                state = changed
+        head = check_state(state, self.base, self.model, self._head)
+        own = state["two_phase"]
+        self.base.load_state_dict({k: v for k, v in state.items() if k != "two_phase"})
+        if head is not None:
+            self._head, self._head_error = head, None
+        self.step_count, self.switch_step = own["step_count"], own["switch_step"]
+        self.perturbation = own["perturbation"]
+        self.generator.set_state(own["generator"].cpu())
+        if own["phase"] == 2:
+            self._freeze(own["trainable"])
+        elif self._freezer is not None:
+            self._freezer.release()
+            self._freezer = None
+            _recompile()
+        self._forget_flattening()
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("base", "model", "switch_step", "perturbation", "step_count", "_head_error")
+        return {
+            **{name: self.__dict__[name] for name in kept},
+            "generator": self.generator.get_state(),
+            "head": None if self._head is None else self._head.module,
+            "watching": self._watch is not None and self._watch.active,
+            "trainable": None if self._freezer is None else self._freezer.trainable,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        generator, head = state.pop("generator"), state.pop("head")
+        watching, trainable = state.pop("watching"), state.pop("trainable")
+        error = state.pop("_head_error")
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+        self.__dict__.update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(generator)
+        self._prepare()
+        self._head_error = error
+        self._head = None if head is None else find_head(self.model, head=head)
+        if watching:
+            self._watch = Watch(self.model, head, self._hear)
+        if trainable is not None:
+            self._freeze(trainable)
+
+    def __repr__(self) -> str:
+        steps = self.switch_step
+        of = f"switch after step {steps}" if steps < math.inf else "switch by hand"
+        head = "to be found" if self._head is None else str(self._head)
+        base = "\n".join("  " + line for line in repr(self.base).splitlines())
+        return (
+            f"TwoPhase (\n  phase {self.phase}, {self.step_count} steps done, {of}\n  head: {head}\n"
+            f"  perturbation: {self.perturbation:g}\n{base}\n)"
+        )
+
+
+def _recompile() -> None:
+    """Have compiled code traced again: it may have been made without the hooks, and would not notice them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

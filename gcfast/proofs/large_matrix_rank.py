@@ -1,0 +1,99 @@
+"""The rank of one large matrix with proved bounds, by whatever is cheapest of four ways.
+
+A Cholesky factor proves full rank (:mod:`gcfast.proofs.shift`). Where tol^2 is within reach of float64, counts
+of eigenvalues of the Gram above and below it bound the rank on both sides. Beyond, an SVD says what is left
+to prove: full rank by whitening (:mod:`gcfast.proofs.whitening`), anything else by a verified SVD. Small
+matrices have kernels of their own (csrc/core/inertia.h).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gcfast import reference
+from gcfast.features.stacked_ones import StackedOnes
+from gcfast.proofs.eigenvalue_counts import count_above
+from gcfast.proofs.full_rank import prove_full_rank
+from gcfast.proofs.rounding import UNIT, _up, check_products, exact_products, tiling
+from gcfast.proofs.shift import BoundedGram, bounded_gram, prove_by_shift
+from gcfast.proofs.tiles import Tiles
+
+
+def _top(g: BoundedGram, low: Tensor) -> tuple[float, float]:
+    """Proved bounds of the largest eigenvalue of H H^T: Rayleigh's quotient, and a norm."""
+    n = len(low)
+    v = low.new_ones(n) + 0.5 * torch.arange(n, device=low.device).cos()  # of no particular direction
+    quotient = 0.0
+    for _ in range(6):
+        v = v / torch.linalg.vector_norm(v)
+        w = low @ v + low.mT @ v - low.diagonal() * v
+        quotient, v = float(v @ w), w
+    square = 2 * float(low.square().sum()) - float(low.diagonal().square().sum())
+    frobenius = _up(math.sqrt(square), n * n)
+    least = quotient - g.error - 8 * (n + 4) * UNIT[torch.float64] * g.norm
+    return max(least, 0.0), min(g.norm, frobenius) + g.error
+
+
+def _by_counts(g: BoundedGram, low: Tensor, below: float, above: float) -> tuple[int, int]:
+    """(lower, upper): at least so many eigenvalues of H H^T exceed ``above``, at most so many ``below``."""
+    n = len(low)
+    lost = 4 * (g.error + tiling(low.device).gamma(n) * g.largest)
+    shift = above + lost
+    count, error = count_above(low, shift)
+    lower = count if shift - _up(error + g.error + 4 * UNIT[torch.float64] * shift) >= above else 0
+    if lower == n or below <= lost:
+        return lower, n
+    shift = below - lost
+    count, error = count_above(low, shift)
+    return lower, count if shift + _up(error + g.error) <= below * (1 - 8 * UNIT[torch.float64]) else n
+
+
+def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
+    """What ``reference.batched_rank`` says of x (1, n, m), finite, atol and rtol (1,); mostly sooner."""
+    h = x[0] if x.shape[1] <= x.shape[2] else x[0].mT
+    n = len(h)
+    absolute, relative = float(atol), float(rtol)
+
+    def tolerance(top: float) -> float:
+        return max(absolute, relative * top)
+
+    def outcome(rank: int, lower: int, upper: int, least: float, largest: float) -> tuple[Tensor, ...]:
+        counts = [torch.full((1,), k, device=x.device) for k in (rank, lower, upper)]
+        return *counts, *(torch.full_like(atol, v) for v in (least, largest))
+
+    lower, upper, largest = 0, n, math.inf
+    with exact_products():
+        check_products(x.device)
+        low = torch.zeros((n, n), dtype=torch.float64, device=h.device)
+        g = bounded_gram(StackedOnes(h, ones=False), Tiles.of(low))
+        if math.isfinite(g.error) and 1e-250 < g.norm < 1e250:
+            bottom, top = _top(g, low)
+            largest = math.sqrt(top) * (1 + 1e-15)
+            least_tolerance = tolerance(math.sqrt(bottom) * (1 - 1e-15))
+            if least_tolerance >= largest:
+                return outcome(0, 0, 0, 0.0, largest)
+            above = tolerance(largest) ** 2 * (1 + 1e-14) + 1e-290
+            short = prove_by_shift(g, True, lambda step, fraction: None)
+            if short is not None and short.lower > above:
+                return outcome(n, n, n, math.sqrt(short.lower) * (1 - 1e-15), largest)
+            lower, upper = _by_counts(g, low, least_tolerance**2, above)
+            if lower == upper:
+                return outcome(
+                    lower, lower, upper, math.sqrt(above) * (1 - 1e-15) if lower == n else 0.0, largest
+                )
+    del g, low
+    values = torch.linalg.svdvals(h.to(torch.float64))
+    rank = int((values > tolerance(float(values[0]))).sum())
+    if rank == n:
+        proof = prove_full_rank(h, ones=False)
+        if proof.proved and proof.sigma_min_lower > tolerance(proof.sigma_max_upper) * (1 + 1e-15):
+            return outcome(n, n, n, proof.sigma_min_lower, proof.sigma_max_upper)
+    elif rank == lower > 0:
+        return outcome(rank, lower, upper, 0.0, largest)
+    estimate, *proved = reference.batched_rank(x, atol, rtol)
+    proved[0].clamp_(min=lower)
+    proved[1].clamp_(max=upper)
+    return estimate.clamp(lower, upper), *proved

@@ -1,0 +1,143 @@
+"""Matrix products with proved error bounds, the one thing that gcfast's proofs trust.
+
+|fl(A B) - A B| <= gamma_k |A| |B| for every order of summation, with or without FMA; k the inner length
+(Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5). Products here are cut into
+slices of length ``Tiling.inner``, each rounded by itself and then added: gamma_(inner + slices), not gamma_k.
+An underflow costs at most the least normal number, times an operand where denormal inputs are flushed too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcfast import ops, reference
+from gcfast.features.stacked_ones import PANEL
+from gcfast.ops import dispatch
+
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero allowed for
+
+
+class Tiling(NamedTuple):
+    """Square tiles of ``block`` rows, products summed over slices of length ``inner``, which divides it."""
+
+    block: int
+    inner: int
+
+    def slices(self, k: int) -> int:
+        return -(-k // self.inner)
+
+    def gamma(self, k: int, dtype: torch.dtype = torch.float64) -> float:
+        """Of a product of inner length k added up by slices, with two roundings to spare."""
+        return gamma(min(k, self.inner) + self.slices(k) + 2, dtype)
+
+    def spans(self, n: int) -> list[slice]:
+        return [slice(i, min(i + self.block, n)) for i in range(0, n, self.block)]
+
+
+def tiling(device: torch.device) -> Tiling:
+    """Tiles large enough that their products run at full speed, and slices that keep errors small."""
+    return Tiling(512, 128) if device.type == "cpu" else Tiling(2048, 512)
+
+
+def _up(x: float, terms: int = 8) -> float:
+    """x enlarged by ``terms`` roundings of non-negative float64 numbers and a few more, upward.
+
+    It covers ``ops.abs_products`` and ``ops.gram_error_bound`` of an n x m matrix with ``terms`` = n + m.
+    """
+    return float(x) * (1.0 + 4.0 * (terms + 8) * UNIT[torch.float64])
+
+
+def gamma(k: int, dtype: torch.dtype = torch.float64) -> float:
+    """gamma_k = k u / (1 - k u), rounded up; inf where k u >= 1/2 (the bound is of no use there)."""
+    ku = k * UNIT[dtype]
+    return math.inf if ku >= 0.5 else _up(ku / (1.0 - ku))
+
+
+def _precision_switches() -> list[Any]:
+    """Torch's settings that let a float32 product use TF32 or bf16, as objects with ``fp32_precision``."""
+    paths = (
+        torch.backends,
+        getattr(torch.backends.cuda, "matmul", None),
+        getattr(getattr(torch.backends, "mkldnn", None), "matmul", None),
+    )
+    return [p for p in paths if p is not None and hasattr(p, "fp32_precision")]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products by the plain IEEE rules the bounds assume: no TF32, no bf16, no autocast, for the block."""
+    switches = [(s, s.fp32_precision) for s in _precision_switches()]
+    try:
+        for switch, _ in switches:
+            switch.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for switch, before in switches:
+            switch.fp32_precision = before
+
+
+def check_products(device: torch.device) -> None:
+    """Raise RuntimeError where products are seen to break the bounds: TF32, bf16 or emulation left on.
+
+    Positive entries, so that a shorter mantissa shows; integers for float64, where the product is exact.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(1 << 21, 1 << 22, (2, 128, 128), generator=generator)
+    exact = whole[0].to(device).double() @ whole[1].to(device).double()
+    a, b = (1 + torch.rand((2, 256, 256), generator=generator)).to(device)
+    error = ((a @ b).double() - a.double() @ b.double()).abs() / (a.double() @ b.double())
+    # int64 products wrap for nothing here: 2^44 * 128 = 2^51
+    if not torch.equal(exact.cpu().long(), whole[0] @ whole[1]) or float(error.amax()) > 256 * 2.0**-24:
+        raise RuntimeError(
+            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated "
+            "float64 is on), so nothing can be proved with them: switch that off "
+            "(torch.set_float32_matmul_precision('highest'), "
+            "no CUBLAS_EMULATE_* or ONEDNN_DEFAULT_FPMATH_MODE in the environment)"
+        )
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, *, lower: bool = False) -> None:
+    """out += a b by slices of length ``inner``, each rounded by itself; ``lower``: not above the diagonal."""
+    _add(out, a, b, inner=inner, lower=lower)
+
+
+def add_exact_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b where no sum is rounded, in whatever order."""
+    _add(out, a, b, inner=tiling(out.device).inner)
+
+
+def subtract_product_(out: Tensor, a: Tensor, b: Tensor, inner: int) -> None:
+    """out -= a b, likewise."""
+    _add(out, a, b, alpha=-1.0, inner=inner)
+
+
+def _add(out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
+    """ops.add_product; a backend that is forced and has no kernel for it is no obstacle to a proof."""
+    forced = dispatch.forced()
+    if forced is not None and not dispatch.serves("add_product", forced, out):
+        reference.add_product(out, a, b, **options)
+    else:
+        ops.add_product(out, a, b, **options)
+
+
+def panel_slices(columns: int, inner: int) -> int:
+    """Slices of length ``inner`` in all panels of H1, each of which may end in one that is not full."""
+    return columns // PANEL * -(-PANEL // inner) + -(-(columns % PANEL) // inner)
+
+
+def mirror_(g: Tensor) -> Tensor:
+    """The lower triangle of g above the diagonal as well, in place."""
+    strip = 512
+    for i in range(0, len(g), strip):
+        diagonal = g[i : i + strip, i : i + strip]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
+        g[:i, i : i + strip] = g[i : i + strip, :i].mT
+    return g

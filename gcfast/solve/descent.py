@@ -1,0 +1,170 @@
+"""Other ways through phase two: the exact solve of the squared loss, and the paper's own gradient steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gcfast.features.matrix import Features
+from gcfast.proofs import tiles
+from gcfast.proofs.tiles import Tiles
+from gcfast.solve.grams import TiledGram, form
+from gcfast.solve.problem import Task
+from gcfast.solve.solution import HeadSolution, Progress, finish
+from gcfast.storage.memory import require
+
+
+def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
+    """V_tau + H1^T (H1 H1^T)^-1 (Y - H1 V_tau): the limit of gradient descent for the squared loss."""
+    if task.loss.name != "mse":
+        raise ValueError(f"method: 'exact' is for loss='mse'; got loss {task.loss.name!r} (use 'nearest')")
+    if weight_decay:
+        raise ValueError("weight_decay: 'exact' has none; use method='nearest'")
+    n, m = task.n, task.features.m
+    if n > m + int(task.bias is not None):
+        raise ValueError(
+            f"method: 'exact' needs n <= m + 1; got n = {n}, m = {m}: "
+            "gcfast.widen the model, or use 'nearest'"
+        )
+    need = 2 * 8 * Tiles.count(n, task.device) + 2 * n * 1024 * 8
+    require("solve_head(method='exact')", need, max_bytes, task.device, "use method='gd'")
+    gram = form(task.features, task.bias is not None, torch.float64, dense=False)
+    assert isinstance(gram, TiledGram)
+    low = Tiles(n, torch.float64, task.device)
+    if not tiles.cholesky(gram.tiles, 0.0, low):
+        raise ValueError(
+            "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
+            "to see which samples"
+        )
+    a = torch.zeros_like(task.logits(task.weight, task.bias))
+    weight, bias = task.weight, task.bias
+    steps, before = 0, math.inf
+    for _ in range(5):  # iterative refinement with the true residual
+        steps += 1
+        gap = task.targets - task.logits(weight, bias)
+        size = float(gap.abs().amax())
+        if size == 0 or size > 0.5 * before:
+            break
+        before = size
+        a = a + tiles.solve(low, tiles.solve(low, gap), transposed=True)
+        du, db = task.transpose(a)
+        weight, bias = task.weight + du, None if task.bias is None or db is None else task.bias + db
+    return finish(
+        task,
+        weight,
+        bias,
+        lam=0.0,
+        gap_target=target_gap,
+        weight_decay=0.0,
+        method="exact",
+        interrupted=False,
+        iterations=steps,
+        products=0,
+        peak_bytes=need,
+        reason="minimum-norm correction of the start, the limit of gradient descent",
+        path=[],
+    )
+
+
+def descent(
+    task: Task,
+    method: str,
+    target_gap: float,
+    weight_decay: float,
+    max_iterations: int | None,
+    generator: torch.Generator | None,
+    say: Callable[[Progress], None],
+    began: float,
+) -> HeadSolution:
+    """The paper's own phase two: gradient descent with step 1/beta, or SGD with square-summable steps."""
+    curvature = task.loss.smoothness(len(task.weight))
+    if not math.isfinite(curvature):
+        raise ValueError(
+            f"loss: {task.loss!r} states no smoothness(), which {method} needs for its step; use 'nearest'"
+        )
+    n = task.n
+    weight, bias = task.weight.clone(), None if task.bias is None else task.bias.clone()
+    h = task.features
+    best, interrupted, done = (math.inf, weight, bias), False, 0
+    path: list[tuple[float, float]] = []
+    limit = max_iterations if max_iterations is not None else (10_000 if method == "gd" else 200)
+    if method == "gd":
+        step = 1.0 / (curvature * _sigma_max(h, bias is not None) ** 2 / n + weight_decay)
+    else:
+        squares, _ = h.square_norms(torch.zeros(h.m, device=h.device))
+        step = 1.0 / (curvature * (float(squares.amax()) * (1 + 1e-5) + 1) + weight_decay)
+        order = generator or torch.Generator().manual_seed(0)
+
+    def advance(rows: Features, y: Tensor, eta: float) -> None:
+        nonlocal weight, bias
+        z = rows.times(weight)
+        r = task.loss.residual(z if bias is None else z + bias, y) / rows.n
+        weight = weight - eta * (rows.transposed_times(r) + weight_decay * weight)
+        if bias is not None:
+            bias = bias - eta * (r.sum(0) + weight_decay * bias)
+
+    every = max(1, limit // 200) if method == "gd" else 1
+    reason = "iteration limit"
+    try:
+        while done < limit:
+            if method == "gd":
+                advance(h, task.targets, step)
+            else:
+                batches = torch.randperm(n, generator=order).to(h.device).split(256)
+                for i, batch in enumerate(batches):
+                    t = done + i / len(batches)
+                    # sum eta = inf, sum eta^2 < inf
+                    advance(h.select(batch), task.targets[batch], step / (1 + t / limit) ** 0.6)
+            done += 1
+            if done % every and done < limit:
+                continue
+            value = task.mean_loss(task.logits(weight, bias))
+            norm2 = float((weight**2).sum()) + (0.0 if bias is None else float((bias**2).sum()))
+            path.append((weight_decay, value))
+            if value + 0.5 * weight_decay * norm2 < best[0]:
+                best = (value + 0.5 * weight_decay * norm2, weight, bias)
+            say(
+                Progress(
+                    done, weight_decay, value, value - task.infimum, time.perf_counter() - began, done / limit
+                )
+            )
+            if not weight_decay and value <= task.infimum + target_gap:
+                reason = "target gap reached"
+                break
+    except KeyboardInterrupt:
+        interrupted, reason = True, "interrupted; the best head so far"
+    _, weight, bias = best
+    return finish(
+        task,
+        weight,
+        bias,
+        lam=weight_decay,
+        gap_target=target_gap,
+        weight_decay=weight_decay,
+        method=method,
+        interrupted=interrupted,
+        iterations=done,
+        products=0,
+        peak_bytes=8 * 4096 * h.m + 40 * n * len(weight),
+        reason=reason,
+        path=path,
+    )
+
+
+def _sigma_max(h: Features, ones: bool) -> float:
+    """Largest singular value of H1 by power iteration, enlarged by 2 %."""
+    v = torch.ones((h.n, 1), dtype=torch.float64, device=h.device)
+    sigma = 0.0
+    for _ in range(100):
+        v = v / torch.linalg.vector_norm(v)
+        u = h.transposed_times(v)
+        new = float(torch.sqrt((u**2).sum() + (v.sum() ** 2 if ones else 0.0)))
+        v = h.times(u) + (v.sum() if ones else 0.0)
+        if new <= sigma * (1 + 1e-6):
+            break
+        sigma = new
+    return 1.02 * max(sigma, new)

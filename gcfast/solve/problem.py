@@ -1,0 +1,107 @@
+"""Phase two's problem in float64 terms: features, targets, loss and start, with passes over the features."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gcfast.features.duplicates import equal_rows
+from gcfast.features.matrix import Features
+from gcfast.losses import (
+    ConvexLoss,
+    infimum_with_copies,
+    output_count,
+)
+
+
+@dataclass
+class Task:
+    """The problem in float64 terms, whatever the features' dtype and wherever they come from."""
+
+    features: Features
+    targets: Tensor
+    loss: ConvexLoss
+    weight: Tensor  # V_tau (C, m), float64
+    bias: Tensor | None
+    infimum: float
+    _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
+
+    @property
+    def n(self) -> int:
+        return self.features.n
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    def logits(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """H W^T + b (n, C) in float64."""
+        z = self.features.times(weight.to(torch.float64))
+        return z if bias is None else z + bias.to(torch.float64)
+
+    @cached_property
+    def start_logits(self) -> Tensor:
+        return self.logits(self.weight, self.bias)
+
+    def transpose(self, a: Tensor, remember: bool = True) -> tuple[Tensor, Tensor | None]:
+        """H1^T a as (C, m) and (C,), float64; remembers the last one."""
+        if not remember:
+            return self._transpose(a)
+        if self._transposed is not None and self._transposed[0] is a:
+            return self._transposed[1]
+        self._transposed = (a, self._transpose(a))
+        return self._transposed[1]
+
+    def _transpose(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.features.transposed_times(a), (None if self.bias is None else a.sum(0))
+
+    def mean_loss(self, z: Tensor) -> float:
+        return float(self.loss.value(z, self.targets).mean())
+
+    def stored_loss(self, du: Tensor, db: Tensor | None) -> float:
+        """The loss of the start plus (du, db) after rounding to the dtype of the features."""
+        dtype = self.features.dtype
+        if dtype == torch.float64:
+            return -math.inf  # nothing is rounded
+        bias = None if self.bias is None or db is None else (self.bias + db).to(dtype)
+        return self.mean_loss(self.logits((self.weight + du).to(dtype), bias))
+
+
+def _task(
+    features: Features, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
+) -> Task:
+    n, m = features.n, features.m
+    if targets.device != features.device:
+        raise ValueError(
+            f"targets: expected on the device of the features, {features.device}; got {targets.device}"
+        )
+    if start is None:
+        c = output_count(targets)
+        weight = torch.zeros((c, m), dtype=torch.float64, device=features.device)
+        bias: Tensor | None = torch.zeros(c, dtype=torch.float64, device=features.device)
+    else:
+        if not isinstance(start, (tuple, list)) or len(start) != 2:
+            raise TypeError("start: expected (weight (C, m), bias (C,) or None)")
+        w, b = start
+        if w.dim() != 2 or w.shape[1] != m or (b is not None and b.shape != w.shape[:1]):
+            raise ValueError(
+                f"start: expected weight (C, {m}) and bias (C,); "
+                f"got {tuple(w.shape)} and {None if b is None else tuple(b.shape)}"
+            )
+        if w.device != features.device:
+            raise ValueError(
+                f"start: expected on the device of the features, {features.device}; got {w.device}"
+            )
+        weight = w.detach().to(torch.float64)
+        bias = None if b is None else b.detach().to(torch.float64)
+        if not bool(torch.isfinite(weight).all()) or (
+            bias is not None and not bool(torch.isfinite(bias).all())
+        ):
+            raise ValueError("start: the weights are not finite")
+    y = loss.prepare(targets, n, len(weight))
+    copies = equal_rows(features.keys())
+    return Task(features, y, loss, weight, bias, infimum_with_copies(loss, y, copies))

@@ -1,0 +1,129 @@
+"""What phase two answers: the head, what is known of it, and the certificate of its nearness."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcfast.solve.problem import Task
+
+
+@dataclass
+class Progress:
+    """What a callback is told: after each point of the path, or each epoch of gd and sgd."""
+
+    iteration: int
+    regularization: float
+    loss: float
+    gap: float
+    seconds: float
+    fraction: float
+
+
+@dataclass
+class HeadSolution:
+    """A head and what is known of it.
+
+    ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features; ``loss`` is
+    theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
+    loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
+    ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|, rounding to the
+    dtype of the features included (``duality_gap`` is that of the head before it, but with weight decay).
+    ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the Frobenius
+    norm of the loss's gradient in the head.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    loss: float
+    infimum: float
+    gap: float
+    duality_gap: float
+    distance_bound: float
+    residual: float
+    regularization: float
+    method: str
+    converged: bool
+    interrupted: bool
+    iterations: int
+    products: int
+    seconds: float
+    peak_bytes: int
+    reason: str
+    form: str = ""
+    path: list[tuple[float, float]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        state = "interrupted" if self.interrupted else ("converged" if self.converged else "NOT converged")
+        return (
+            f"head by {self.method}: {state}; "
+            f"loss {self.loss:.3e}, L* {self.infimum:.3e}, gap {self.gap:.3e}; "
+            f"{self.iterations} iterations, {self.products} products, {self.seconds:.2f} s. {self.reason}"
+        )
+
+
+def finish(
+    task: Task,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    lam: float,
+    gap_target: float,
+    weight_decay: float,
+    **known: Any,
+) -> HeadSolution:
+    """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
+    dtype = task.features.dtype
+    unrounded = (weight, bias)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    z = task.logits(weight, bias)
+    value, residual, conjugate = task.loss.terms(z, task.targets)
+    loss = float(value.mean())
+    grad_w, grad_b = task.transpose(residual / task.n)
+    duality_gap = distance = math.nan
+    if lam > 0:
+        center_w = torch.zeros_like(task.weight) if weight_decay else task.weight
+        center_b = None if task.bias is None else (torch.zeros_like(task.bias) if weight_decay else task.bias)
+        u2 = _square(weight - center_w, None if bias is None or center_b is None else bias - center_b)
+        rounding = 0.0
+        if dtype != torch.float64 and not weight_decay:
+            # at a small lambda rounding moves the gradient more than the head: certify the head before it
+            before_w, before_b = unrounded
+            moved_b = None if bias is None or before_b is None else bias - before_b
+            rounding = math.sqrt(_square(weight - before_w, moved_b))
+            z = task.logits(before_w, before_b)
+            value, residual, conjugate = task.loss.terms(z, task.targets)
+            dual_w, dual_b = task.transpose(residual / task.n, remember=False)
+            own_b = None if before_b is None or center_b is None else before_b - center_b
+            own = _square(before_w - center_w, own_b)
+        else:
+            dual_w, dual_b, own = grad_w, grad_b, u2
+        # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
+        z0 = torch.zeros_like(z) if weight_decay else task.start_logits
+        dual = float(((residual * z0).sum(1) - conjugate).mean()) - _square(dual_w, dual_b) / (2 * lam)
+        duality_gap = max(float(value.mean()) + 0.5 * lam * own - dual, 0.0)
+        distance = (math.sqrt(2 * duality_gap / lam) + rounding) / math.sqrt(u2) if u2 > 0 else 0.0
+    gap = duality_gap if weight_decay else loss - task.infimum
+    return HeadSolution(
+        weight=weight,
+        bias=bias,
+        loss=loss,
+        infimum=task.infimum,
+        gap=gap,
+        duality_gap=duality_gap,
+        distance_bound=distance,
+        residual=math.sqrt(_square(grad_w, grad_b)),
+        regularization=lam,
+        converged=gap <= gap_target,
+        seconds=0.0,
+        **known,
+    )
+
+
+def _square(weight: Tensor, bias: Tensor | None) -> float:
+    total = float((weight.to(torch.float64) ** 2).sum())
+    return total if bias is None else total + float((bias.to(torch.float64) ** 2).sum())

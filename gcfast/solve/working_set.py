@@ -1,0 +1,258 @@
+"""The regularisation path over the samples that matter: a working set, as for support vector machines.
+
+With hard labels the dual variable of a sample, A_i = -residual_i / (lambda n), vanishes where its margin is
+large, and late on the path most margins are. So K = H1 H1^T is formed for the working set S alone; the others
+have A_i = 0 and are looked at in each pass over the features. Samples whose pull
+p_ic K_ii / (lambda n) exceeds a threshold belong to S. At the end the threshold falls until the gradient over
+*all* samples, in float64, is within the tolerance: what is certified is the whole problem.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gcfast.features.matrix import StoredFeatures
+from gcfast.solve.grams import DenseGram
+from gcfast.solve.newton import Problem, State, minimise
+from gcfast.solve.path_point import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, Point
+from gcfast.solve.problem import Task
+from gcfast.solve.solution import Progress
+
+ROUGH, FINE = 1e-2, 1e-4  # thresholds on the way and at the end
+MOST, GROWTH = 1280, 384  # samples of S at first, and joining at a time; the end has no such limit
+FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
+
+
+class TooMany(Exception):
+    """More samples matter than there is room for."""
+
+
+class WorkingSet:
+    """Features (n, m), the Gram of a set S of rows, and passes over all of them: in float32, until
+    :meth:`exact` makes them float64.
+
+    ``most``: the largest S allowed; beyond it :class:`TooMany` is raised.
+    """
+
+    def __init__(self, task: Task, most: int | None = None):
+        given = self.given = task.features
+        self.dtype = torch.float32
+        convert = isinstance(given, StoredFeatures) and given.dtype != torch.float32
+        self.h = StoredFeatures(given.matrix.to(torch.float32)) if convert else given  # type: ignore[attr-defined]
+        self.most = task.n if most is None else most
+        self.bias, self.start = task.bias is not None, task.start_logits
+        self.targets, self.loss = task.targets, task.loss
+        self.n, device = task.n, task.device
+        mean = self.h.transposed_times(torch.full((self.n, 1), 1.0 / self.n, device=device))[0]
+        # squared distance from the mean row: the diagonal of the centred Gram
+        square, cross = self.h.square_norms(mean)
+        centred = square - 2 * cross + float(mean @ mean)
+        self.diagonal = torch.maximum(centred, (square + float(self.bias)) / self.n).clamp(min=1e-300)
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)
+        self.gram = torch.zeros((0, 0), dtype=torch.float32, device=device)
+        self.chosen = self.h.select(self.rows)
+        self.products = self.steps = 0
+        self.slow = False
+        self.newest: Tensor | None = None
+
+    def exact(self) -> bool:
+        """From now on in float64; False where that is so already, or S has no room for it."""
+        if self.dtype == torch.float64 or len(self.rows) > self.most / math.sqrt(2):
+            return False
+        self.dtype = torch.float64
+        self.most = int(self.most / math.sqrt(2))  # of twice the bytes in the same room
+        self.h = self.given
+        rows, self.rows = self.rows, self.rows[:0]
+        self.gram = torch.zeros((0, 0), dtype=torch.float64, device=self.gram.device)
+        if len(rows):
+            self.add(rows)
+        return True
+
+    def everywhere(self, a: Tensor) -> Tensor:
+        """K a (n, C) for a that is zero outside S: a pass over S's features and one over all."""
+        part = a[self.rows]
+        scale = float(part.abs().amax()) if part.numel() else 0.0
+        if scale == 0.0:
+            return torch.zeros_like(a)
+        part = part / scale
+        part[part.abs() < 1e-30] = 0.0
+        u = self.chosen.transposed_times(part.to(self.dtype))
+        f = self.h.times(u).to(torch.float64)
+        if self.bias:
+            f += part.sum(0)
+        return f * scale
+
+    def choose(self, a: Tensor, f: Tensor, lam: float, threshold: float, most: int) -> None:
+        """Add to S the samples that pull most at the outputs start + f, as far as there is room.
+
+        What has a part in a stays: dropping it would cost more steps than its rows cost time.
+        """
+        z = self.start + f
+        _, residual, _ = self.loss.terms(z, self.targets)
+        pull = residual.abs().amax(1) * self.diagonal / (self.n * lam)
+        pull[self.rows] = 0.0
+        new = (pull > threshold).nonzero()[:, 0]
+        room = max(most - len(self.rows), GROWTH)
+        if len(new) > room:
+            new = pull.topk(room).indices
+        if len(new):
+            self.add(new)
+
+    def add(self, new: Tensor) -> None:
+        """Samples to S."""
+        k = len(self.rows)
+        if k + len(new) > self.most:
+            raise TooMany
+        self.rows = torch.cat([self.rows, new])
+        self.chosen = self.h.select(self.rows)
+        block = self.h.block(new, self.chosen, self.dtype)
+        if self.bias:
+            block += 1.0
+        gram = block.new_empty((len(self.rows), len(self.rows)))
+        gram[:k, :k] = self.gram
+        gram[k:] = block
+        gram[:k, k:] = block[:, :k].mT
+        self.gram = gram
+
+    def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> tuple[Tensor, State]:
+        """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
+        rows = self.rows
+        problem = Problem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
+        part = a[rows]
+        own = problem.product(part)
+        problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
+        state = minimise(problem, State(part, own), lam, tolerance)
+        self.products += problem.products
+        self.steps += problem.steps
+        self.slow |= problem.slow
+        new = torch.zeros_like(a)
+        new[rows] = state.a
+        return new, state
+
+
+def _mean_loss(working: WorkingSet, f: Tensor) -> float:
+    return float(working.loss.value(working.start + f, working.targets).mean())
+
+
+def _extrapolate(
+    working: WorkingSet,
+    previous: tuple[float, Tensor, Tensor] | None,
+    a: Tensor,
+    f: Tensor,
+    lam: float,
+    following: float,
+) -> tuple[Tensor, Tensor]:
+    """Go on linearly in log lambda where that is better than standing still."""
+    if previous is None:
+        return a, f
+    w = math.log(following / lam) / math.log(lam / previous[0])
+    ahead_a, ahead_f = a + w * (a - previous[1]), f + w * (f - previous[2])
+
+    def value(a: Tensor, f: Tensor) -> float:
+        return _mean_loss(working, f) + 0.5 * following * float((a * f).sum())
+
+    return (ahead_a, ahead_f) if value(ahead_a, ahead_f) < value(a, f) else (a, f)
+
+
+def follow(
+    working: WorkingSet,
+    task: Task,
+    target_gap: float,
+    path: list[tuple[float, float]],
+    say: Callable[[Progress], None],
+    began: float,
+    point: Point | None = None,
+    keep: Callable[[Point], None] = lambda point: None,
+    patient: bool = True,
+) -> tuple[Tensor, float] | None:
+    """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
+
+    ``point``: where to take the path up; ``keep`` is called with it before each point. Where the loss does
+    not fall or, unless ``patient``, steps are long, float32 may be why: the rest of the path is in float64.
+    Given up where that is no better, or has no room: all samples together are then the easier problem.
+    """
+    target = task.infimum + target_gap
+    if point is None:
+        zero = torch.zeros_like(working.start)
+        point = Point(0, FIRST * float(working.diagonal.mean()) / task.n, zero, zero.clone())
+    initial = _mean_loss(working, torch.zeros_like(working.start))
+    span = math.log(max(initial - task.infimum, 10 * target_gap) / target_gap)
+    while point.index < MAX_PATH:
+        keep(point)
+        a, f, lam = point.a, point.f, point.lam
+        working.choose(a, f, lam, ROUGH, MOST)
+        a, _ = working.minimise(a, f, lam, LOOSE)
+        f = working.everywhere(a)
+        loss = _mean_loss(working, f)
+        good = point.a if point.previous is None else point.previous[1]
+        if not loss <= initial or (working.slow and not patient):
+            if not _again(working, point, good, lam):
+                return None
+            continue
+        working.newest = a
+        path.append((lam, loss))
+        point.index += 1
+        excess = max(loss - task.infimum, 1e-300)
+        fraction = min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
+        say(Progress(point.index, lam, loss, excess, time.perf_counter() - began, fraction))
+        if loss <= target:
+            polished = _polish(working, task, a, f, lam, target)
+            if polished is None:
+                if not _again(working, point, good, lam):
+                    return None
+                path.pop()
+                continue
+            a, f, loss, inside = polished
+            path[-1] = (lam, loss)
+            if inside:
+                return a, lam
+            point.attempts += 1
+            if point.attempts > 6:
+                return None
+            point.lam, point.a, point.f, point.previous = 0.7 * lam, a, f, None
+            continue
+        stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - task.infimum)
+        if stalls and _again(working, point, good, lam):
+            path.pop()
+            continue
+        point.flat = point.flat + 1 if stalls else 0
+        if point.flat >= 4:
+            return None
+        following = lam * max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
+        point.a, point.f = _extrapolate(working, point.previous, a, f, lam, following)
+        point.previous, point.lam = (lam, a, f), following
+    return None
+
+
+def _again(working: WorkingSet, point: Point, a: Tensor, lam: float) -> bool:
+    """Take lambda's point from ``a`` once more, in float64; False where float32 is not to blame."""
+    if not working.exact():
+        return False
+    working.slow = False
+    point.a, point.f, point.lam, point.previous = a, working.everywhere(a), lam, None
+    return True
+
+
+def _polish(
+    working: WorkingSet, task: Task, a: Tensor, f: Tensor, lam: float, target: float
+) -> tuple[Tensor, Tensor, float, bool] | None:
+    """Newton steps until the gradient over all samples, in float64, is within the tolerance."""
+    for step in range(7):
+        working.choose(a, f, lam, FINE * 0.1**step, task.n)
+        a, _ = working.minimise(a, f, lam, TIGHT)
+        du, db = task.transpose(a)
+        true = task.logits(task.weight + du, None if task.bias is None or db is None else task.bias + db)
+        f = true - working.start
+        value, residual, _ = task.loss.terms(true, task.targets)
+        gw, gb = task.transpose(residual / task.n + lam * a, remember=False)
+        gap = (float((gw**2).sum()) + (0.0 if gb is None else float((gb**2).sum()))) / (2 * lam)
+        quadratic = 0.5 * lam * float((a * f).sum())
+        if gap <= 2 * TIGHT * quadratic:
+            loss = float(value.mean())
+            return a, f, loss, loss <= target and task.stored_loss(du, db) <= target
+    return None
