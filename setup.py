@@ -19,7 +19,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h"))
@@ -138,4 +138,7 @@ if cuda_mode() != "0":
     sources = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
     extensions.append(Extension("gcfast._cuda", sources=sources, depends=HEADERS, language="c++"))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+# triton_kernels/ lies beside the package; a developer's link into it may be there too.
+packages = sorted({*find_packages(include=["gcfast", "gcfast.*"]), "gcfast.triton_kernels"})
+
+setup(packages=packages, ext_modules=extensions, cmdclass={"build_ext": Build})

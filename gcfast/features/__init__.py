@@ -1,1 +1,1 @@
-"""The features that enter the head, from anywhere: stored, memory-mapped, made anew, or collected from a model."""
+"""The features that enter the head: stored, memory-mapped, made anew, or collected from a model."""

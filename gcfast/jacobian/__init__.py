@@ -1,1 +1,1 @@
-"""Products with the layers' Jacobians, never stored: the empirical neural tangent kernel, and trainability."""
+"""Jacobians of the layers, never stored: the empirical neural tangent kernel, and trainability."""

@@ -1,7 +1,7 @@
 """The rank of one large matrix with proved bounds, by whatever is cheapest of four ways.
 
-A Cholesky factor proves full rank (:mod:`gcfast.proofs.shift`). Where tol^2 is within reach of float64, counts
-of eigenvalues of the Gram above and below it bound the rank on both sides. Beyond, an SVD says what is left
+A Cholesky factor proves full rank (:mod:`gcfast.proofs.shift`). Where tol^2 is within reach of float64,
+counts of eigenvalues of the Gram above and below it bound the rank on both sides. Beyond, an SVD says what is left
 to prove: full rank by whitening (:mod:`gcfast.proofs.whitening`), anything else by a verified SVD. Small
 matrices have kernels of their own (csrc/core/inertia.h).
 """

@@ -231,7 +231,7 @@ def test_a_start_within_the_target_is_left_alone():
 
 
 def test_nearest_moves_no_further_than_needed():
-    # any other head of that loss is at least as far from the start: compare with gradient descent to the same loss
+    # any head of that loss is at least as far from the start: compare with gradient descent to the same loss
     h, y, start = _features(), _labels(), _start()
     near = gcfast.solve_head(h, y, start=start, target_gap=1e-3)
     gd = gcfast.solve_head(h, y, start=start, target_gap=near.loss, method="gd", max_iterations=200_000)
