@@ -6,17 +6,11 @@ that finishes phase two.
 """
 
 from gcfast._version import __version__
-from gcfast.certificate.certificate import Assumption, Certificate, Offender
-from gcfast.certificate.certification import certify
-from gcfast.features.cache import FeatureCache
-from gcfast.features.wide import WideFeatures
-from gcfast.jacobian.layer_jacobians import LayerJacobians
-from gcfast.jacobian.plan import JacobianPlan
-from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
-from gcfast.jacobian.trainability_run import trainability
+from gcfast.certificate import Assumption, Certificate, Offender, certify
+from gcfast.features import FeatureCache, WideFeatures
+from gcfast.jacobian import JacobianPlan, LayerJacobians, LayerTrainability, Trainability, trainability
 from gcfast.losses import ConvexLoss
-from gcfast.model.head import HeadError, find_head
-from gcfast.model.widening import widen
+from gcfast.model import HeadError, find_head, widen
 from gcfast.nn import WideHead, WideLayer
 from gcfast.ops import (
     backend,
@@ -27,14 +21,9 @@ from gcfast.ops import (
     wide_gram_product,
     wide_head_grad,
 )
-from gcfast.optim.two_phase import TwoPhase
-from gcfast.proofs.rank_estimate import RankEstimate, matrix_rank
-from gcfast.proofs.wide_layer_gram import WideGram, wide_gram
-from gcfast.solve.gram_forms import Rates
-from gcfast.solve.head_solver import solve_head
-from gcfast.solve.plan_report import Plan
-from gcfast.solve.planning import plan
-from gcfast.solve.solution import HeadSolution, Progress
+from gcfast.optim import TwoPhase
+from gcfast.proofs import RankEstimate, WideGram, matrix_rank, wide_gram
+from gcfast.solve import HeadSolution, Plan, Progress, Rates, plan, solve_head
 
 __all__ = [
     "Assumption",

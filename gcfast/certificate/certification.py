@@ -20,23 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.certificate.certificate import Assumption, Certificate, Offender, Status, _shorten
-from gcfast.features.checks import checked
-from gcfast.features.collection import TrainingSet, collect
-from gcfast.features.duplicates import equal_rows
-from gcfast.features.matrix import Features
-from gcfast.features.stacked_ones import StackedOnes
-from gcfast.features.wide import WideFeatures
+from gcfast.features import Features, StackedOnes, TrainingSet, WideFeatures, checked, collect, equal_rows
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
-from gcfast.model.analytic_body import analyticity
-from gcfast.model.analytic_ops import activation_verdict
-from gcfast.model.head import Head
-from gcfast.model.wide_activation import WideLayerFound
-from gcfast.proofs.dependency import near_dependency, prove_rank_of_basis
-from gcfast.proofs.full_rank import prove_full_rank
-from gcfast.proofs.rank_proof import proof_bytes
-from gcfast.storage.checkpoint import Checkpoint
-from gcfast.storage.digest import fingerprint
-from gcfast.storage.memory import limit, require
+from gcfast.model import Head, WideLayerFound, activation_verdict, analyticity
+from gcfast.proofs import near_dependency, proof_bytes, prove_full_rank, prove_rank_of_basis
+from gcfast.storage import Checkpoint, fingerprint, limit, require
 
 SHARP = 4096  # samples up to which the bound of sigma_min is sharpened without being asked
 

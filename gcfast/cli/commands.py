@@ -216,7 +216,7 @@ def _warn_of_memory(n: int, width: int, say: Callable[[str], None]) -> None:
 
 
 def _certify(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from gcfast.certificate.certification import certify
+    from gcfast.certificate import certify
 
     device = _device(options.device)
     checkpoint = Checkpoint.load(options.checkpoint)

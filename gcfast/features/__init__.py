@@ -1,1 +1,27 @@
 """The features that enter the head: stored, memory-mapped, made anew, or collected from a model."""
+
+from gcfast.features.cache import FeatureCache
+from gcfast.features.checks import checked
+from gcfast.features.collection import TrainingSet, collect, streams
+from gcfast.features.duplicates import equal_rows, equal_samples
+from gcfast.features.loader import loader_of, sample_count
+from gcfast.features.matrix import Features, StoredFeatures
+from gcfast.features.stacked_ones import PANEL, StackedOnes
+from gcfast.features.wide import WideFeatures
+
+__all__ = [
+    "PANEL",
+    "FeatureCache",
+    "Features",
+    "StackedOnes",
+    "StoredFeatures",
+    "TrainingSet",
+    "WideFeatures",
+    "checked",
+    "collect",
+    "equal_rows",
+    "equal_samples",
+    "loader_of",
+    "sample_count",
+    "streams",
+]

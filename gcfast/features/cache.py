@@ -20,11 +20,7 @@ from gcfast.features.collection import _head_by_forward, _same_again
 from gcfast.features.frozen_body import Unchanged
 from gcfast.features.loader import _batches, _device_of, _tensors, _to_device, count, loader_of
 from gcfast.features.row_buffer import Rows
-from gcfast.model.freeze import hidden_parameters
-from gcfast.model.head import Head
-from gcfast.model.tap import FeatureTap
-from gcfast.model.tracing import keeping_random_state, unwrap
-from gcfast.model.wide_activation import wide_activation
+from gcfast.model import FeatureTap, Head, hidden_parameters, keeping_random_state, unwrap, wide_activation
 from gcfast.nn import WideLayer
 
 STORES = ("auto", "below", "features")

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.features.frozen_body import Unchanged
-from gcfast.model.freeze import Freezer
-from gcfast.model.head import Head
-from gcfast.model.tap import FeatureTap
+from gcfast.model import FeatureTap, Freezer, Head
 from gcfast.nn import WideLayer, through_head
 
 # A batch's features up to this size are kept for the backward pass, as the model itself does in phase two:

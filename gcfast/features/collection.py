@@ -13,11 +13,9 @@ from gcfast.features.duplicates import RowKeys
 from gcfast.features.loader import _batches, _device_of, _tensors, _to_device, loader_of, sample_count
 from gcfast.features.matrix import Features, StoredFeatures
 from gcfast.features.wide import WideFeatures
-from gcfast.model.head import Head, find_head
-from gcfast.model.tap import FeatureTap
-from gcfast.model.wide_activation import WideLayerFound, wide_activation
+from gcfast.model import FeatureTap, Head, WideLayerFound, find_head, wide_activation
 from gcfast.nn import WideLayer
-from gcfast.storage.memory import limit
+from gcfast.storage import limit
 
 
 @dataclass

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast.model.freeze import plain_name
-from gcfast.model.head import Head
-from gcfast.model.tracing import unwrap
+from gcfast.model import Head, plain_name, unwrap
 
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
 

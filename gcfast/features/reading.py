@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcfast.storage.memory import available, reserve_file
+from gcfast.storage import available, reserve_file
 
 
 def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast.storage.memory import require
+from gcfast.storage import require
 
 
 class Rows:

@@ -27,7 +27,7 @@ from gcfast.jacobian.groups import Group, Tile, Use, _alike, _is_scale, _parts, 
 from gcfast.jacobian.sample_axis import growing, live_positions, locate
 from gcfast.jacobian.site_factors import matrix_factor, vector_rows
 from gcfast.jacobian.sites import Layout, Site, View, _signed, shape_of
-from gcfast.model.tracing import call_arguments, copy_tensors
+from gcfast.model import call_arguments, copy_tensors
 
 
 class Engine:

@@ -15,10 +15,10 @@ from gcfast.jacobian.gram import _GramJob
 from gcfast.jacobian.groups import Tile
 from gcfast.jacobian.layers import Layers, _checked_inputs, _owners, _refuse_training, _select
 from gcfast.jacobian.plan import JacobianPlan, counted, tiles_of
-from gcfast.model.tracing import unwrap
+from gcfast.model import unwrap
 from gcfast.ops import arguments
-from gcfast.proofs.rounding import mirror_
-from gcfast.storage.memory import limit
+from gcfast.proofs import mirror_
+from gcfast.storage import limit
 
 _OMEGA_BYTES = 1 << 24  # of the random matrix at a time
 

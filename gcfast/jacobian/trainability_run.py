@@ -27,17 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gcfast.features.duplicates import equal_samples
+from gcfast.features import equal_samples
 from gcfast.jacobian.layer_jacobians import LayerJacobians
 from gcfast.jacobian.layers import Layers
 from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
-from gcfast.model.tracing import call_arguments
-from gcfast.proofs.eigenvalue_counts import count_above
-from gcfast.proofs.rank_estimate import matrix_rank
-from gcfast.proofs.rounding import check_products, exact_products
-from gcfast.proofs.shift import prove_least_eigenvalue
-from gcfast.storage.memory import limit, require
+from gcfast.model import call_arguments
+from gcfast.proofs import check_products, count_above, exact_products, matrix_rank, prove_least_eigenvalue
+from gcfast.storage import limit, require
 
 WORK = 9  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gram take beside it, measured
 SMALL = (

@@ -1,1 +1,33 @@
 """What a model is made of: its head, its wide layer, which operators are analytic; freezing and widening."""
+
+from gcfast.model.analytic_body import analyticity
+from gcfast.model.analytic_ops import activation_verdict
+from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name
+from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
+from gcfast.model.tap import FeatureTap
+from gcfast.model.tracing import call_arguments, copy_tensors, keeping_random_state, unwrap
+from gcfast.model.watch import Watch
+from gcfast.model.wide_layer import WideLayerFound, wide_activation
+from gcfast.model.widening import widen
+
+__all__ = [
+    "AmbiguousHeadError",
+    "FeatureTap",
+    "Freezer",
+    "Head",
+    "HeadError",
+    "Watch",
+    "WideLayerFound",
+    "activation_verdict",
+    "analyticity",
+    "call_arguments",
+    "copy_tensors",
+    "find_head",
+    "fingerprint",
+    "hidden_parameters",
+    "keeping_random_state",
+    "plain_name",
+    "unwrap",
+    "wide_activation",
+    "widen",
+]

@@ -13,10 +13,10 @@ from gcfast.ops import arguments, dispatch, native
 # The shorter side of the largest matrix that the CPU kernel takes; a larger one fills the machine by itself.
 CPU_LIMIT = 256
 
-Bounds = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+RankBounds = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def outputs(a: Tensor) -> Bounds:
+def rank_outputs(a: Tensor) -> RankBounds:
     counts = tuple(a.new_empty(a.shape[0], dtype=torch.int64) for _ in range(3))
     values = tuple(a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2))
     return (*counts, *values)  # type: ignore[return-value]
@@ -36,10 +36,10 @@ def _refuse_non_finite(bad: Tensor) -> None:
         )
 
 
-def _cpu(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
+def _cpu(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[RankBounds, bool]:
     """What the kernel says, and whether it has left something (ranks of -1 and -2)."""
     assert native.cpu is not None
-    out = outputs(a)
+    out = rank_outputs(a)
     kernel = native.cpu.batched_rank_f64 if a.dtype == torch.float64 else native.cpu.batched_rank_f32
     pointers = [t.data_ptr() for t in (atol, rtol, *out)]
     return out, kernel(a.data_ptr(), *a.shape, *a.stride(), *pointers, torch.get_num_threads()) > 0
@@ -49,10 +49,10 @@ def _device_and_stream(a: Tensor) -> tuple[int, int]:
     return a.get_device(), torch.cuda.current_stream(a.device).cuda_stream
 
 
-def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Bounds, bool]:
+def _cuda(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[RankBounds, bool]:
     """The same on the device of `a`, whichever is current, and on that device's current stream."""
     assert native.cuda is not None
-    out = outputs(a)
+    out = rank_outputs(a)
     kernel = native.cuda.batched_rank_f64 if a.dtype == torch.float64 else native.cuda.batched_rank_f32
     scratch = a.new_empty(a.shape[0] + 1, dtype=torch.int64)
     pointers = [t.data_ptr() for t in (atol, rtol, *out, scratch)]
@@ -67,7 +67,7 @@ def _cuda_limit(device: int) -> int:
     return int(native.cuda.batched_rank_limit(device))
 
 
-def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
+def _merge(out: RankBounds, where: Tensor, better: RankBounds) -> None:
     """What another method says of the matrices `where`; of two proofs the stronger one stays."""
     lower, upper, least, largest = (t[where] for t in out[1:])
     lower, upper = torch.maximum(lower, better[1]), torch.minimum(upper, better[2])
@@ -78,7 +78,7 @@ def _merge(out: Bounds, where: Tensor, better: Bounds) -> None:
     out[4][where] = torch.minimum(largest, better[4])
 
 
-def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -> Bounds | None:
+def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -> RankBounds | None:
     """What the backend in force says of the matrices; None where they are larger than its kernel takes."""
     if check_tolerance:
         _check_tolerance("atol", atol)
@@ -101,14 +101,14 @@ def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -
 
 
 @torch.library.custom_op("gcfast::batched_rank", mutates_args=())
-def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
     found = kernel_ranks(a, atol, rtol, check_tolerance)
     return reference.batched_rank(a, atol, rtol) if found is None else found
 
 
 @batched_rank_op.register_fake
-def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
-    return outputs(a)
+def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
+    return rank_outputs(a)
 
 
 def batched_rank(

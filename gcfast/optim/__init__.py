@@ -1,1 +1,7 @@
 """The two-phase optimizer around any torch.optim.Optimizer."""
+
+from gcfast.optim.two_phase import TwoPhase
+
+__all__ = [
+    "TwoPhase",
+]

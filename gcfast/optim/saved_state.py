@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcfast.model.freeze import fingerprint, hidden_parameters, plain_name
-from gcfast.model.head import Head, find_head
-from gcfast.model.tracing import unwrap
+from gcfast.model import Head, find_head, fingerprint, hidden_parameters, plain_name, unwrap
 from gcfast.optim.arguments import resolve_perturbation, resolve_switch_step
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -16,10 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name
-from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
-from gcfast.model.tracing import unwrap
-from gcfast.model.watch import Watch
+from gcfast.model import (
+    AmbiguousHeadError,
+    Freezer,
+    Head,
+    HeadError,
+    Watch,
+    find_head,
+    fingerprint,
+    hidden_parameters,
+    plain_name,
+    unwrap,
+)
 from gcfast.optim.arguments import perturb, resolve_generator, resolve_perturbation, resolve_switch_step
 from gcfast.optim.saved_state import check_state
 

@@ -1,1 +1,32 @@
 """Proofs that trust nothing but matrix products and their rounding-error bounds."""
+
+from gcfast.proofs.dependency import near_dependency, prove_rank_of_basis
+from gcfast.proofs.eigenvalue_counts import count_above
+from gcfast.proofs.full_rank import prove_full_rank
+from gcfast.proofs.rank_estimate import RankEstimate, matrix_rank
+from gcfast.proofs.rank_proof import proof_bytes, proof_flops
+from gcfast.proofs.rounding import check_products, exact_products, mirror_
+from gcfast.proofs.shift import prove_least_eigenvalue
+from gcfast.proofs.tiles import Tiles, add_gram_, cholesky, solve_triangular
+from gcfast.proofs.wide_layer_gram import WideGram, wide_gram
+
+__all__ = [
+    "RankEstimate",
+    "Tiles",
+    "WideGram",
+    "add_gram_",
+    "check_products",
+    "cholesky",
+    "count_above",
+    "exact_products",
+    "matrix_rank",
+    "mirror_",
+    "near_dependency",
+    "proof_bytes",
+    "proof_flops",
+    "prove_full_rank",
+    "prove_least_eigenvalue",
+    "prove_rank_of_basis",
+    "solve_triangular",
+    "wide_gram",
+]

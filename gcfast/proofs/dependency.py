@@ -15,8 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gcfast.features.matrix import Features, StoredFeatures
-from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features import Features, StackedOnes, StoredFeatures
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rank_proof import RankProof
 from gcfast.proofs.rounding import UNIT, exact_products

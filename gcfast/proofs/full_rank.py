@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.features.stacked_ones import StackedOnes
-from gcfast.proofs import tiles as _tiles
+from gcfast.features import StackedOnes
 from gcfast.proofs.rank_proof import RankProof, _panel_bytes, _Share
 from gcfast.proofs.rounding import UNIT, _up, check_products, exact_products, gamma
 from gcfast.proofs.shift import GramSweep, ShiftProof, prove_by_shift
-from gcfast.proofs.tiles import Tiles
+from gcfast.proofs.tiles import Tiles, compose_
 from gcfast.proofs.whitening import (
     INNER32,
     Whitened,
@@ -31,9 +30,7 @@ from gcfast.proofs.whitening import (
     norm_sharp,
     norm_upper,
 )
-from gcfast.storage.checkpoint import Checkpoint
-from gcfast.storage.file_format import State
-from gcfast.storage.memory import Scratch, available
+from gcfast.storage import Checkpoint, Scratch, State, available
 
 MAX_PASSES = 6  # of whitening; each gains about six digits of the condition number
 
@@ -185,7 +182,7 @@ class _Proof:
                 if x is None:
                     x = found[0]
                 else:
-                    _tiles.compose_(found[0], x, lambda f: self.share("compose", f))
+                    compose_(found[0], x, lambda f: self.share("compose", f))
                 del found
                 x.seal()
                 self.passes += 1

@@ -1,8 +1,8 @@
 """The rank of one large matrix with proved bounds, by whatever is cheapest of four ways.
 
 A Cholesky factor proves full rank (:mod:`gcfast.proofs.shift`). Where tol^2 is within reach of float64,
-counts of eigenvalues of the Gram above and below it bound the rank on both sides. Beyond, an SVD says what is left
-to prove: full rank by whitening (:mod:`gcfast.proofs.whitening`), anything else by a verified SVD. Small
+counts of eigenvalues of the Gram above and below it bound the rank on both sides. Beyond, an SVD says what is
+left to prove: full rank by whitening (:mod:`gcfast.proofs.whitening`), anything else by a verified SVD. Small
 matrices have kernels of their own (csrc/core/inertia.h).
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gcfast import reference
-from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features import StackedOnes
 from gcfast.proofs.eigenvalue_counts import count_above
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rounding import UNIT, _up, check_products, exact_products, tiling

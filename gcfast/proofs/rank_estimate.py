@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcfast.ops.rank import Bounds, kernel_ranks, outputs
+from gcfast.ops import RankBounds, kernel_ranks, rank_outputs
 from gcfast.proofs.large_matrix_rank import rank_of_large
 
 
@@ -69,7 +69,7 @@ def _relative(absolute: float | Tensor, default: float) -> float | Tensor:
 
 
 @torch.library.custom_op("gcfast::matrix_rank", mutates_args=())
-def matrix_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
+def matrix_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
     found = kernel_ranks(a, atol, rtol, check_tolerance)
     if found is not None:
         return found
@@ -78,8 +78,8 @@ def matrix_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool 
 
 
 @matrix_rank_op.register_fake
-def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> Bounds:
-    return outputs(a)
+def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
+    return rank_outputs(a)
 
 
 def matrix_rank(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from gcfast.features.stacked_ones import PANEL
+from gcfast.features import PANEL
 from gcfast.proofs.tiles import Tiles
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gcfast import ops, reference
-from gcfast.features.stacked_ones import PANEL
+from gcfast.features import PANEL
 from gcfast.ops import dispatch
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features import StackedOnes
 from gcfast.proofs import tiles
 from gcfast.proofs.rounding import (
     TINY,
@@ -29,7 +29,7 @@ from gcfast.proofs.rounding import (
     tiling,
 )
 from gcfast.proofs.tiles import Tiles
-from gcfast.storage.memory import Scratch
+from gcfast.storage import Scratch
 
 
 @dataclass
@@ -143,13 +143,13 @@ def least_eigenvalue(low: Tiles) -> float:
     largest = 0.0
     for step in range(8):
         v = torch.linalg.qr(v)[0]
-        w = tiles.solve(low, v)
+        w = tiles.solve_triangular(low, v)
         # ||L^-1 v||: Rayleigh's quotient of the inverse
         new = float(torch.linalg.matrix_norm(w, 2)) ** 2
         if step > 1 and new <= 1.02 * largest:
             return 1.0 / new
         largest = max(largest, new)
-        v = tiles.solve(low, w, transposed=True)
+        v = tiles.solve_triangular(low, w, transposed=True)
     return 1.0 / largest if largest > 0 and math.isfinite(largest) else 0.0
 
 

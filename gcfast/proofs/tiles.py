@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast.proofs.rounding import add_product_, subtract_product_, tiling
-from gcfast.storage.memory import Scratch
+from gcfast.storage import Scratch
 
 Step = Callable[[float], None]  # told the fraction done
 
@@ -246,7 +246,7 @@ def compose_(y: Tiles, x: Tiles, tell: Step = _silent) -> Tiles:
     return x
 
 
-def solve(low: Tiles, v: Tensor, transposed: bool = False) -> Tensor:
+def solve_triangular(low: Tiles, v: Tensor, transposed: bool = False) -> Tensor:
     """low^-1 v, or low^-T v, for v (n, k): a proposal."""
     v = v.clone()
     order = range(len(low.spans))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features import StackedOnes
 from gcfast.proofs import tiles
 from gcfast.proofs.rounding import (
     TINY,
@@ -37,7 +37,7 @@ from gcfast.proofs.rounding import (
 )
 from gcfast.proofs.shift import verified_cholesky
 from gcfast.proofs.tiles import Tiles
-from gcfast.storage.memory import Scratch
+from gcfast.storage import Scratch
 
 INNER32 = 256  # of float32 products: gamma stays 1.5e-5 whatever m is
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast.features.stacked_ones import StackedOnes
-from gcfast.features.wide import WideFeatures
+from gcfast.features import StackedOnes, WideFeatures
 from gcfast.ops import arguments
 from gcfast.proofs.rounding import check_products, exact_products, mirror_
 from gcfast.proofs.shift import bounded_gram

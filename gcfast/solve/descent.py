@@ -9,13 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gcfast.features.matrix import Features
-from gcfast.proofs import tiles
-from gcfast.proofs.tiles import Tiles
+from gcfast.features import Features
+from gcfast.proofs import Tiles, cholesky, solve_triangular
 from gcfast.solve.grams import TiledGram, form
 from gcfast.solve.problem import Task
 from gcfast.solve.solution import HeadSolution, Progress, finish
-from gcfast.storage.memory import require
+from gcfast.storage import require
 
 
 def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
@@ -35,7 +34,7 @@ def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: fl
     gram = form(task.features, task.bias is not None, torch.float64, dense=False)
     assert isinstance(gram, TiledGram)
     low = Tiles(n, torch.float64, task.device)
-    if not tiles.cholesky(gram.tiles, 0.0, low):
+    if not cholesky(gram.tiles, 0.0, low):
         raise ValueError(
             "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
             "to see which samples"
@@ -50,7 +49,7 @@ def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: fl
         if size == 0 or size > 0.5 * before:
             break
         before = size
-        a = a + tiles.solve(low, tiles.solve(low, gap), transposed=True)
+        a = a + solve_triangular(low, solve_triangular(low, gap), transposed=True)
         du, db = task.transpose(a)
         weight, bias = task.weight + du, None if task.bias is None or db is None else task.bias + db
     return finish(

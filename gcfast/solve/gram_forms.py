@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gcfast.features.matrix import Features
-from gcfast.features.wide import WideFeatures
+from gcfast.features import Features, WideFeatures
 from gcfast.losses import (
     CrossEntropy,
 )
-from gcfast.proofs.tiles import Tiles
+from gcfast.proofs import Tiles
 from gcfast.solve.problem import Task
-from gcfast.storage.memory import limit, require
+from gcfast.storage import limit, require
 
 PRODUCTS = 200  # with K that a path takes, roughly
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.features.matrix import Features
-from gcfast.proofs import tiles as _tiles
-from gcfast.proofs.tiles import Tiles
+from gcfast.features import Features
+from gcfast.proofs import Tiles, add_gram_
 
 PANEL = 1024  # columns of H1 in flight while K is formed
 MANY = 64  # right-hand sides from which a library's product beats the skinny kernel
@@ -169,12 +168,12 @@ def form(features: Features, ones: bool, dtype: torch.dtype, dense: bool) -> Den
     else:
         tiles = Tiles(features.n, dtype, device)
     for j in range(0, features.m, PANEL):
-        _tiles.add_gram_(tiles, features.columns(j, min(j + PANEL, features.m), dtype))
+        add_gram_(tiles, features.columns(j, min(j + PANEL, features.m), dtype))
     if ones:
         for i, j in tiles.pairs():
             tiles[i, j].add_(torch.ones_like(tiles[i, j]).tril_() if i == j else 1.0)
     if not dense:
         return TiledGram(tiles)
-    from gcfast.proofs.rounding import mirror_
+    from gcfast.proofs import mirror_
 
     return DenseGram(mirror_(matrix))

@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast.features.checks import checked
-from gcfast.features.collection import collect
-from gcfast.features.matrix import Features
+from gcfast.features import Features, checked, collect
 from gcfast.losses import (
     ConvexLoss,
     check_convex,
     resolve_loss,
 )
-from gcfast.model.head import Head
-from gcfast.proofs.rounding import exact_products
+from gcfast.model import Head
+from gcfast.proofs import exact_products
 from gcfast.solve.descent import descent, exact
 from gcfast.solve.gram_forms import Option, _options, rank_of, sizes_of
 from gcfast.solve.grams import FreeGram, Gram
@@ -33,8 +31,7 @@ from gcfast.solve.path_checkpoint import PathKeeper
 from gcfast.solve.problem import Task, _task
 from gcfast.solve.solution import HeadSolution, Progress, finish
 from gcfast.solve.working_set import TooMany, WorkingSet, follow
-from gcfast.storage.checkpoint import Checkpoint
-from gcfast.storage.digest import fingerprint
+from gcfast.storage import Checkpoint, fingerprint
 
 METHODS = ("nearest", "exact", "gd", "sgd")
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from gcfast.solve.path_point import Point
 from gcfast.solve.problem import Task
 from gcfast.solve.working_set import WorkingSet
-from gcfast.storage.checkpoint import Checkpoint
-from gcfast.storage.file_format import State
+from gcfast.storage import Checkpoint, State
 
 
 class PathKeeper:

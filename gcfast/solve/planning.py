@@ -10,19 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast.features.checks import checked
-from gcfast.features.loader import sample_count
-from gcfast.features.matrix import Features
-from gcfast.features.wide import WideFeatures
+from gcfast.features import Features, WideFeatures, checked, sample_count
 from gcfast.losses import ConvexLoss, CrossEntropy, output_count, resolve_loss
-from gcfast.model.head import find_head
-from gcfast.proofs.rank_proof import proof_bytes, proof_flops
-from gcfast.proofs.rounding import exact_products
-from gcfast.proofs.tiles import Tiles
+from gcfast.model import find_head
+from gcfast.proofs import Tiles, exact_products, proof_bytes, proof_flops
 from gcfast.solve import gram_forms
 from gcfast.solve.gram_forms import Option, Rates, Sizes
 from gcfast.solve.plan_report import Plan, Sharding, Stage, _duration, _size
-from gcfast.storage.memory import limit
+from gcfast.storage import limit
 
 # Not measured by gcfast: nominal figures of the card, of which half is assumed to be reached.
 NOMINAL = {"h100": Rates(f32=3.0e13, f64=3.0e13, memory=2.4e12)}
@@ -85,8 +80,7 @@ def plan(
 def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
     """Sizes, and whether the targets are known to be real numbers."""
     if isinstance(source, nn.Module):
-        from gcfast.features.collection import streams
-        from gcfast.features.loader import loader_of
+        from gcfast.features import loader_of, streams
         from gcfast.nn import WideLayer
 
         if data is None:

@@ -9,8 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gcfast.features.duplicates import equal_rows
-from gcfast.features.matrix import Features
+from gcfast.features import Features, equal_rows
 from gcfast.losses import (
     ConvexLoss,
     infimum_with_copies,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gcfast.features.matrix import StoredFeatures
+from gcfast.features import StoredFeatures
 from gcfast.solve.grams import DenseGram
 from gcfast.solve.newton import Problem, State, minimise
 from gcfast.solve.path_point import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, Point

@@ -9,7 +9,7 @@ from torch import nn
 
 import gcfast
 from gcfast import ops
-from gcfast.features import matrix
+from gcfast.features import matrix, reading
 from gcfast.features.checks import as_features
 from gcfast.features.matrix import StoredFeatures
 from gcfast.features.wide import WideFeatures
@@ -92,7 +92,7 @@ def test_certify_and_solve_take_features_from_anywhere(kind, tmp_path):
 
 
 def test_blocks_go_to_a_file_where_memory_is_short(monkeypatch):
-    monkeypatch.setattr(matrix, "available", lambda device: 4000)
+    monkeypatch.setattr(reading, "available", lambda device: 4000)
     h = torch.randn((200, 7), dtype=torch.float64)
     features = as_features(h.split(33))
     assert features.mapped and torch.equal(features.matrix, h)
@@ -148,9 +148,9 @@ def test_a_model_whose_features_are_too_large_is_recomputed(monkeypatch):
     assert not any("never stored" in a.reason for a in plain.assumptions)
     cert = gcfast.certify(model, (x, y), loss="cross_entropy", max_bytes=400 * small, route="direct")
     assert not any("never stored" in a.reason for a in cert.assumptions)
-    from gcfast.features import features
+    from gcfast.features import collection
 
-    monkeypatch.setattr(features, "limit", lambda max_bytes, device: 3 * small)
+    monkeypatch.setattr(collection, "limit", lambda max_bytes, device: 3 * small)
     cert = gcfast.certify(model, (x, y), loss="cross_entropy", route="direct")
     assert cert.status == "holds" and any("never stored" in a.reason for a in cert.assumptions)
     assert cert.loss == pytest.approx(plain.loss) and cert.gap == pytest.approx(plain.gap)

@@ -12,7 +12,7 @@ from gcfast.model.analytic_body import analyticity
 from gcfast.model.analytic_ops import Marks, classify
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast.model.tap import FeatureTap
-from gcfast.model.wide_activation import wide_activation
+from gcfast.model.wide_layer import wide_activation
 
 
 def captured(model, module, x):

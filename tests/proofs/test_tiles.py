@@ -48,8 +48,10 @@ def test_everything_agrees_with_dense_algebra(n, scratch):
     torch.testing.assert_close(_tiles.times(tiles, b), x @ b, **close)
     torch.testing.assert_close(_tiles.matmul(tiles, b), x @ b, **close)
     torch.testing.assert_close(_tiles.matmul(tiles, b, transposed=True), x.mT @ b, **close)
-    torch.testing.assert_close(_tiles.solve(tiles, b), torch.linalg.solve(x, b), **close)
-    torch.testing.assert_close(_tiles.solve(tiles, b, transposed=True), torch.linalg.solve(x.mT, b), **close)
+    torch.testing.assert_close(_tiles.solve_triangular(tiles, b), torch.linalg.solve(x, b), **close)
+    torch.testing.assert_close(
+        _tiles.solve_triangular(tiles, b, transposed=True), torch.linalg.solve(x.mT, b), **close
+    )
     torch.testing.assert_close(_tiles.triangular_gram(tiles, 4).dense(), (x @ x.mT).tril(), **close)
     g = Tiles(n, scratch=scratch)
     _tiles.add_gram_(g, b)

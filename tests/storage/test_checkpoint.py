@@ -108,8 +108,8 @@ def test_tensors_of_several_pieces(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """Digests and order do not depend on how a tensor lies in memory, whatever the size of the pieces."""
-    for name in ("_digest", "_checkpoint"):
-        monkeypatch.setattr(f"gcfast.{name}.PIECE", 256)
+    for name in ("digest", "file_format"):
+        monkeypatch.setattr(f"gcfast.storage.{name}.PIECE", 256)
     monkeypatch.setattr("gcfast.storage.digest._BLOCK", 64)
     base = random_bits(11, 13, 17, dtype=torch.float64, device=device)
     views = {
@@ -828,7 +828,7 @@ def test_fingerprints_do_not_depend_on_layout_order_or_process() -> None:
     assert fingerprint(x.T) == fingerprint(x.T.contiguous()) == fingerprint(torch.nn.Parameter(x.T))
     assert fingerprint({"a": 1, "b": x}) == fingerprint({"b": x, "a": 1})
     settings = ("certify", 0.1, 3, None, {"tol": 1e-6}, True)
-    done = run(f"from gcfast.storage.checkpoint import fingerprint; print(fingerprint(*{settings!r}))")
+    done = run(f"from gcfast.storage import fingerprint; print(fingerprint(*{settings!r}))")
     assert done.stdout.strip() == fingerprint(*settings)
 
 

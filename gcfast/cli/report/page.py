@@ -12,7 +12,7 @@ from gcfast.cli.progress import format_seconds
 from gcfast.cli.report.pictures import lambda_path, legend_colours, loss_curves, singular_values
 from gcfast.cli.report.style import _STYLE
 from gcfast.cli.report.verdicts import _sentence, verdict
-from gcfast.storage.files import write_text
+from gcfast.storage import write_text
 
 
 def write_report(path: Path, values: Mapping[str, Any]) -> Path:

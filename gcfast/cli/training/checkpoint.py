@@ -18,7 +18,7 @@ from gcfast.cli.data.datasets import load_dataset
 from gcfast.cli.data.split import DataSplit
 from gcfast.cli.training.models import ModelSpec
 from gcfast.errors import UserError
-from gcfast.storage.files import save_torch
+from gcfast.storage import save_torch
 
 _FORMAT = "gcfast-checkpoint"
 _VERSION = 1

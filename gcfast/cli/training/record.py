@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gcfast._version import __version__
-from gcfast.certificate.certificate import Certificate
+from gcfast.certificate import Certificate
 from gcfast.cli.data.split import DataSplit
 from gcfast.cli.training.checkpoint import DataSpec
 from gcfast.cli.training.models import ModelSpec

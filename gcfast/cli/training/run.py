@@ -21,10 +21,10 @@ from gcfast.cli.training.checkpoint import Checkpoint, DataSpec
 from gcfast.cli.training.models import ModelSpec
 from gcfast.cli.training.record import Record, certificate_values
 from gcfast.cli.training.train import Diverged, Point, Schedule, Settings, Trainer, threads
-from gcfast.storage.files import write_json
+from gcfast.storage import write_json
 
 if TYPE_CHECKING:
-    from gcfast.features.cache import FeatureCache
+    from gcfast.features import FeatureCache
 
 # Up to here singular values for the picture take seconds, certificate and solver well under one: a second
 # thread has too little to gain, and on a busy machine waiting for it costs ten times as much.
@@ -63,7 +63,7 @@ class Run:
 
     def execute(self) -> None:
         """All stages; :class:`Diverged` if the training of A(base) itself breaks down."""
-        from gcfast.optim.two_phase import TwoPhase
+        from gcfast.optim import TwoPhase
 
         settings, schedule = self.settings, self.schedule
         model = self._model(self._initial)
@@ -159,8 +159,8 @@ class Run:
 
     def _cache(self, model: nn.Module) -> FeatureCache | None:
         """What enters the head, for the samples are the same at every step; None where it does not fit."""
-        from gcfast.features.cache import FeatureCache
-        from gcfast.storage.memory import available
+        from gcfast.features import FeatureCache
+        from gcfast.storage import available
 
         data = (self.trainer.x_train, self.trainer.targets)
         free = available(data[0].device)
@@ -185,7 +185,7 @@ class Run:
         return cache
 
     def _certify(self) -> None:
-        from gcfast.certificate.certification import certify
+        from gcfast.certificate import certify
 
         model = self._model(self._hidden).eval()
         data = (self.trainer.x_train, self.trainer.targets)
@@ -204,7 +204,7 @@ class Run:
             self.record.seconds["certify"] = time.perf_counter() - start
 
     def _solve(self) -> None:
-        from gcfast.solve.head_solver import solve_head
+        from gcfast.solve import solve_head
 
         model = self._model(self._hidden).eval()
         target = self.settings.target_gap * _TARGET_SHARE

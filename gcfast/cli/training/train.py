@@ -18,7 +18,7 @@ from gcfast.cli.progress import Progress
 from gcfast.errors import UserError
 
 if TYPE_CHECKING:
-    from gcfast.features.cache import FeatureCache
+    from gcfast.features import FeatureCache
 
 # Default learning rates: the lesser of the first number and the second divided by the wide layer's width.
 # The loss is as curved in the head as that layer is wide, and a step moves the outputs in proportion.
