@@ -11,7 +11,7 @@ from gcfast import Rates
 from gcfast.proofs import rounding
 from gcfast.proofs import tiles as _tiles
 from gcfast.proofs.rounding import Tiling
-from gcfast.solve import gram_forms, head_solver, planning
+from gcfast.solve import gram_forms, planning
 
 RATES = Rates(3e11, 1.5e11, 2e10)
 
@@ -51,14 +51,14 @@ def test_every_form_gives_the_same_answer(loss, monkeypatch):
     }
     options = {"weight_decay": 1e-4} if loss == "decay" else {}
     name = "cross_entropy" if loss in ("soft", "decay") else loss
-    sizes = head_solver.sizes_of(wide, 3)
+    sizes = gram_forms.sizes_of(wide, 3)
     # float32 where the curvature vanishes along the path
     attained = loss not in ("cross_entropy", "bce_with_logits", "decay")
     forms = gram_forms.options(sizes, False, attained, None, RATES)
     assert len({o.name for o in forms}) == len(forms) == (3 if attained else 6)
     answers = []
     for form in forms:
-        monkeypatch.setattr(head_solver, "options", lambda *_, form=form: [form])
+        monkeypatch.setattr(gram_forms, "options", lambda *_, form=form: [form])
         solution = gcfast.solve_head(wide, targets.get(loss, real), loss=name, target_gap=1e-3, **options)
         assert solution.converged and solution.form == form.name, str(solution)
         assert solution.distance_bound < 0.3, (form.name, solution.distance_bound)
@@ -118,7 +118,6 @@ def test_float64_is_preferred_unless_it_costs_three_times_as_much():
     best = gram_forms.options(s, False, False, None, RATES)[0]
     assert best.dtype == torch.float64
     assert gram_forms.options(s, True, False, None, RATES)[0].form == "set"
-    assert head_solver.options is gram_forms.options
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])

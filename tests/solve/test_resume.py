@@ -171,7 +171,7 @@ def test_tiles_on_disk_prove_what_tiles_in_memory_do(condition):
     h = torch.randn((700, 800), generator=g, dtype=torch.float64)
     h *= torch.logspace(0, -torch.tensor(condition).log10().item(), 700, dtype=torch.float64)[:, None]
     inside = gcfast.certify(h, sharp=False)
-    room = gcfast.proofs.full_rank.proof_bytes(700, 800, disk=True) + 1000
+    room = gcfast.proofs.proof_bytes(700, 800, disk=True) + 1000
     on_disk = gcfast.certify(h, sharp=False, max_bytes=room)
     assert inside.status == "holds" and on_disk.to_dict() == inside.to_dict()
     with pytest.raises(MemoryError, match="700 needs"):
@@ -180,7 +180,7 @@ def test_tiles_on_disk_prove_what_tiles_in_memory_do(condition):
 
 MEMORY = """
 import torch, gcfast
-from gcfast.proofs.rank_proof import proof_bytes
+from gcfast.proofs import proof_bytes
 n, m, d = 3000, 3300, 3
 g = torch.Generator().manual_seed(0)
 layer = torch.randn((m, d), generator=g) / d**0.5, torch.randn(m, generator=g)
@@ -211,4 +211,4 @@ def test_scratch_files_without_room_are_refused(monkeypatch):
     monkeypatch.setattr("gcfast.storage.memory.os.posix_fallocate", full)
     h = torch.randn((700, 800), dtype=torch.float64)
     with pytest.raises(OSError, match=r"scratch tiles: [\d,]+ bytes do not fit on the disk of .*TMPDIR"):
-        gcfast.certify(h, max_bytes=gcfast.proofs.full_rank.proof_bytes(700, 800, disk=True) + 1000)
+        gcfast.certify(h, max_bytes=gcfast.proofs.proof_bytes(700, 800, disk=True) + 1000)
