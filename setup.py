@@ -133,10 +133,11 @@ class Build(build_ext):
         commands = [[*command, "-c", source, "-o", object] for source, object in objects.items()]
         commands.append([*command, "-shared", *objects.values(), "-o", target])
         done = self.ninja(ext, commands, flags, quiet=True)
-        if done.returncode != 0:
+        if done.returncode == 0:
+            print(done.stdout, end="", flush=True)
+        else:
             Path(target).unlink(missing_ok=True)
-            output = done.stdout + done.stderr
-            self.without_cuda(ext, f"nvcc failed with code {done.returncode}", output)
+            self.without_cuda(ext, f"nvcc failed with code {done.returncode}", done.stdout + done.stderr)
 
     def ninja(
         self, ext: Extension, commands: list[list[str]], depends: str | None = None, quiet: bool = False
@@ -178,8 +179,7 @@ class Build(build_ext):
         print(f"{note} {reason}".rstrip(), file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
-        outputs = super().get_outputs()
-        return [p for p in outputs if "_cuda" not in os.path.basename(p) or os.path.exists(p)]
+        return [p for p in super().get_outputs() if "_cuda" not in os.path.basename(p) or os.path.exists(p)]
 
 
 extensions = [cpu_extension()]
