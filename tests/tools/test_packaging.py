@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -48,10 +49,15 @@ def test_cuda_status_is_honest():
         assert status["why"].startswith("not built: ")
 
 
-def setup_py(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+def needs_build_system() -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+
+
+def setup_py(*args: str, tree: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", *args],
-        cwd=ROOT,
+        cwd=tree,
         env={**os.environ, **env},
         capture_output=True,
         text=True,
@@ -60,7 +66,7 @@ def setup_py(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @needs_source
 def test_unknown_cuda_mode_is_refused():
-    pytest.importorskip("pybind11")
+    needs_build_system()
     done = setup_py("--version", GCFAST_CUDA="yes")
     assert done.returncode != 0
     assert "GCFAST_CUDA must be auto, 0 or 1, not 'yes'" in done.stderr
@@ -70,7 +76,7 @@ def test_unknown_cuda_mode_is_refused():
 @pytest.mark.parametrize("mode, code", [("auto", 0), ("1", 1)])
 def test_without_nvcc(mode, code, tmp_path):
     # Only the CUDA module: the missing compiler is found before anything is compiled.
-    pytest.importorskip("pybind11")
+    needs_build_system()
     script = (
         "import sys; sys.argv = ['setup.py', '--name']\n"
         "space = {'__name__': '__main__', '__file__': 'setup.py'}\n"
@@ -89,6 +95,125 @@ def test_without_nvcc(mode, code, tmp_path):
     if not code:
         assert "outputs []" in done.stdout
         assert sum("without CUDA" in line for line in done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """A source tree of three tiny files, with setup.py as it is."""
+    needs_build_system()
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    for name in ("CXX", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GCFAST_CUDA", "0")
+    for language, suffix in (("cpu", "cpp"), ("cuda", "cu")):
+        folder = tmp_path / "csrc" / language
+        folder.mkdir(parents=True)
+        for name in ("one", "two", "three"):
+            include = '#include "three.h"\n' if name == "three" else ""
+            (folder / f"{name}.{suffix}").write_text(f"{include}int {name}() {{ return 1; }}\n")
+        (folder / "three.h").write_text("int three();\n")
+    (tmp_path / "csrc" / "cuda" / "nvcc_flags.txt").write_text("-O3")
+    (tmp_path / "gcfast").mkdir()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    return tmp_path
+
+
+def fake_nvcc(tree: Path, monkeypatch, last: str) -> None:
+    """A compiler that leaves empty objects and lists what they were made from; it ends as `last` says."""
+    script = tree / "nvcc"
+    script.write_text(
+        "#!/bin/sh\n"
+        'while [ $# -gt 0 ]; do case "$1" in -c) in=$2;; -o) out=$2;; -MF) made=$2;; esac; shift; done\n'
+        '[ -z "$in" ] || echo "$out: $in $(grep -q three.h "$in" && echo csrc/cuda/three.h)" >"$made"\n'
+        f'echo >"$out"; {last}\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(script))
+    monkeypatch.setenv("GCFAST_CUDA", "auto")
+
+
+def build(tree: Path, **env: str) -> set[str]:
+    """Build the tree, and the names of what was compiled or linked anew."""
+    began = {path: path.stat().st_mtime_ns for path in (tree / "build").rglob("*.*o") if path.is_file()}
+    done = setup_py("build_ext", tree=tree, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = [p for p in (tree / "build").glob("temp.*/**/*.*o") if p.is_file()]
+    return {f"{p.parent.name}/{p.name.split('.')[0]}" for p in made if began.get(p) != p.stat().st_mtime_ns}
+
+
+@needs_source
+def test_a_second_build_compiles_what_changed(tree):
+    module = "gcfast._cpu/_cpu"
+    assert build(tree) == {"cpu/one", "cpu/two", "cpu/three", module}
+    assert build(tree) == set()
+    (tree / "csrc/cpu/three.h").write_text("int three(); int four();\n")
+    assert build(tree) == {"cpu/three", module}
+    assert build(tree, CXXFLAGS="-DANYTHING='a b$c'") == {"cpu/one", "cpu/two", "cpu/three", module}
+    assert build(tree, CXXFLAGS="-DANYTHING='a b$c'") == set()
+
+
+@needs_source
+def test_nvcc_compiles_what_changed(tree, monkeypatch):
+    fake_nvcc(tree, monkeypatch, "exit 0")
+    everything = {"cuda/one", "cuda/two", "cuda/three", "gcfast._cuda/_cuda"}
+    assert build(tree) >= everything
+    assert build(tree) == set()
+    (tree / "csrc/cuda/three.h").write_text("int three(); int four();\n")
+    assert build(tree) == {"cuda/three", "gcfast._cuda/_cuda"}
+    (tree / "csrc/cuda/nvcc_flags.txt").write_text("-O2")
+    assert build(tree) == everything
+    assert build(tree, GCFAST_CUDA_ARCHS="80") == everything
+
+
+@needs_source
+def test_a_failing_nvcc_leaves_the_cpu_module(tree, monkeypatch):
+    fake_nvcc(tree, monkeypatch, "echo 'one.cu(1): error: no such thing'; exit 2")
+    done = setup_py("build_ext", "--inplace", tree=tree)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("gcfast: ")]
+    assert "nvcc failed with code" in line and line.endswith("one.cu(1): error: no such thing")
+    assert {p.name.split(".")[0] for p in (tree / "gcfast").iterdir()} == {"_cpu"}
+    refused = setup_py("build_ext", tree=tree, GCFAST_CUDA="1")
+    assert refused.returncode != 0 and "GCFAST_CUDA=1 but nvcc failed with code" in refused.stderr
+
+
+@needs_source
+def test_a_failing_compiler_is_heard(tree):
+    (tree / "csrc/cpu/one.cpp").write_text("int one() { return nothing; }\n")
+    for done, said in (
+        (setup_py("build_ext", tree=tree), "'nothing' was not declared"),
+        (setup_py("build_ext", tree=tree, CXX="/nonexistent/g++", LC_ALL="C"), "/nonexistent/g++"),
+    ):
+        assert done.returncode != 0 and said.replace("'", "") in done.stdout.translate(
+            dict.fromkeys(map(ord, "'‘’"))
+        )
+        (line,) = done.stderr.splitlines()[-1:]
+        assert "building gcfast._cpu failed" in line and "A C++17 compiler with OpenMP is required" in line
+
+
+@needs_source
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5"])
+def test_max_jobs_is_refused(tree, jobs):
+    done = setup_py("build_ext", tree=tree, MAX_JOBS=jobs)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == f"gcfast: MAX_JOBS must be a positive whole number, not {jobs!r}"
+
+
+@needs_source
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_max_jobs_is_obeyed(tree, jobs):
+    compiler = tree / "compiler"
+    # Each waits, for half a minute at most, until as many have begun as are to run at once.
+    compiler.write_text(
+        "#!/bin/sh\necho begun >>log\n"
+        f"for i in $(seq 300); do [ $(grep -c begun log) -ge {jobs} ] && break; sleep 0.1; done\n"
+        'g++ "$@" || exit\necho ended >>log\n'
+    )
+    compiler.chmod(0o755)
+    build(tree, CXX=str(compiler), MAX_JOBS=str(jobs))
+    log = (tree / "log").read_text().split()
+    assert log == (["begun"] * jobs + ["ended"] * jobs) * (3 // jobs) + ["begun", "ended"]
 
 
 @needs_source
