@@ -97,7 +97,7 @@ class Build(build_ext):
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        # What decides the machine code is in a file of options that bench/aot.py compiles with too. Denormals
+        # What decides the machine code is in a file of options that tools/aot.py compiles with too. Denormals
         # kept and divisions rounded correctly are the defaults, said there because results rest on them.
         command = [nvcc, "-shared", "-optf", "csrc/cuda/nvcc_flags.txt", "-cudart", "static"]
         command += ["-Xcompiler", "-fPIC", "--threads", "0"]

@@ -1,4 +1,4 @@
-"""bench/aot.py reports what it must of kernels made for it, and the test session's watch on launches too."""
+"""tools/aot.py reports what it must of kernels made for it, and the test session's watch on launches too."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(1024) spills(float* x, int n) {
 
 
 def _tools_missing() -> str:
-    if not (ROOT / "bench" / "aot.py").is_file():
+    if not (ROOT / "tools" / "aot.py").is_file():
         return "needs the source tree"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -110,7 +110,7 @@ needs_compiler = pytest.mark.skipif(bool(_tools_missing()), reason=_tools_missin
 
 def aot(*args: object) -> subprocess.CompletedProcess[str]:
     """The tool as a user starts it; the interpreter, on for the tests, must not hinder it."""
-    command = [sys.executable, str(ROOT / "bench" / "aot.py"), *map(str, args)]
+    command = [sys.executable, str(ROOT / "tools" / "aot.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120)
 
 
@@ -129,9 +129,9 @@ def about(lines: list[str], *words: str) -> list[str]:
     return [line for line in lines if all(word in line for word in words)]
 
 
-@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+@pytest.mark.skipif(not (ROOT / "tools").is_dir(), reason="needs the source tree")
 def test_what_a_row_may_need(monkeypatch):
-    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "bench" / "_machine_code.py")
+    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "tools" / "_machine_code.py")
     code = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "machine_code", code)
     spec.loader.exec_module(code)
@@ -156,7 +156,7 @@ def test_what_a_row_may_need(monkeypatch):
 def test_offences_are_reported_one_line_each(compiled):
     status, _, offences, stderr = compiled
     assert status == 1
-    assert all(f"bench.aot: {line}\n" in stderr for line in offences) and all("\n" not in o for o in offences)
+    assert all(f"tools.aot: {line}\n" in stderr for line in offences) and all("\n" not in o for o in offences)
 
 
 @needs_compiler

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import _compare
 import _record
-import _scaling_page
 import pytest
-import scaling
 import table
 import torch
 from conftest import NEEDS_GPU
+from scaling import measure as scaling_cells
+from scaling import page as scaling_page
 
 from gcfast import ops
 
@@ -280,16 +280,16 @@ def test_show_lists_every_candidate_of_ours(clock, out):
 
 
 def test_the_scaling_page_is_what_was_measured():
-    page = scaling.PAGE.read_text()
-    assert _scaling_page.text(scaling.RESULTS) == page
+    page = scaling_page.PAGE.read_text()
+    assert scaling_page.text(scaling_cells.RESULTS) == page
     assert "None" not in page and "nan" not in page
 
 
 def test_exponents_are_fitted():
     points = [(n, 3e-9 * n**2.5) for n in (500, 2000, 4000, 8000)]
-    slope, at = _scaling_page._fit(points)
+    slope, at = scaling_page._fit(points)
     assert slope == pytest.approx(2.5) and at == pytest.approx(3e-9 * 1e10)
-    assert _scaling_page._fit(points[:3]) is None  # too few beyond the least size
+    assert scaling_page._fit(points[:3]) is None  # too few beyond the least size
 
 
 def test_readme_is_what_the_results_say():

@@ -1,6 +1,6 @@
 """Every GPU kernel, compiled for every architecture without a GPU, and what the compiler made of it.
 
-    python -m bench.aot [--only NAME] [--arch 80,90,100] [--jobs N] [--json FILE] [--list] [--require-nvcc]
+    python -m tools.aot [--only NAME] [--arch 80,90,100] [--jobs N] [--json FILE] [--list] [--require-nvcc]
 
 Reading the table, a line a compilation: registers a thread; bytes of spill stores and loads; bytes of stack
 frame (local memory; 1 where the machine code uses some that ptxas does not count); bytes of shared memory a
@@ -9,7 +9,7 @@ in bits (128 is the widest before Blackwell's 256; "async" is cp.async, "TMA" th
 not in the instruction); seconds.
 
 The exit status is 1, with a line on stderr for each reason, if a compilation fails, local memory is used (and
-``MAY_SPILL`` in bench/_machine_code.py does not allow it), a matrix instruction that a specialisation expects
+``MAY_SPILL`` in tools/_machine_code.py does not allow it), a matrix instruction that a specialisation expects
 is missing, shared memory or registers times threads exceed the architecture's, or a kernel is not listed. A
 narrow load is shown only: whether it matters is for the reader to judge.
 
@@ -47,8 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import _aot_cuda, _aot_triton  # noqa: E402
-from bench._machine_code import SHARED_LIMIT, Row  # noqa: E402
+from tools import _aot_cuda, _aot_triton  # noqa: E402
+from tools._machine_code import SHARED_LIMIT, Row  # noqa: E402
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
@@ -76,7 +76,7 @@ def triton_jobs(files: list[Path], architectures: list[int]) -> tuple[list[Job],
     import triton
 
     if triton.knobs.runtime.interpret:
-        raise SystemExit("bench.aot: Triton's interpreter is on: unset TRITON_INTERPRET")
+        raise SystemExit("tools.aot: Triton's interpreter is on: unset TRITON_INTERPRET")
     jobs, offences = [], []
     for module in _aot_triton.kernel_modules(files):
         listed = list(getattr(module, "specializations", list)())
@@ -149,7 +149,7 @@ def table(rows: list[Row]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench.aot", description=str(__doc__).partition("\n")[0])
+    parser = argparse.ArgumentParser("tools.aot", description=str(__doc__).partition("\n")[0])
     parser.add_argument(
         "--only", default="", metavar="NAME", help="kernels whose name or configuration has this"
     )
@@ -179,7 +179,7 @@ def collect(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
     offences: list[str] = []
     if python or not args.kernels:
         if importlib.util.find_spec("triton") is None:
-            raise SystemExit("bench.aot: Triton is not installed")
+            raise SystemExit("tools.aot: Triton is not installed")
         jobs, offences = triton_jobs(python, args.arch)
     if cuda or not args.kernels:
         if _aot_cuda.find_nvcc() is not None:
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     for line in offences:
-        say(f"bench.aot: {line}")
+        say(f"tools.aot: {line}")
     return 1 if offences else 0
 
 
