@@ -1,6 +1,7 @@
 """Every GPU kernel, compiled for every architecture without a GPU, and what the compiler made of it.
 
-    python -m tools.aot [--only NAME] [--arch 80,90,100] [--jobs N] [--json FILE] [--list] [--require-nvcc]
+    python -m tools.aot [--only NAME] [--arch 80,90,100] [--sample SEED] [--jobs N] [--json FILE] [--list]
+                        [--require-nvcc]
 
 Reading the table, a line a compilation: registers a thread; bytes of spill stores and loads; bytes of stack
 frame (local memory; 1 where the machine code uses some that ptxas does not count); bytes of shared memory a
@@ -20,6 +21,10 @@ multiple of 16) or "aligned" (every pointer is), whichever is not listed, "ones"
 makes it a constant) and "64-bit" (every integer beyond 32 bits). A CUDA kernel is found by itself in
 csrc/cuda/*.cu; without ``__launch_bounds__`` it is taken to be launched with 1024 threads.
 
+All of it takes the CPU about a second a compilation. ``--sample SEED`` compiles one for each kernel,
+architecture and set of element types (of a CUDA file: for one architecture), another with every seed; that
+every kernel is listed is checked all the same.
+
 Triton's own ptxas log and machine code are read, so the figures are those of the installed version of Triton.
 """
 
@@ -32,6 +37,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -58,6 +64,7 @@ class Job:
     kernel: str
     config: str
     arch: int
+    kind: tuple[object, ...]  # of which --sample takes one
     compile: Callable[[], list[Row]]
 
     @property
@@ -84,14 +91,24 @@ def triton_jobs(files: list[Path], architectures: list[int]) -> tuple[list[Job],
         for s, arch, variant in _aot_triton.completed(listed, architectures):
             config = _aot_triton.config(s, variant)
             job = partial(_aot_triton.compile_one, s, arch, variant)
-            jobs.append(Job(s.kernel.__name__, config, arch, job))
+            types = frozenset(t for t in s.signature.values() if t.startswith("*"))
+            jobs.append(Job(s.kernel.__name__, config, arch, (s.kernel.__name__, arch, types), job))
     return jobs, offences
 
 
 def cuda_jobs(files: list[Path], architectures: list[int]) -> list[Job]:
     sources = files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     pairs = [(s, a) for s in sources for a in architectures]
-    return [Job(s.name, "", a, partial(_aot_cuda.compile_one, s, a)) for s, a in pairs]
+    return [Job(s.name, "", a, (s.name,), partial(_aot_cuda.compile_one, s, a)) for s, a in pairs]
+
+
+def sample(jobs: list[Job], seed: int) -> list[Job]:
+    """One job of each kind, in the order they came."""
+    kinds: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault(job.kind, []).append(job)
+    # A generator for each kind: what is chosen from one does not depend on how many others there are.
+    return [random.Random(f"{seed} {same[0].name}").choice(same) for same in kinds.values()]
 
 
 _jobs: list[Job] = []  # inherited by the worker processes: kernels cannot be pickled
@@ -154,6 +171,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--only", default="", metavar="NAME", help="kernels whose name or configuration has this"
     )
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="default: %(default)s")
+    parser.add_argument("--sample", type=int, metavar="SEED", help="one compilation of each kind")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and offences")
     parser.add_argument("--list", action="store_true", help="name the compilations, compile nothing")
@@ -189,6 +207,8 @@ def collect(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
         else:
             say("csrc/cuda/*.cu skipped: no nvcc")
     jobs = [job for job in jobs if args.only in job.name]
+    if args.sample is not None:
+        jobs = sample(jobs, args.sample)
     return jobs, [line for line in offences if args.only in line]
 
 
