@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import launches
@@ -170,6 +171,27 @@ def test_a_fine_kernel_passes_everywhere(compiled):
     (unaligned,) = [r for r in fine if r["config"].endswith("; unaligned")]
     assert unaligned["load_bits"] == 32
     assert {r["config"].rsplit("; ", 1)[1] for r in fine} == {"aligned", "unaligned", "ones", "64-bit"}
+
+
+@needs_compiler
+def test_a_sample_has_one_compilation_of_each_kind_another_with_each_seed(tmp_path):
+    (tmp_path / "some_kernels.py").write_text(KERNELS)
+
+    def names(*options: object) -> list[str]:
+        done = aot("--kernels", tmp_path / "some_kernels.py", "--list", *options)
+        assert "unlisted_kernel: not in" in done.stderr  # whatever is sampled
+        return done.stdout.splitlines()
+
+    def kind(name: str) -> tuple[str, str, str]:
+        kernel, _, config = name.partition("[")
+        return kernel, config.partition(";")[0], name.rpartition(" ")[2]
+
+    whole = names()
+    kinds = Counter(map(kind, whole))
+    first, second = (names("--sample", seed) for seed in (0, 1))
+    for sample in (first, second):
+        assert Counter(map(kind, sample)) == dict.fromkeys(kinds, 1) and set(sample) <= set(whole)
+    assert {kind(name) for name in set(first) & set(second)} == {k for k, count in kinds.items() if count == 1}
 
 
 @needs_compiler

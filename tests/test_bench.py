@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import _compare
@@ -68,6 +70,24 @@ def test_a_slow_peer_can_run_once(clock):
     assert clock.calls == ["a", "b", "a", "a", "a"]
     assert (first.rounds, peer.rounds, peer.median) == (4, 1, 30)
     assert first.ratios["b"] == (30, 30, 30)
+
+
+def test_the_smallest_sizes_run_once(clock, monkeypatch):
+    assert _compare.sized(8, smallest=2) == 8
+    monkeypatch.setenv(_compare.SMALLEST, "1")
+    a, b = clock.candidate("a", [1]), clock.candidate("b", [2])
+    first, peer = _compare.compare({"a": a, "b": b}, repeats=4, warmup=3, device="cpu", once=("b",))
+    assert clock.calls == ["a", "b"] and first.rounds == peer.rounds == 1
+    assert _compare.sized(8, smallest=2) == 2
+
+
+def test_the_smallest_sizes_are_not_recorded(tmp_path):
+    command = [sys.executable, "-m", "pytest", str(table.ROOT / "bench"), "--smallest", "--collect-only"]
+    env = {**os.environ, _record.OUT: str(tmp_path / "run.json")}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4
+    assert f"--smallest measures nothing: {_record.OUT} must not be set" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_part_of_the_work_is_scaled_to_the_whole(clock):

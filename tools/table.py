@@ -69,6 +69,15 @@ ROWS = (
         ours=("proof, sharp sigma",),
         kernels=False,
     ),
+    *(
+        Row(
+            f"rank *proved* at condition number {condition}, {{size}}",
+            f"certified rank of condition {condition}",
+            ours=("proof",),
+            kernels=False,
+        )
+        for condition in ("1e6", "1e10")
+    ),
     Row(
         "`LayerJacobians.gram`, {size}",
         "empirical NTK",
