@@ -123,7 +123,7 @@ class Build(build_ext):
         options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         options.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         options += [f"-I{self.pybind11}", f"-I{sysconfig.get_path('include')}"]
-        # What decides the machine code is in a file of options that bench/aot.py compiles with too. Denormals
+        # What decides the machine code is in a file of options that tools/aot.py compiles with too. Denormals
         # kept and divisions rounded correctly are the defaults, said there because results rest on them.
         flags = "csrc/cuda/nvcc_flags.txt"
         command = [nvcc, "-optf", flags, "-cudart", "static", "-Xcompiler", "-fPIC"]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import _record
 import torch
@@ -16,6 +16,8 @@ import torch
 from gcfast.ops import dispatch
 
 DEVICE = "GCFAST_BENCH_DEVICE"
+SMALLEST = "GCFAST_BENCH_SMALLEST"
+Size = TypeVar("Size")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ def bench_device() -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"{DEVICE} must be cpu or cuda; got {name!r}")
     return torch.device(name)
+
+
+def only_smallest() -> bool:
+    """Whether everything is run once at its smallest size (pytest's --smallest): nothing is measured then."""
+    return bool(os.environ.get(SMALLEST, "").strip())
+
+
+def sized(usual: Size, *, smallest: Size) -> Size:
+    """A benchmark's size, or the one that runs where ``--smallest`` is given."""
+    return smallest if only_smallest() else usual
 
 
 class _HostClock:
@@ -124,9 +136,11 @@ def compare(
 
     `device` says whose clock counts; by default it is where the first candidate's result lives, or else
     :func:`bench_device`. On a GPU the L2 cache is flushed before every timed call. Candidates named in `once`
-    run in the first round only, without warm-up. `scale` names candidates that do a part of the work, with
-    the factor from its time to that of the whole.
+    run in the first round only, without warm-up; with ``--smallest`` all do. `scale` names candidates that do
+    a part of the work, with the factor from its time to that of the whole.
     """
+    if only_smallest():
+        repeats, warmup = 1, 0
     value: object = None
     for name, f in reversed(candidates.items()):  # the first one last, for its result
         for _ in range(0 if name in once else warmup):
@@ -180,7 +194,7 @@ def with_compiled(
     step: Callable[[Callable[..., object]], Callable[[], object]],
 ) -> dict[str, Callable[[], object]]:
     """The candidates and step(torch.compile(f)); without it, and a line that says why, where it fails."""
-    compiled = step(torch.compile(f))
+    compiled = step(torch.compile(f, backend=sized("inductor", smallest="eager")))  # which compiles no C++
     try:
         compiled()
     except Exception as error:  # a peer that cannot run here must not take the comparison along
@@ -203,7 +217,8 @@ def on_backend(backend: str, call: Callable[[], object]) -> Callable[[], Any]:
 def copy_bandwidth(nbytes: int | None = None, *, device: torch.device | str | None = None) -> float:
     """Bytes read and written a second by torch's own copy of a large tensor."""
     where = torch.device(device) if device is not None else bench_device()
-    return _copy_bandwidth(nbytes or (1 << 30 if where.type == "cuda" else 1 << 28), where)
+    usual = sized(1 << 30 if where.type == "cuda" else 1 << 28, smallest=1 << 16)
+    return _copy_bandwidth(nbytes or usual, where)
 
 
 @cache
@@ -224,7 +239,8 @@ def matmul_peak(
 ) -> float:
     """FLOP a second of torch's square product; float32 by IEEE rules, or with TF32 inputs."""
     where = torch.device(device) if device is not None else bench_device()
-    return _matmul_peak(dtype, n or (8192 if where.type == "cuda" else 2048), where, tf32)
+    usual = sized(8192 if where.type == "cuda" else 2048, smallest=64)
+    return _matmul_peak(dtype, n or usual, where, tf32)
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from _compare import compare, matmul_peak
+from _compare import compare, matmul_peak, sized
 
 _SOURCE = """
 #include <cstdint>
@@ -56,6 +56,7 @@ def fma_peak(dtype: torch.dtype) -> tuple[float, str]:
         loop = ctypes.CDLL(str(target)).fma_loop
     number = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
     loop.restype, loop.argtypes = number, (ctypes.c_int64, number, number, ctypes.c_int)
-    rounds, threads, lanes = 1_000_000, torch.get_num_threads(), _bytes() // (4 if kind == "float" else 8)
+    rounds = sized(1_000_000, smallest=10)
+    threads, lanes = torch.get_num_threads(), _bytes() // (4 if kind == "float" else 8)
     (time,) = compare({"fma": lambda: loop(rounds, 0.5, 0.5, threads)}, repeats=9, device="cpu")
     return 2 * 12 * lanes * rounds * threads / time.best, "FMAs at their measured peak"

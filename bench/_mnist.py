@@ -1,4 +1,7 @@
-"""The end-to-end problem: MNIST features of an MLP with a wide layer, after a few epochs of SGD."""
+"""The end-to-end problem: MNIST features of an MLP with a wide layer, after a few epochs of SGD.
+
+With ``--smallest`` the images are ten clusters of noise, so that nothing needs to be there.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from _compare import only_smallest
 from torch import Tensor, nn
 
 import gcfast
@@ -26,6 +30,7 @@ class HeadProblem:
     test_targets: Tensor
     weight: Tensor
     bias: Tensor
+    data: str = "MNIST"
 
     def test_error(self, weight: Tensor, bias: Tensor) -> float:
         z = self.test_features @ weight.to(self.test_features.dtype).T + bias.to(self.test_features.dtype)
@@ -48,10 +53,17 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return flat(x), y.long(), flat(xt), yt.long()
 
 
+def clusters() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`mnist` gives, of ten random images and noise: easy, and always there."""
+    centers, y = torch.randn(10, 784), torch.arange(200) % 10
+    x, xt = (centers[y] + 0.1 * torch.randn(len(y), 784) for _ in range(2))
+    return x, y, xt, y
+
+
 @cache
 def head_problem(
-    n: int = 4000,
-    m: int = 4400,
+    n: int,
+    m: int,
     layer: str = "WideLayer",
     epochs: int = 6,
     device: str = "cpu",
@@ -62,7 +74,8 @@ def head_problem(
     how it is initialised: as gcfast's WideLayer, or as torch's nn.Linear.
     """
     torch.manual_seed(0)
-    x, y, xt, yt = (t.to(device) for t in mnist())
+    data = "clusters" if only_smallest() else "MNIST"
+    x, y, xt, yt = (t.to(device) for t in (clusters() if data == "clusters" else mnist()))
     x, y = x[:n], y[:n]
     model = nn.Sequential(
         nn.Linear(784, 256),
@@ -84,5 +97,5 @@ def head_problem(
         body = model[:-1].double()
         h, ht = (torch.cat([body(rows.double()) for rows in t.split(1000)]) for t in (x, xt))
         return HeadProblem(
-            h, y, ht.float(), yt, model[-1].weight.detach().double(), model[-1].bias.detach().double()
+            h, y, ht.float(), yt, model[-1].weight.detach().double(), model[-1].bias.detach().double(), data
         )

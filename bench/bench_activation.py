@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, copy_bandwidth, on_backend, show, with_compiled
+from _compare import compare, copy_bandwidth, on_backend, show, sized, with_compiled
 
 from gcfast import ops, reference
 
-N = {"cpu": 1 << 20, "cuda": 1 << 26}
+N = sized({"cpu": 1 << 20, "cuda": 1 << 26}, smallest={"cpu": 1 << 11, "cuda": 1 << 11})
 KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, matmul_peak, on_backend, show
+from _compare import compare, matmul_peak, on_backend, show, sized
 from _fma import fma_peak
 
 from gcfast import ops
 
-N = {"cpu": 4096, "cuda": 16384}
+N = sized({"cpu": 4096, "cuda": 16384}, smallest={"cpu": 64, "cuda": 64})
 
 
 def _gram(n, dtype, device):

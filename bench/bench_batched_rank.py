@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, copy_bandwidth, matmul_peak, show
+from _compare import compare, copy_bandwidth, matmul_peak, show, sized
 
 import gcfast
 from gcfast import ops
 
 DTYPES = [torch.float32, torch.float64]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]
-SHAPES = {
-    "cpu": [(4096, 8, 8), (4096, 16, 16), (1024, 32, 32), (512, 64, 64), (256, 64, 128), (64, 128, 256)],
-    "cuda": [(4096, 32, 32), (4096, 64, 128)],
-}
+SHAPES = sized(
+    {
+        "cpu": [(4096, 8, 8), (4096, 16, 16), (1024, 32, 32), (512, 64, 64), (256, 64, 128), (64, 128, 256)],
+        "cuda": [(4096, 32, 32), (4096, 64, 128)],
+    },
+    smallest={"cpu": [(4, 8, 8), (2, 16, 32)], "cuda": [(2, 16, 32)]},
+)
 CASES = sorted({(device, *shape) for device, shapes in SHAPES.items() for shape in shapes})
 KINDS = ["full rank", "half of them deficient"]
 

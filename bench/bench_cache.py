@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, show
+from _compare import compare, show, sized
 
 import gcfast
 from gcfast.cli.training.models import mlp, resnet18
@@ -18,10 +18,10 @@ BATCH = 64
 def net(kind: str) -> tuple[torch.nn.Module, tuple[int, ...], str]:
     """A model, its inputs' shape with n, and its size in words."""
     if kind == "mlp":
-        n = 4000
-        return mlp(784, 10, (256, 128), wide=4400), (n, 784), f"MLP 784-256-128-4400-10 n={n}"
-    n = 256
-    return resnet18(3, 10, 16, wide=282), (n, 3, 32, 32), f"ResNet-18 width=16 m=282 n={n}"
+        n, m = sized((4000, 4400), smallest=(96, 106))
+        return mlp(784, 10, (256, 128), wide=m), (n, 784), f"MLP 784-256-128-{m}-10 n={n}"
+    n, m, width = sized((256, 282, 16), smallest=(16, 18, 2))
+    return resnet18(3, 10, width, wide=m), (n, 3, 32, 32), f"ResNet-18 width={width} m={m} n={n}"
 
 
 class PhaseTwo:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _compare import compare, copy_bandwidth, show
+from _compare import compare, copy_bandwidth, show, sized
 
 from gcfast.features.duplicates import RowKeys, equal_rows
 
-N, D = 200_000, 512
+N, D = sized((200_000, 512), smallest=(600, 8))
 
 
 def _rows(copies: int, device: torch.device) -> torch.Tensor:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, matmul_peak, on_backend, show
+from _compare import compare, matmul_peak, on_backend, show, sized
 from _fma import fma_peak
 
 from gcfast import ops
 
 # n, C, T, R, S, and how g and a lie: tokens as (C, n, T, R) and (n, T, S), pictures (C, n, R, T), (n, S, T)
-SHAPES = {
-    "ViT feed-forward 1": (16, 10, 65, 512, 128, "tokens"),
-    "ViT feed-forward 2": (16, 10, 65, 128, 512, "tokens"),
-    "ViT attention": (16, 10, 65, 384, 128, "tokens"),
-    "ResNet layer 1": (8, 10, 1024, 64, 576, "pictures"),
-    "ResNet layer 2": (8, 10, 256, 128, 1152, "pictures"),
-    "ResNet layer 3, downsampling": (8, 10, 64, 256, 128, "pictures"),
-}
+SHAPES = sized(
+    {
+        "ViT feed-forward 1": (16, 10, 65, 512, 128, "tokens"),
+        "ViT feed-forward 2": (16, 10, 65, 128, 512, "tokens"),
+        "ViT attention": (16, 10, 65, 384, 128, "tokens"),
+        "ResNet layer 1": (8, 10, 1024, 64, 576, "pictures"),
+        "ResNet layer 2": (8, 10, 256, 128, 1152, "pictures"),
+        "ResNet layer 3, downsampling": (8, 10, 64, 256, 128, "pictures"),
+    },
+    smallest={"ViT": (2, 3, 5, 16, 8, "tokens"), "ResNet": (2, 3, 4, 16, 8, "pictures")},
+)
 
 
 def composed(out, g, a):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, copy_bandwidth, show, with_compiled
+from _compare import compare, copy_bandwidth, show, sized, with_compiled
 
 from gcfast import ops, reference
 
 DTYPES = [torch.float32, torch.float64]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]
 # a panel of the proof's Q at n = 4,096, and all the features; on a GPU those of n = 50,000
-SHAPES = {
-    "cpu": {"panel": (4096, 1024), "features": (4096, 4505)},
-    "cuda": {"panel": (50_000, 1024), "features": (50_000, 8192)},
-}
+SHAPES = sized(
+    {
+        "cpu": {"panel": (4096, 1024), "features": (4096, 4505)},
+        "cuda": {"panel": (50_000, 1024), "features": (50_000, 8192)},
+    },
+    smallest={where: {"panel": (64, 32), "features": (64, 71)} for where in ("cpu", "cuda")},
+)
 
 
 def plain_bound(h: torch.Tensor) -> torch.Tensor:

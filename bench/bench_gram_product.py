@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, copy_bandwidth, matmul_peak, show
+from _compare import compare, copy_bandwidth, matmul_peak, show, sized
 
 from gcfast import ops
 
-SIZES = {"cpu": 4_000, "cuda": 16_000}
+SIZES = sized({"cpu": 4_000, "cuda": 16_000}, smallest={"cpu": 64, "cuda": 64})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

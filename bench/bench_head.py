@@ -10,12 +10,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, show
+from _compare import compare, show, sized
 from _mnist import HeadProblem, head_problem
 
 import gcfast
 
 TARGET = 1e-6
+N, M = sized((4000, 4400), smallest=(60, 66))
 
 
 def lbfgs(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -68,15 +69,15 @@ def sklearn(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, float]:
 
 
 def bench_nearest(benchmark, device):
-    p = head_problem(device=device.type)
-    benchmark.group = "phase two, MNIST n = 4000, m = 4400"
+    p = head_problem(N, M, device=device.type)
+    benchmark.group = f"phase two, {p.data} n = {N}, m = {M}"
     _, _, loss = benchmark.pedantic(nearest, args=(p,), rounds=3, warmup_rounds=1)
     assert loss <= TARGET
 
 
 def bench_torch_lbfgs(benchmark, device):
-    p = head_problem(device=device.type)
-    benchmark.group = "phase two, MNIST n = 4000, m = 4400"
+    p = head_problem(N, M, device=device.type)
+    benchmark.group = f"phase two, {p.data} n = {N}, m = {M}"
     _, _, loss = benchmark.pedantic(lbfgs, args=(p,), rounds=3, warmup_rounds=0)
     assert loss <= TARGET
 
@@ -84,7 +85,7 @@ def bench_torch_lbfgs(benchmark, device):
 @pytest.mark.parametrize("layer", ["WideLayer", "Linear"])
 def bench_table(benchmark, device, layer):
     """nearest and L-BFGS in turn, scikit-learn (on the CPU, as it does) once, for it takes long."""
-    p = head_problem(layer=layer, device=device.type)
+    p = head_problem(N, M, layer, device=device.type)
     methods = {"torch L-BFGS": lbfgs, "nearest": nearest}
     if importlib.util.find_spec("sklearn"):
         methods["scikit-learn"] = sklearn
@@ -98,7 +99,7 @@ def bench_table(benchmark, device, layer):
     timings = benchmark.pedantic(
         lambda: compare(candidates, repeats=5, warmup=1, device=device, once=("scikit-learn",)), rounds=1
     )
-    size = f"MNIST n=4000 m=4400, {layer} features"
+    size = f"{p.data} n={N} m={M}, {layer} features"
     title = f"phase two to loss {TARGET:g}, {size}, float64"
     show(title, timings, op="phase two", size=size, extra=extra)
     print(f"  test error at the start {p.test_error(p.weight, p.bias):.2f} %")

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from _compare import compare, show
+from _compare import compare, only_smallest, show, sized
 from _jacobian_models import Problem, problem
 from _jacobian_peers import PEERS, Peer, jacobian
 
-SIZES = {
-    "cpu": {"resnet18": 8, "mlp": 512, "mlp, small": 64, "vit": 16},
-    "cuda": {"resnet18": 64, "mlp": 512, "mlp, small": 64, "vit": 64},
-}
+SIZES = sized(
+    {
+        "cpu": {"resnet18": 8, "mlp": 512, "mlp, small": 64, "vit": 16},
+        "cuda": {"resnet18": 64, "mlp": 512, "mlp, small": 64, "vit": 64},
+    },
+    smallest={where: {"mlp, small": 2, "vit": 1} for where in ("cpu", "cuda")},
+)
 SLOWER = 2.0  # a peer this many times behind the best one runs in one round only
 TOLERANCE = 1e-5  # of gcfast; the peers' products of long rows may lose ten times as much
 TARGETS = {"resnet18": (4, 0.2), "mlp": (10, None), "mlp, small": (10, None), "vit": (3, None)}
@@ -95,7 +98,10 @@ def bench_table(benchmark, device, case):
     for name in order:
         if peers[name].scale != 1:
             extra[name]["scaled"] = peers[name].scale
-        used = memory(kind, n, name) if device.type == "cpu" else None
+        if device.type != "cpu" or (only_smallest() and name != "gcfast"):
+            used = None
+        else:
+            used = memory(kind, n, name)
         if used is not None:
             extra[name]["memory"] = used
     extra["gcfast"]["could not run"] = failed

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _compare import compare, matmul_peak, on_backend, show
+from _compare import compare, matmul_peak, on_backend, show, sized
 from _fma import fma_peak
 
 from gcfast import ops
 
 # n, C, T and the layers' ends: an MLP, a late convolution of a ResNet, the tokens of a transformer
-SHAPES = {
-    "MLP": (512, 10, 1, (512, 1024, 1034)),
-    "convolution": (8, 10, 16, (512,)),
-    "tokens": (16, 10, 65, (64,)),
-}
+SHAPES = sized(
+    {
+        "MLP": (512, 10, 1, (512, 1024, 1034)),
+        "convolution": (8, 10, 16, (512,)),
+        "tokens": (16, 10, 65, (64,)),
+    },
+    smallest={"MLP": (4, 3, 1, (8, 16, 17)), "convolution": (2, 3, 4, (8,)), "tokens": (2, 3, 5, (8,))},
+)
 
 
 def composed(out, g, h, scale, ends):

@@ -7,16 +7,21 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, copy_bandwidth, on_backend, show, with_compiled
+from _compare import compare, copy_bandwidth, on_backend, show, sized, with_compiled
 
 from gcfast import ops, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]
-SHAPES = {
-    "cpu": {"ten": (60_000, 10), "hundred": (6_000, 100), "many": (600, 10_000)},
-    "cuda": {"ten": (1_000_000, 10), "hundred": (100_000, 1_000), "many": (4_096, 100_000)},
-}
+SHAPES = sized(
+    {
+        "cpu": {"ten": (60_000, 10), "hundred": (6_000, 100), "many": (600, 10_000)},
+        "cuda": {"ten": (1_000_000, 10), "hundred": (100_000, 1_000), "many": (4_096, 100_000)},
+    },
+    smallest={
+        where: {"ten": (64, 10), "hundred": (16, 100), "many": (4, 10_000)} for where in ("cpu", "cuda")
+    },
+)
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 

@@ -9,13 +9,16 @@ import tempfile
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import compare, matmul_peak, show, with_compiled
+from _compare import compare, matmul_peak, only_smallest, show, sized, with_compiled
 from _fma import fma_peak
 
 import gcfast
 from gcfast import ops
 
-SIZES = {"cpu": (8_000, 128, 8_800, 10), "cuda": (50_000, 512, 55_000, 10)}  # n, d, m, C
+SIZES = sized(  # n, d, m, C
+    {"cpu": (8_000, 128, 8_800, 10), "cuda": (50_000, 512, 55_000, 10)},
+    smallest=dict.fromkeys(("cpu", "cuda"), (64, 16, 72, 10)),
+)
 DTYPES = [torch.float32, torch.float64]
 ids = [str(d).removeprefix("torch.") for d in DTYPES]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # F.softplus itself is off by 2e-9
@@ -68,6 +71,7 @@ def with_memory(codes: dict[str, str], sizes: tuple[int, ...], device: torch.dev
     if device.type != "cpu":
         return {}
     n, _, m, _ = sizes
+    codes = {"gcfast": codes["gcfast"]} if only_smallest() else codes  # a process each
     found = {name: max(0, peak_bytes(code, sizes) - results) for name, code in codes.items()}
     for name, value in found.items():
         share = value / (4 * n * m)
@@ -163,7 +167,10 @@ def bench_two_calls_table(benchmark, device, dtype):
     show(title, timings, *limit(2 * n * m * (2 * d + 2 * c), device, dtype))
 
 
-SQUARE = {"cpu": (4_000, 128, 4_400), "cuda": (20_000, 512, 22_000)}
+SQUARE = sized(
+    {"cpu": (4_000, 128, 4_400), "cuda": (20_000, 512, 22_000)},
+    smallest=dict.fromkeys(("cpu", "cuda"), (64, 16, 72)),
+)
 
 
 def bench_wide_gram_table(benchmark, device):
@@ -227,7 +234,7 @@ EAGER_MODEL = "nn.Sequential(nn.Linear(d, m), nn.Softplus(), nn.Linear(m, c))"
 
 def bench_training_step_table(benchmark, device):
     """Forward and backward of a wide layer and its head on a batch, gradients of the input as well."""
-    sizes = n, d, m, c = (256, 256, 8_800, 10)
+    sizes = n, d, m, c = sized((256, 256, 8_800, 10), smallest=(16, 16, 72, 10))
     ours = gcfast.WideHead(gcfast.WideLayer(d, m), torch.nn.Linear(m, c)).to(device)
     eager = torch.nn.Sequential(torch.nn.Linear(d, m), torch.nn.Softplus(), torch.nn.Linear(m, c)).to(device)
     eager.load_state_dict(dict(zip(eager.state_dict(), ours.state_dict().values())))

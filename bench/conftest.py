@@ -12,11 +12,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "cuda"),
         help="where benchmarks run (GCFAST_BENCH_DEVICE; default: the GPU if there is one)",
     )
+    parser.addoption(
+        "--smallest",
+        action="store_true",
+        help="run every benchmark once at its smallest size: whether it works, not how fast",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device"):
         os.environ["GCFAST_BENCH_DEVICE"] = config.getoption("--device")
+    if config.getoption("--smallest"):  # before the benchmarks are imported, which choose their sizes then
+        if os.environ.get("GCFAST_BENCH_OUT", "").strip():
+            raise pytest.UsageError("--smallest measures nothing: GCFAST_BENCH_OUT must not be set")
+        os.environ["GCFAST_BENCH_SMALLEST"] = "1"
 
 
 def pytest_report_header() -> str:
@@ -26,7 +35,8 @@ def pytest_report_header() -> str:
     run = _record.header()
     device = _compare.bench_device().type
     where = run["device"] if device == "cuda" else f"{run['cpu']}, {run['threads']} threads"
-    return f"bench: {device} ({where}), torch {run['torch']}, commit {run['commit']}"
+    sizes = ", smallest sizes, once" if _compare.only_smallest() else ""
+    return f"bench: {device} ({where}), torch {run['torch']}, commit {run['commit']}{sizes}"
 
 
 @pytest.fixture

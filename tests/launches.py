@@ -1,9 +1,9 @@
-"""Every launch of a Triton kernel in the tests is one that bench/aot.py has compiled for the architectures.
+"""Every launch of a Triton kernel in the tests is one that tools/aot.py has compiled for the architectures.
 
 ``watch`` wraps the launchers' ``run`` for the whole session: a kernel, launch configuration, constants and
 types of arguments that no entry of the module's ``specializations()`` states fail the test that asked for
 them. What Triton specialises besides, the values of arguments (multiples of 16, an integer of 1), is not
-asked of the list: bench/aot.py adds it to every entry.
+asked of the list: tools/aot.py adds it to every entry.
 """
 
 from __future__ import annotations

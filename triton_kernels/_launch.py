@@ -70,7 +70,7 @@ def variants(s: Specialization) -> dict[str, Specialization]:
 
     ``aligned``: every pointer a multiple of 16; ``unaligned``: nothing known to be one; ``ones``: every
     integer 1, hence a constant; ``64-bit``: every integer too large for 32 bits. List
-    ``variants(s)["unaligned"]`` where it is as common as the aligned one; what is not listed ``bench/aot.py``
+    ``variants(s)["unaligned"]`` where it is as common as the aligned one; what is not listed ``tools/aot.py``
     compiles for one architecture.
     """
     fixed = {p.name for p in getattr(s.kernel, "params", ()) if p.do_not_specialize}

@@ -183,7 +183,7 @@ def test_a_failing_cuda_call_is_named():
 
 
 def test_sanitizer_program():
-    program = Path(__file__).resolve().parents[2] / "bench" / "sanitize.py"
+    program = Path(__file__).resolve().parents[2] / "tools" / "sanitize.py"
     if not program.is_file():
         pytest.skip("needs the source tree")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,4 +1,4 @@
-"""bench/aot.py reports what it must of kernels made for it, and the test session's watch on launches too."""
+"""tools/aot.py reports what it must of kernels made for it, and the test session's watch on launches too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import launches
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(1024) spills(float* x, int n) {
 
 
 def _tools_missing() -> str:
-    if not (ROOT / "bench" / "aot.py").is_file():
+    if not (ROOT / "tools" / "aot.py").is_file():
         return "needs the source tree"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -110,7 +111,7 @@ needs_compiler = pytest.mark.skipif(bool(_tools_missing()), reason=_tools_missin
 
 def aot(*args: object) -> subprocess.CompletedProcess[str]:
     """The tool as a user starts it; the interpreter, on for the tests, must not hinder it."""
-    command = [sys.executable, str(ROOT / "bench" / "aot.py"), *map(str, args)]
+    command = [sys.executable, str(ROOT / "tools" / "aot.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120)
 
 
@@ -129,9 +130,9 @@ def about(lines: list[str], *words: str) -> list[str]:
     return [line for line in lines if all(word in line for word in words)]
 
 
-@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+@pytest.mark.skipif(not (ROOT / "tools").is_dir(), reason="needs the source tree")
 def test_what_a_row_may_need(monkeypatch):
-    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "bench" / "_machine_code.py")
+    spec = importlib.util.spec_from_file_location("machine_code", ROOT / "tools" / "_machine_code.py")
     code = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "machine_code", code)
     spec.loader.exec_module(code)
@@ -156,7 +157,7 @@ def test_what_a_row_may_need(monkeypatch):
 def test_offences_are_reported_one_line_each(compiled):
     status, _, offences, stderr = compiled
     assert status == 1
-    assert all(f"bench.aot: {line}\n" in stderr for line in offences) and all("\n" not in o for o in offences)
+    assert all(f"tools.aot: {line}\n" in stderr for line in offences) and all("\n" not in o for o in offences)
 
 
 @needs_compiler
@@ -170,6 +171,28 @@ def test_a_fine_kernel_passes_everywhere(compiled):
     (unaligned,) = [r for r in fine if r["config"].endswith("; unaligned")]
     assert unaligned["load_bits"] == 32
     assert {r["config"].rsplit("; ", 1)[1] for r in fine} == {"aligned", "unaligned", "ones", "64-bit"}
+
+
+@needs_compiler
+def test_a_sample_has_one_compilation_of_each_kind_another_with_each_seed(tmp_path):
+    (tmp_path / "some_kernels.py").write_text(KERNELS)
+
+    def names(*options: object) -> list[str]:
+        done = aot("--kernels", tmp_path / "some_kernels.py", "--list", *options)
+        assert "unlisted_kernel: not in" in done.stderr  # whatever is sampled
+        return done.stdout.splitlines()
+
+    def kind(name: str) -> tuple[str, str, str]:
+        kernel, _, config = name.partition("[")
+        return kernel, config.partition(";")[0], name.rpartition(" ")[2]
+
+    whole = names()
+    kinds = Counter(map(kind, whole))
+    first, second = (names("--sample", seed) for seed in (0, 1))
+    for sample in (first, second):
+        assert Counter(map(kind, sample)) == dict.fromkeys(kinds, 1) and set(sample) <= set(whole)
+    alone = {kind(name) for name in set(first) & set(second)}
+    assert alone == {name for name, count in kinds.items() if count == 1}
 
 
 @needs_compiler

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import _compare
 import _record
-import _scaling_page
 import pytest
-import scaling
 import table
 import torch
 from conftest import NEEDS_GPU
+from scaling import measure as scaling_cells
+from scaling import page as scaling_page
 
 from gcfast import ops
 
@@ -68,6 +70,24 @@ def test_a_slow_peer_can_run_once(clock):
     assert clock.calls == ["a", "b", "a", "a", "a"]
     assert (first.rounds, peer.rounds, peer.median) == (4, 1, 30)
     assert first.ratios["b"] == (30, 30, 30)
+
+
+def test_the_smallest_sizes_run_once(clock, monkeypatch):
+    assert _compare.sized(8, smallest=2) == 8
+    monkeypatch.setenv(_compare.SMALLEST, "1")
+    a, b = clock.candidate("a", [1]), clock.candidate("b", [2])
+    first, peer = _compare.compare({"a": a, "b": b}, repeats=4, warmup=3, device="cpu", once=("b",))
+    assert clock.calls == ["a", "b"] and first.rounds == peer.rounds == 1
+    assert _compare.sized(8, smallest=2) == 2
+
+
+def test_the_smallest_sizes_are_not_recorded(tmp_path):
+    command = [sys.executable, "-m", "pytest", str(table.ROOT / "bench"), "--smallest", "--collect-only"]
+    env = {**os.environ, _record.OUT: str(tmp_path / "run.json")}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4
+    assert f"--smallest measures nothing: {_record.OUT} must not be set" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_part_of_the_work_is_scaled_to_the_whole(clock):
@@ -280,16 +300,16 @@ def test_show_lists_every_candidate_of_ours(clock, out):
 
 
 def test_the_scaling_page_is_what_was_measured():
-    page = scaling.PAGE.read_text()
-    assert _scaling_page.text(scaling.RESULTS) == page
+    page = scaling_page.PAGE.read_text()
+    assert scaling_page.text(scaling_cells.RESULTS) == page
     assert "None" not in page and "nan" not in page
 
 
 def test_exponents_are_fitted():
     points = [(n, 3e-9 * n**2.5) for n in (500, 2000, 4000, 8000)]
-    slope, at = _scaling_page._fit(points)
+    slope, at = scaling_page._fit(points)
     assert slope == pytest.approx(2.5) and at == pytest.approx(3e-9 * 1e10)
-    assert _scaling_page._fit(points[:3]) is None  # too few beyond the least size
+    assert scaling_page._fit(points[:3]) is None  # too few beyond the least size
 
 
 def test_readme_is_what_the_results_say():

@@ -1,4 +1,4 @@
-"""bench/device.sh without a GPU: it says so at once. Its sections, limits and verdicts, with stand-ins."""
+"""tools/device.sh without a GPU: it says so at once. Its sections, limits and verdicts, with stand-ins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "device.sh"
+SCRIPT = ROOT / "tools" / "device.sh"
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 GPU = {"name": "A GPU", "torch": "2.11", "cuda": "13.0", "capability": (9, 0)}
 
@@ -35,7 +35,7 @@ def device_sh(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 def assert_no_device(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("bench/device.sh: no CUDA device: ")
+    assert line.startswith("tools/device.sh: no CUDA device: ")
     return line
 
 

@@ -217,7 +217,7 @@ def test_max_jobs_is_obeyed(tree, jobs):
 
 
 @needs_source
-@pytest.mark.parametrize("folder", ["csrc", "triton_kernels", "tests", "bench"])
+@pytest.mark.parametrize("folder", ["csrc", "triton_kernels", "tests", "bench", "tools", "experiments"])
 def test_a_source_distribution_leaves_nothing_out(folder):
     """MANIFEST.in has a pattern for every file: what it misses breaks the build of an sdist alone."""
     lines = (line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines())

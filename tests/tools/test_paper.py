@@ -1,4 +1,4 @@
-"""bench/paper: cells that can be killed, statistics, augmentation, and pages that say what was measured."""
+"""The paper: cells that can be killed, statistics, augmentation, and pages that say what was measured."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_finished_cells_stay_failed_ones_are_told_and_absent_data_are_passed_ove
 def cells():
     found = running.read(pages.CELLS)
     if not found:
-        pytest.skip("no cells beside this copy of bench/paper")
+        pytest.skip("no cells beside this copy of experiments/paper")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ side of bench/aot.py: csrc/cuda/*.cu compiled with setup.py's flags, kernel by kernel."""
+"""The CUDA C++ side of tools/aot.py: csrc/cuda/*.cu compiled with setup.py's flags, kernel by kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench._machine_code import Row, output, read_ptxas, read_sass
+from tools._machine_code import Row, output, read_ptxas, read_sass
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {80: "80", 90: "90a", 100: "100"}  # what setup.py builds for an architecture

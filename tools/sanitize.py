@@ -1,6 +1,6 @@
 """Every Triton and CUDA op on small hostile inputs, against plain PyTorch: food for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python bench/sanitize.py        (also racecheck, initcheck, synccheck)
+    compute-sanitizer --tool memcheck python tools/sanitize.py        (also racecheck, initcheck, synccheck)
 
 Ragged and strided inputs off 16-byte boundaries, in place, fused gradients, a stream of its own. Allocations
 go past torch's caching allocator, so that an access beyond a tensor is one beyond its allocation. Exit status
@@ -65,7 +65,7 @@ def check(backend: str, device: torch.device) -> list[str]:
 
 def main(backends: list[str]) -> int:
     if not torch.cuda.is_available():
-        print("bench/sanitize.py needs a GPU: torch sees no CUDA device", file=sys.stderr)
+        print("tools/sanitize.py needs a GPU: torch sees no CUDA device", file=sys.stderr)
         return 2
     from gcfast import ops
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scaling import Peak
+from scaling.measure import Peak
 from torch import Tensor, nn
 
 import gcfast

@@ -1,29 +1,27 @@
 """The paper's claims on real data.
 
-python -m bench.paper --suite cpu --out DIR   every cell that DIR lacks: a killed run goes on where it stopped
-python -m bench.paper --page                  docs/paper.md, docs/guide.md and figures, of the committed cells
+python -m experiments.paper --suite cpu --out DIR   every cell that DIR lacks
+python -m experiments.paper --page                  docs/paper.md, docs/guide.md and figures
 
-A finished cell is one JSON file. Data are looked for in GCFAST_DATA or, from a checkout, ../shared/data;
-cells of data that are not there are passed over, and run once they are.
+A finished cell is one JSON file: a killed run goes on where it stopped, and the pages are made from the
+committed ones. Data are looked for in GCFAST_DATA or, from a checkout, ../shared/data; cells of data that are
+not there are passed over, and run once they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-# The installed package before the source tree, which has no compiled modules; modules that benchmarks share.
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT] + [str(ROOT), str(ROOT / "bench")]
+CELLS = Path(__file__).with_name("cells")
 
 
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench.paper", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser("python -m experiments.paper", description=__doc__, formatter_class=raw)
     parser.add_argument("--suite", choices=("cpu", "gpu"))
-    parser.add_argument("--out", type=Path, help="default: the committed cells, bench/paper/cells")
+    parser.add_argument("--out", type=Path, help="default: the committed cells, experiments/paper/cells")
     parser.add_argument(
         "--only", default="*", metavar="GLOBS", help="cells of these names: 'table1-*,times-*'"
     )
@@ -36,18 +34,18 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit code 1 if they are not what was measured")
     known = parser.parse_args()
     if known.page or known.check:
-        from bench.paper import pages
+        from paper import pages
 
         return pages.check() if known.check else pages.write()
     if known.suite is None:
         parser.error("--suite cpu or --suite gpu, or --page")
-    from bench.paper import running, suite
+    from paper import running, suite
 
     globs = known.only.split(",")
     cells = [c for c in getattr(suite, known.suite)() if any(fnmatch.fnmatch(c.name, g) for g in globs)]
     if not cells:
         parser.error(f"--only: no cell of the {known.suite} suite is named {known.only!r}")
-    out = known.out or ROOT / "bench" / "paper" / "cells"
+    out = known.out or CELLS
     if known.list:
         for cell in cells:
             print("done" if running.result(out, cell).exists() else "    ", cell.name)

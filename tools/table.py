@@ -1,9 +1,9 @@
 """README's table of speed, made from bench/results.
 
-python -m bench.table                 write the table between README's markers
-python -m bench.table --check         exit code 1 and a diff if README is not what the results say
-python -m bench.table --merge FILE…   take recorded runs (GCFAST_BENCH_OUT) into bench/results, then the table
-python -m bench.table --show FILE     the comparisons of one recorded run
+python -m tools.table                 write the table between README's markers
+python -m tools.table --check         exit code 1 and a diff if README is not what the results say
+python -m tools.table --merge FILE…   take recorded runs (GCFAST_BENCH_OUT) into bench/results, then the table
+python -m tools.table --show FILE     the comparisons of one recorded run
 
 Needs the standard library only. bench/results has a file a device: its runs, and of every op, size and dtype
 the newest comparison, with the run that it is from.
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))  # `python -m bench.table` and a plain import find the same module
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # the modules that benchmarks share
 
 import _record
 from _record import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- speed: written by python -m bench.table -->", "<!-- speed: end -->"
+BEGIN, END = "<!-- speed: written by python -m tools.table -->", "<!-- speed: end -->"
 
 PEERS = ("reference", "torch.compile", "scikit-learn")
 
@@ -68,6 +68,15 @@ ROWS = (
         "certified rank",
         ours=("proof, sharp sigma",),
         kernels=False,
+    ),
+    *(
+        Row(
+            f"rank *proved* at condition number {condition}, {{size}}",
+            f"certified rank of condition {condition}",
+            ours=("proof",),
+            kernels=False,
+        )
+        for condition in ("1e6", "1e10")
     ),
     Row(
         "`LayerJacobians.gram`, {size}",
@@ -240,7 +249,7 @@ def show(run: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.table", description="README's table of speed, made from bench/results."
+        prog="python -m tools.table", description="README's table of speed, made from bench/results."
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="exit code 1 and a diff if README is out of date")

@@ -1,33 +1,23 @@
-"""Time and memory of certify and solve_head against n on MNIST, and the page made from them.
-
-python -m bench.scaling --sizes 500,1000,2000,4000,8000,20000    measure what is not there yet
-python -m bench.scaling --page                                   docs/scaling.md, of what was measured
+"""Time and memory of certify and solve_head against n on MNIST.
 
 A cell is one size in a process of its own, which ends with a line of JSON: a killed run goes on where it
 stopped.
-MNIST is looked for in GCFAST_DATA or, from a checkout, ../shared/data.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))  # as bench/table.py does
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "scaling.json"
-PAGE = ROOT / "docs" / "scaling.md"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("cells.json")
 EPOCHS, TAU, SEED = 10, 0.6, 0
 D, BETA, LR = 128, 4.0, 7.0  # the step is LR / m, at most 0.02: what the command line takes
 MEMORY_CELL = 10**9  # max_bytes of the cell that may not store K
@@ -219,53 +209,11 @@ def measure(sizes: list[int], base: set[int], memory: set[int]) -> None:
         if name in known["cells"]:
             continue
         print(f"cell {name} ({index + 1} of {len(wanted)})", flush=True)
-        # elsewhere than in the source tree, which would shadow the installed package
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=folder, check=False)
+        command = [sys.executable, "-m", "experiments.scaling", *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
         if done.returncode:
             raise SystemExit(f"cell {name} ended with {done.returncode}")
         known["cells"][name] = json.loads(done.stdout.strip().splitlines()[-1])
         known |= {"machine": _record.header()["cpu"], "epochs": EPOCHS, "tau": TAU}
         known["commit"] = _record.commit()
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-
-
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--sizes", default="500,1000,2000,4000,8000,20000")
-    parser.add_argument("--with-base", default="20000", help="sizes at which the base optimizer runs as well")
-    parser.add_argument("--in-memory", default="20000", help="sizes solved once more within 1 GB")
-    parser.add_argument("--page", action="store_true", help="write the page")
-    parser.add_argument("--check", action="store_true", help="exit code 1 if it is not what was measured")
-    parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--base", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--theorem", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
-    known = parser.parse_args()
-    if known.cell:
-        print(json.dumps(cell(known.cell, known.base, known.memory)))
-    elif known.theorem:
-        print(json.dumps(theorem()))
-    elif known.page:
-        from _scaling_page import text
-
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(text(RESULTS))
-    elif known.check:
-        from _scaling_page import text
-
-        if text(RESULTS) != PAGE.read_text():
-            raise SystemExit(f"{PAGE} is not what {RESULTS} say: python -m bench.scaling --page")
-    else:
-        os.environ.setdefault("GCFAST_DATA", str(ROOT.parent / "shared" / "data"))
-
-        def numbers(text: str) -> list[int]:
-            return [int(part) for part in text.split(",") if part]
-
-        measure(numbers(known.sizes), set(numbers(known.with_base)), set(numbers(known.in_memory)))
-
-
-if __name__ == "__main__":
-    main()

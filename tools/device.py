@@ -1,4 +1,4 @@
-"""The logic of bench/device.sh: sections in turn, each in processes of its own, within its share of the time.
+"""The logic of tools/device.sh: sections in turn, each in processes of its own, within its share of the time.
 
 Standard library only. Whatever breaks in one section, the others run, and the verdicts come at the end.
 """
@@ -19,13 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # the modules that benchmarks share
+
 import _build
 import _record
 import table
 from _record import ROOT
 from _session import GRACE, LEAST, TIMED_OUT, Session, Verdict
 
-BENCH = ROOT / "bench"
+BENCH, TOOLS = ROOT / "bench", ROOT / "tools"
 SECTIONS = {  # and weights: of the time left a section may take its part among those still to come
     "build": 300,  # everything stands on it; what it leaves goes to the others
     "backends": 40,
@@ -113,7 +115,7 @@ def _closing(session: Session, since: int) -> str:
 def _script(name: str) -> Callable[[Session, float], tuple[int, str]]:
     def section(session: Session, limit: float) -> tuple[int, str]:
         since = session.log.stat().st_size
-        code = session.run(_python(str(BENCH / f"{name}.py")), limit)
+        code = session.run(_python(str(TOOLS / f"{name}.py")), limit)
         return code, session.tail(since, 1)[0]
 
     return section
@@ -141,8 +143,8 @@ def tests(session: Session, limit: float) -> tuple[int, str]:
 
 
 def sanitize(session: Session, limit: float) -> tuple[int, str]:
-    """bench/sanitize.py as it is, which fills Triton's cache, then under each tool of compute-sanitizer."""
-    program = _python(str(BENCH / "sanitize.py"))
+    """tools/sanitize.py as it is, which fills Triton's cache, then under each tool of compute-sanitizer."""
+    program = _python(str(TOOLS / "sanitize.py"))
     homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"]
     search = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes)])
     sanitizer = shutil.which("compute-sanitizer", path=search)
@@ -242,7 +244,7 @@ def finish(session: Session) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="bench/device.sh",
+        prog="tools/device.sh",
         description="Build, test, sanitize and measure gcfast on an NVIDIA GPU; no network needed.",
         epilog="Exit codes: 0 all passed, 1 a section did not, 2 no CUDA device or wrong options. OUT names "
         "the folder of results.json, summary.json, tests.xml and device.log (default ./gcfast-device). The "
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = probe()
     except NoDevice as why:
-        print(f"bench/device.sh: no CUDA device: {why}", file=sys.stderr)
+        print(f"tools/device.sh: no CUDA device: {why}", file=sys.stderr)
         return 2
     # SIGTERM, from `timeout` for one, ends the section at hand and still prints the table.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

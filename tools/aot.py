@@ -1,6 +1,7 @@
 """Every GPU kernel, compiled for every architecture without a GPU, and what the compiler made of it.
 
-    python -m bench.aot [--only NAME] [--arch 80,90,100] [--jobs N] [--json FILE] [--list] [--require-nvcc]
+    python -m tools.aot [--only NAME] [--arch 80,90,100] [--sample SEED] [--jobs N] [--json FILE] [--list]
+                        [--require-nvcc]
 
 Reading the table, a line a compilation: registers a thread; bytes of spill stores and loads; bytes of stack
 frame (local memory; 1 where the machine code uses some that ptxas does not count); bytes of shared memory a
@@ -9,7 +10,7 @@ in bits (128 is the widest before Blackwell's 256; "async" is cp.async, "TMA" th
 not in the instruction); seconds.
 
 The exit status is 1, with a line on stderr for each reason, if a compilation fails, local memory is used (and
-``MAY_SPILL`` in bench/_machine_code.py does not allow it), a matrix instruction that a specialisation expects
+``MAY_SPILL`` in tools/_machine_code.py does not allow it), a matrix instruction that a specialisation expects
 is missing, shared memory or registers times threads exceed the architecture's, or a kernel is not listed. A
 narrow load is shown only: whether it matters is for the reader to judge.
 
@@ -19,6 +20,10 @@ each, what Triton specialises by the values of arguments: "unaligned" (no pointe
 multiple of 16) or "aligned" (every pointer is), whichever is not listed, "ones" (every integer 1, which
 makes it a constant) and "64-bit" (every integer beyond 32 bits). A CUDA kernel is found by itself in
 csrc/cuda/*.cu; without ``__launch_bounds__`` it is taken to be launched with 1024 threads.
+
+A compilation takes about half a second of one core, a CUDA file ten. ``--sample SEED`` compiles one for each
+kernel, architecture and set of element types, and each CUDA file for one architecture. The next seed takes
+the next ones, so that seeds that count days go through all. That every kernel is listed is still checked.
 
 Triton's own ptxas log and machine code are read, so the figures are those of the installed version of Triton.
 """
@@ -47,8 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import _aot_cuda, _aot_triton  # noqa: E402
-from bench._machine_code import SHARED_LIMIT, Row  # noqa: E402
+from tools import _aot_cuda, _aot_triton  # noqa: E402
+from tools._machine_code import SHARED_LIMIT, Row  # noqa: E402
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
@@ -58,6 +63,7 @@ class Job:
     kernel: str
     config: str
     arch: int
+    kind: tuple[object, ...]  # of which --sample takes one
     compile: Callable[[], list[Row]]
 
     @property
@@ -76,7 +82,7 @@ def triton_jobs(files: list[Path], architectures: list[int]) -> tuple[list[Job],
     import triton
 
     if triton.knobs.runtime.interpret:
-        raise SystemExit("bench.aot: Triton's interpreter is on: unset TRITON_INTERPRET")
+        raise SystemExit("tools.aot: Triton's interpreter is on: unset TRITON_INTERPRET")
     jobs, offences = [], []
     for module in _aot_triton.kernel_modules(files):
         listed = list(getattr(module, "specializations", list)())
@@ -84,14 +90,23 @@ def triton_jobs(files: list[Path], architectures: list[int]) -> tuple[list[Job],
         for s, arch, variant in _aot_triton.completed(listed, architectures):
             config = _aot_triton.config(s, variant)
             job = partial(_aot_triton.compile_one, s, arch, variant)
-            jobs.append(Job(s.kernel.__name__, config, arch, job))
+            types = frozenset(t for t in s.signature.values() if t.startswith("*"))
+            jobs.append(Job(s.kernel.__name__, config, arch, (s.kernel.__name__, arch, types), job))
     return jobs, offences
 
 
 def cuda_jobs(files: list[Path], architectures: list[int]) -> list[Job]:
     sources = files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     pairs = [(s, a) for s in sources for a in architectures]
-    return [Job(s.name, "", a, partial(_aot_cuda.compile_one, s, a)) for s, a in pairs]
+    return [Job(s.name, "", a, (s.name,), partial(_aot_cuda.compile_one, s, a)) for s, a in pairs]
+
+
+def sample(jobs: list[Job], seed: int) -> list[Job]:
+    """One job of each kind; seed by seed all of them."""
+    kinds: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault(job.kind, []).append(job)
+    return [same[seed % len(same)] for same in kinds.values()]
 
 
 _jobs: list[Job] = []  # inherited by the worker processes: kernels cannot be pickled
@@ -149,11 +164,12 @@ def table(rows: list[Row]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench.aot", description=str(__doc__).partition("\n")[0])
+    parser = argparse.ArgumentParser("tools.aot", description=str(__doc__).partition("\n")[0])
     parser.add_argument(
         "--only", default="", metavar="NAME", help="kernels whose name or configuration has this"
     )
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="default: %(default)s")
+    parser.add_argument("--sample", type=int, metavar="SEED", help="one compilation of each kind only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and offences")
     parser.add_argument("--list", action="store_true", help="name the compilations, compile nothing")
@@ -179,7 +195,7 @@ def collect(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
     offences: list[str] = []
     if python or not args.kernels:
         if importlib.util.find_spec("triton") is None:
-            raise SystemExit("bench.aot: Triton is not installed")
+            raise SystemExit("tools.aot: Triton is not installed")
         jobs, offences = triton_jobs(python, args.arch)
     if cuda or not args.kernels:
         if _aot_cuda.find_nvcc() is not None:
@@ -189,6 +205,8 @@ def collect(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
         else:
             say("csrc/cuda/*.cu skipped: no nvcc")
     jobs = [job for job in jobs if args.only in job.name]
+    if args.sample is not None:
+        jobs = sample(jobs, args.sample)
     return jobs, [line for line in offences if args.only in line]
 
 
@@ -225,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     for line in offences:
-        say(f"bench.aot: {line}")
+        say(f"tools.aot: {line}")
     return 1 if offences else 0
 
 

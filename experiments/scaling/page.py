@@ -1,4 +1,4 @@
-"""docs/scaling.md, made from the cells of bench/scaling.py."""
+"""docs/scaling.md, made from the cells that measure.py ran."""
 
 # ruff: noqa: E501  (the page's own lines)
 
@@ -12,11 +12,12 @@ from paper.statistics import power_law
 
 import gcfast
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 FIT_FROM = 2000  # samples: below, what is counted is not what takes the time
 
 TEXT = """# How time and memory grow with the number of samples
 
-Made by `python -m bench.scaling` and `python -m bench.scaling --page`, of MNIST's first n samples with m = 1.1 n
+Made by `python -m experiments.scaling` and `python -m experiments.scaling --page`, of MNIST's first n samples with m = 1.1 n
 softplus features of d = {d} inputs (MLP 784-256-{d}-m-10, SGD with momentum, {epochs} epochs, perturbed and
 frozen after {tau:.0%} of them), {threads} threads of {machine}, commit {commit}. `certify(sharp=False, route="direct")` proves rank n of
 the very features that phase two trains on; `solve_head` goes to a gap of 1e-6. Memory is what the process grew by.

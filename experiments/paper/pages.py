@@ -35,7 +35,7 @@ def check() -> int:
     cells, code = read(CELLS), 0
     for page in (PAPER, GUIDE):
         if not page.exists() or page.read_text(encoding="utf-8") != fill(TEMPLATES / page.name, cells):
-            print(f"{page} is not what {CELLS} say: python -m bench.paper --page")
+            print(f"{page} is not what {CELLS} say: python -m experiments.paper --page")
             code = 1
     return code
 

@@ -1,4 +1,4 @@
-"""One run of bench/device.sh: its folders, its clock, its log, and commands that end in time."""
+"""One run of tools/device.sh: its folders, its clock, its log, and commands that end in time."""
 
 from __future__ import annotations
 

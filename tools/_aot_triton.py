@@ -1,4 +1,4 @@
-"""The Triton side of bench/aot.py: the kernels' specialisations found, completed and compiled."""
+"""The Triton side of tools/aot.py: the kernels' specialisations found, completed and compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench._machine_code import Row, output, read_ptx, read_ptxas, read_sass
+from tools._machine_code import Row, output, read_ptx, read_ptxas, read_sass
 
 ROOT = Path(__file__).resolve().parent.parent
 

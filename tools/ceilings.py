@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # the modules that benchmarks share
+
 from _compare import bench_device, copy_bandwidth, matmul_peak
 
 

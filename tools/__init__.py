@@ -1,0 +1,1 @@
+"""The project's own upkeep: ahead-of-time compilation, device runs, sanitizers and README's table."""
