@@ -13,7 +13,7 @@ class UserError(ValueError):
 _INSTALL_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def import_optional(module: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it."""
     try:
         return importlib.import_module(module)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from gcfast.errors import require
+from gcfast.errors import import_optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def eigenvalue_ranges(rows: Sequence[EigenvalueRow]) -> str:
 
 def _figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, Axes]:
     """Narrow is for telephones: the same letters on a smaller sheet, so that they stay readable."""
-    figure_module = require("matplotlib.figure", "the report's pictures")
+    figure_module = import_optional("matplotlib.figure", "the report's pictures")
     width, height = (4.0, 0.9 * height) if narrow else (7.6, height)
     figure: Figure = figure_module.Figure(figsize=(width, height))
     # Margins in inches; laying out by measuring every label takes longer than drawing.
@@ -84,7 +84,7 @@ def _figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, A
 
 
 def _finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
-    ticker = require("matplotlib.ticker", "the report's pictures")
+    ticker = import_optional("matplotlib.ticker", "the report's pictures")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -118,7 +118,7 @@ def _power_of_ten(value: float, _: object) -> str:
 
 
 def _svg(figure: Figure, salt: str, title: str) -> str:
-    matplotlib = require("matplotlib", "the report's pictures")
+    matplotlib = import_optional("matplotlib", "the report's pictures")
     buffer = io.StringIO()
     # The salt makes ids of different pictures differ: they share one page.
     with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):

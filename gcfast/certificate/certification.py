@@ -20,11 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.certificate.certificate import Assumption, Certificate, Offender, Status, _shorten
-from gcfast.features import Features, StackedOnes, TrainingSet, WideFeatures, checked, collect, equal_rows
+from gcfast.features import (
+    Features,
+    FeaturesWithOnes,
+    TrainingSet,
+    WideFeatures,
+    checked,
+    collect,
+    equal_rows,
+)
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
 from gcfast.model import Head, WideLayerFound, activation_verdict, analyticity
 from gcfast.proofs import near_dependency, proof_bytes, prove_full_rank, prove_rank_of_basis
-from gcfast.storage import Checkpoint, fingerprint, limit, require
+from gcfast.storage import StateFile, allowed_bytes, check_memory, fingerprint
 
 SHARP = 4096  # samples up to which the bound of sigma_min is sharpened without being asked
 
@@ -127,20 +135,20 @@ class _Examiner:
             self.y = self.convex.prepare(targets, self.n, c)
             if seen is not None:
                 check_convex(self.convex, seen.outputs[:256].to(torch.float64), self.y[:256])
-        self.copies = seen.copies if seen is not None else equal_rows(features.keys())
+        self.duplicate_groups = seen.duplicate_groups if seen is not None else equal_rows(features.keys())
 
     def run(self, checkpoint: str | os.PathLike[str] | None, seconds: float) -> Certificate:
         if checkpoint is None or self.route == "theorem":
             return self._run(None)
         parts = (*self.features.identity(), self.ones, bool(self.sharp))
-        with Checkpoint(checkpoint, "certify", fingerprint(*parts), seconds) as keeper:
+        with StateFile(checkpoint, "certify", fingerprint(*parts), seconds) as keeper:
             certificate = self._run(keeper)
             keeper.remove()
         return certificate
 
-    def _run(self, checkpoint: Checkpoint | None) -> Certificate:
+    def _run(self, checkpoint: StateFile | None) -> Certificate:
         kind = "equal inputs" if self.seen is not None else "equal features"
-        for group in self.copies:
+        for group in self.duplicate_groups:
             self.offenders.append(self._offender(kind, group))
         enough = self.n <= self.m + int(self.ones)
         self._note(
@@ -150,13 +158,13 @@ class _Examiner:
             f"rank(H1) = n needs n <= m{' + 1' if self.ones else ''}"
             + ("" if enough else "; gcfast.widen(model, n_samples) puts a wide enough layer before the head"),
         )
-        distinct = self.n - sum(len(g) - 1 for g in self.copies)
+        distinct = self.n - sum(len(g) - 1 for g in self.duplicate_groups)
         self._note(
             "distinct inputs" if self.seen is not None else "distinct features",
-            "fails" if self.copies else "holds",
+            "fails" if self.duplicate_groups else "holds",
             f"{self.n - distinct} samples are copies of others, number for number: "
             "no model can tell them apart"
-            if self.copies
+            if self.duplicate_groups
             else f"all {self.n} rows are pairwise distinct as stored",
         )
         if not enough:
@@ -166,9 +174,9 @@ class _Examiner:
             )
             return self._verdict("fails", None, reason)
         direct = self._direct(checkpoint) if self.route != "theorem" else None
-        if self.copies:
+        if self.duplicate_groups:
             conflicts = sum(bool(o.conflicting) for o in self.offenders)
-            reason = f"{len(self.copies)} groups of equal samples make rank(H1) < n" + (
+            reason = f"{len(self.duplicate_groups)} groups of equal samples make rank(H1) < n" + (
                 f"; {conflicts} of them have conflicting targets, which L* accounts for"
                 if conflicts
                 else "; their targets agree"
@@ -219,18 +227,18 @@ class _Examiner:
                 conflicting = any(t != targets[0] for t in targets)
         return Offender(kind, list(samples), targets, conflicting, coefficients or [], residual)
 
-    def _direct(self, checkpoint: Checkpoint | None) -> bool | MemoryError | None:
+    def _direct(self, checkpoint: StateFile | None) -> bool | MemoryError | None:
         """True: proved; False: refuted; None: undecided; MemoryError: does not fit."""
         name = "rank at the frozen weights"
         features = self.features
-        groups = self.copies or equal_rows(features.keys())
-        if groups and not self.copies:
+        groups = self.duplicate_groups or equal_rows(features.keys())
+        if groups and not self.duplicate_groups:
             self.offenders += [self._offender("equal features", group) for group in groups]
         n = self.n - sum(len(group) - 1 for group in groups)
         # n x n matrices may go to disk, panels may not
         on_disk = features.device.type == "cpu"
         try:
-            require(
+            check_memory(
                 f"certify's direct route for n = {n}",
                 proof_bytes(n, self.m, disk=on_disk, sharp=self.sharp),
                 self.max_bytes,
@@ -247,7 +255,7 @@ class _Examiner:
                 kept[group[1:]] = False
             features = features.select(kept.nonzero()[:, 0])
         proof = prove_full_rank(
-            StackedOnes(features, self.ones),
+            FeaturesWithOnes(features, self.ones),
             sharp=self.sharp,
             progress=self.callback,
             max_bytes=self.max_bytes,
@@ -277,7 +285,7 @@ class _Examiner:
                 f"samples repeat: only {n} of {self.n} rows can be independent" + self._independent(features),
             )
             return False
-        room = limit(self.max_bytes, features.device)
+        room = allowed_bytes(self.max_bytes, features.device)
         found = None
         if room is None or 24 * n * n < room:
             found = near_dependency(features, ones=self.ones)
@@ -306,7 +314,7 @@ class _Examiner:
         copy = features.nbytes
         try:
             needed = max(proof_bytes(features.n, self.m), 24 * features.n**2) + copy
-            require("a lower bound of the rank", needed, self.max_bytes, features.device, "more memory")
+            check_memory("a lower bound of the rank", needed, self.max_bytes, features.device, "more memory")
         except MemoryError:
             return ""
         self.rank_lower, proof = prove_rank_of_basis(features, ones=self.ones, progress=self.callback)
@@ -367,7 +375,7 @@ class _Examiner:
         else:
             what = "every operator before the head" if seen is not None else "the wide layer, in its weights,"
             self._note("analytic in the hidden weights", "holds", f"{what} is real analytic")
-        equal = self.copies if seen is None else equal_rows(below)
+        equal = self.duplicate_groups if seen is None else equal_rows(below)
         if equal:
             for group in equal:
                 self.offenders.append(self._offender("equal rows below the wide layer", group))
@@ -431,4 +439,4 @@ class _Examiner:
 
     def _infimum(self) -> float:
         assert self.convex is not None and self.y is not None
-        return infimum_with_copies(self.convex, self.y, self.copies)
+        return infimum_with_copies(self.convex, self.y, self.duplicate_groups)

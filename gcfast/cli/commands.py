@@ -16,15 +16,15 @@ import torch
 from gcfast.cli.data.datasets import load_dataset
 from gcfast.cli.data.split import DataSplit
 from gcfast.cli.options import parser
-from gcfast.cli.progress import Progress
+from gcfast.cli.progress import ProgressBar
 from gcfast.cli.report.page import write_report
 from gcfast.cli.report.summary import print_summary
-from gcfast.cli.training.checkpoint import Checkpoint, DataSpec
+from gcfast.cli.training.checkpoint import DataSpec, RunCheckpoint
 from gcfast.cli.training.models import ModelSpec, default_hidden
 from gcfast.cli.training.record import certificate_values, versions
 from gcfast.cli.training.run import Run
 from gcfast.cli.training.train import Diverged, Settings, default_lr, targets_for
-from gcfast.errors import UserError, require
+from gcfast.errors import UserError, import_optional
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _device(name: str) -> str:
 
 
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    require("matplotlib.figure", "the report")  # before the training, not after it
+    import_optional("matplotlib.figure", "the report")  # before the training, not after it
     device = _device(options.device)
     data = load_dataset(
         options.data,
@@ -219,7 +219,7 @@ def _certify(options: argparse.Namespace, _: Sequence[str]) -> int:
     from gcfast.certificate import certify
 
     device = _device(options.device)
-    checkpoint = Checkpoint.load(options.checkpoint)
+    checkpoint = RunCheckpoint.load(options.checkpoint)
     stored = checkpoint.data
     same = stored.name == options.data
     data = load_dataset(
@@ -245,7 +245,7 @@ def _certify(options: argparse.Namespace, _: Sequence[str]) -> int:
         )
     model = checkpoint.build().to(device)
     targets = targets_for(checkpoint.loss, data.y_train, checkpoint.model.classes)
-    with Progress("certificate", 1000, quiet=options.json) as progress:
+    with ProgressBar("certificate", 1000, quiet=options.json) as progress:
         found = certify(
             model,
             (data.x_train.to(device), targets.to(device)),

@@ -1,4 +1,4 @@
-"""Progress shown while something runs: a bar on a terminal, a few plain lines anywhere else."""
+"""ProgressBar shown while something runs: a bar on a terminal, a few plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-class Progress:
+class ProgressBar:
     """Counts up to ``total``; used as a context manager so that a bar is closed whatever happens."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Progress:
                     bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
                 )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

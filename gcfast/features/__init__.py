@@ -6,14 +6,14 @@ from gcfast.features.collection import TrainingSet, collect, streams
 from gcfast.features.duplicates import equal_rows, equal_samples
 from gcfast.features.loader import loader_of, sample_count
 from gcfast.features.matrix import Features, StoredFeatures
-from gcfast.features.stacked_ones import PANEL, StackedOnes
+from gcfast.features.stacked_ones import PANEL, FeaturesWithOnes
 from gcfast.features.wide import WideFeatures
 
 __all__ = [
     "PANEL",
     "FeatureCache",
     "Features",
-    "StackedOnes",
+    "FeaturesWithOnes",
     "StoredFeatures",
     "TrainingSet",
     "WideFeatures",

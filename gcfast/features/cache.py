@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from gcfast.features.cached_head import EntranceTap, Rest, output_shape
+from gcfast.features.cached_head import CachedHead, EntranceTap, output_shape
 from gcfast.features.checks import check_features
 from gcfast.features.collection import _head_by_forward, _same_again
-from gcfast.features.frozen_body import Unchanged
+from gcfast.features.frozen_body import BodySnapshot
 from gcfast.features.loader import _batches, _device_of, _tensors, _to_device, count, loader_of
-from gcfast.features.row_buffer import Rows
+from gcfast.features.row_buffer import RowBuffer
 from gcfast.model import FeatureTap, Head, hidden_parameters, keeping_random_state, unwrap, wide_activation
 from gcfast.nn import WideLayer
 
@@ -113,11 +113,13 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         if store == "auto" and wide is not None and wide.d >= wide.m:
             wide = None
         self.stored = "features" if wide is None else "below"
-        self._unchanged = Unchanged(model, found)
+        self._snapshot = BodySnapshot(model, found)
         with FeatureTap(model, found) as tap:
             h, out = tap(x)
 
-        rows = Rows(count(loader), torch.device(device or place), max_bytes, _way_out(found, wide, store))
+        rows = RowBuffer(
+            count(loader), torch.device(device or place), max_bytes, _way_out(found, wide, store)
+        )
         for inputs, targets in _batches(loader):
             inputs = _to_device(inputs, place)
             if not rows.used:  # before anything large is held
@@ -130,7 +132,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
             rows.add(z, targets)
         self.features, self.targets = rows.taken()
         check_features(self.features, "features")
-        self.head = Rest(found, wide, output_shape(out, len(h), found), self._unchanged)
+        self.head = CachedHead(found, wide, output_shape(out, len(h), found), self._snapshot)
         self._check_first(self.features[: len(h)].to(place), out, found)
 
     @torch.no_grad()
@@ -176,7 +178,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         """
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size: expected a positive int; got {batch_size!r}")
-        self._unchanged.refuse()
+        self._snapshot.check()
         n = len(self)
         order = None
         if shuffle:
@@ -200,7 +202,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         `head` and `batches` ask for this by version counters at every call, which overlooks writes through
         `Tensor.data`; this reads every bit. `model`: another one to compare with, say a reloaded one.
         """
-        self._unchanged.refuse(model, full=True)
+        self._snapshot.check(model, full=True)
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast.features.frozen_body import Unchanged
+from gcfast.features.frozen_body import BodySnapshot
 from gcfast.model import FeatureTap, Freezer, Head
 from gcfast.nn import WideLayer, through_head
 
@@ -37,20 +37,20 @@ class EntranceTap(FeatureTap):
             return reached.args[0], None
 
 
-class Rest(nn.Module):
+class CachedHead(nn.Module):
     """The model from the cached rows on: the wide layer, if there is one, and the head."""
 
     def __init__(
-        self, head: Head, wide: WideLayer | None, shape: tuple[int, ...] | None, unchanged: Unchanged
+        self, head: Head, wide: WideLayer | None, shape: tuple[int, ...] | None, unchanged: BodySnapshot
     ) -> None:
         super().__init__()
         self.wide = None if wide is None else _without_freezer(wide)
         self.linear = head.module
-        self._shape, self._unchanged = shape, unchanged
+        self._shape, self._snapshot = shape, unchanged
 
     def forward(self, rows: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._unchanged.refuse()
+            self._snapshot.check()
         if self.wide is None:
             out: Tensor = self.linear(rows)
         else:

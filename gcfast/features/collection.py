@@ -15,7 +15,7 @@ from gcfast.features.matrix import Features, StoredFeatures
 from gcfast.features.wide import WideFeatures
 from gcfast.model import FeatureTap, Head, WideLayerFound, find_head, wide_activation
 from gcfast.nn import WideLayer
-from gcfast.storage import limit
+from gcfast.storage import allowed_bytes
 
 
 @dataclass
@@ -24,8 +24,8 @@ class TrainingSet:
 
     ``features`` (n, m) enter the head: stored, or recomputed from what enters a :class:`gcfast.WideLayer`
     where storing them would take too much; ``below`` (n, d) enter the wide layer (None where there is none);
-    ``outputs`` (n, C) are the model's; ``copies`` lists groups of samples whose inputs are equal, number for
-    number.
+    ``outputs`` (n, C) are the model's; ``duplicate_groups`` lists groups of samples whose inputs are equal,
+    number for number.
     """
 
     features: Features
@@ -34,7 +34,7 @@ class TrainingSet:
     head: Head
     wide: WideLayerFound | None
     below: Tensor | None
-    copies: list[list[int]]
+    duplicate_groups: list[list[int]]
     first_batch: Any
 
 
@@ -109,14 +109,14 @@ def collect(
         head=head,
         wide=wide if inspect else None,
         below=torch.cat(below) if below else None,
-        copies=keys.confirm(_tensors(x) for x, _ in _batches(loader)) if inspect else [],
+        duplicate_groups=keys.confirm(_tensors(x) for x, _ in _batches(loader)) if inspect else [],
         first_batch=first[0],
     )
 
 
 def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:
     """Whether features of n samples (None: of nobody knows how many) are recomputed rather than stored."""
-    most = limit(max_bytes, head_weight.device)
+    most = allowed_bytes(max_bytes, head_weight.device)
     size = head_weight.shape[1] * head_weight.element_size()
     return n is None or (most is not None and n * size > most // 4)
 

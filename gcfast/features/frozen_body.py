@@ -15,7 +15,7 @@ from gcfast.model import Head, plain_name, unwrap
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
 
 
-class Unchanged:
+class BodySnapshot:
     """Remembers all parameters and buffers of `model` below `head`, bit by bit, as 128-bit digests.
 
     The quick look is at addresses and version counters, and at the bits only where one of these moved. It
@@ -29,7 +29,7 @@ class Unchanged:
         self._digests = {name: _digest(place[key]) for name, place, key in self._slots}
         self._look()
 
-    def refuse(self, model: nn.Module | None = None, full: bool = False) -> None:
+    def check(self, model: nn.Module | None = None, full: bool = False) -> None:
         """RuntimeError if something has changed, quickly seen or in `full`."""
         change = self._full(model) if full else self._quick()
         if change is not None:

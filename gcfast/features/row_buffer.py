@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast.storage import require
+from gcfast.storage import check_memory
 
 
-class Rows:
+class RowBuffer:
     """Rows and targets, filled batch by batch; allocated at once where their number is known beforehand."""
 
     def __init__(self, total: int | None, device: torch.device, max_bytes: int | None, way_out: str) -> None:
@@ -22,7 +22,7 @@ class Rows:
         if not self.held or end > len(self.held[0]):
             size = max(end, 2 * self.used, self.size)
             needed = size * sum(t[:1].nbytes for t in new)
-            require(f"a cache of {size:,} samples", needed, self.max_bytes, self.device, self.way_out)
+            check_memory(f"a cache of {size:,} samples", needed, self.max_bytes, self.device, self.way_out)
             grown = [t.new_empty((size, *t.shape[1:]), device=self.device) for t in new]
             for old, larger in zip(self.held, grown):
                 larger[: self.used] = old[: self.used]

@@ -13,7 +13,7 @@ from gcfast.features.matrix import Features, StoredFeatures
 PANEL = 1024  # columns of H1 in flight
 
 
-class StackedOnes:
+class FeaturesWithOnes:
     """H1 = [H, 1] by column panels in float64; H any `Features`, or a tensor."""
 
     def __init__(self, features: Tensor | Features, ones: bool = True):

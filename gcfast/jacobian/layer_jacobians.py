@@ -18,7 +18,7 @@ from gcfast.jacobian.plan import JacobianPlan, counted, tiles_of
 from gcfast.model import unwrap
 from gcfast.ops import arguments
 from gcfast.proofs import mirror_
-from gcfast.storage import limit
+from gcfast.storage import allowed_bytes
 
 _OMEGA_BYTES = 1 << 24  # of the random matrix at a time
 
@@ -76,7 +76,7 @@ class LayerJacobians:
             found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
             raise TypeError(f"model must have parameters of one dtype, float32 or float64; got {found}")
         self.parameters: dict[str, nn.Parameter] = chosen
-        limit(max_bytes, next(iter(chosen.values())).device)
+        allowed_bytes(max_bytes, next(iter(chosen.values())).device)
         self.layers: dict[str, tuple[str, ...]] = {}
         for name in chosen:
             self.layers[owners[name]] = (*self.layers.get(owners[name], ()), name)
@@ -240,7 +240,7 @@ class LayerJacobians:
     def plan(self) -> JacobianPlan:
         """What :meth:`gram` will do: each group's form by its operations and bytes, the tiles, the memory."""
         tiles = self._tiles(self._engine, stored=True)
-        return counted(self._engine, tiles, limit(self._max_bytes, self._engine.device))
+        return counted(self._engine, tiles, allowed_bytes(self._max_bytes, self._engine.device))
 
     # ---
 
@@ -274,12 +274,12 @@ class LayerJacobians:
 
     def _tiles(self, engine: Engine, stored: bool, grams: int = 1) -> list[Tile]:
         return tiles_of(
-            engine, limit(self._max_bytes, engine.device), self._max_bytes is not None, stored, grams
+            engine, allowed_bytes(self._max_bytes, engine.device), self._max_bytes is not None, stored, grams
         )
 
     def _batches(self) -> Iterator[Tile]:
         """Samples of one forward and backward pass."""
-        room = limit(self._max_bytes, self._engine.device)
+        room = allowed_bytes(self._max_bytes, self._engine.device)
         most = self.n if room is None else max(1, room // (2 * max(1, self._engine.saved)))
         pieces = math.ceil(self.n / most)
         for k in range(pieces):

@@ -34,7 +34,7 @@ from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
 from gcfast.model import call_arguments
 from gcfast.proofs import check_products, count_above, exact_products, matrix_rank, prove_least_eigenvalue
-from gcfast.storage import limit, require
+from gcfast.storage import allowed_bytes, check_memory
 
 WORK = 9  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gram take beside it, measured
 SMALL = (
@@ -83,7 +83,7 @@ def trainability(
     inputs = tree_map(
         lambda v: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, x
     )
-    limit(max_bytes, torch.device("cpu"))  # before it is halved
+    allowed_bytes(max_bytes, torch.device("cpu"))  # before it is halved
     half = None if max_bytes is None else max(1, max_bytes // 2)
     jacobians = LayerJacobians(model, inputs, layers=layers, max_bytes=half)
     return _Look(jacobians, convex, inputs, max_bytes).run(x, y)
@@ -165,14 +165,14 @@ class _Look:
         """(layer, K_l) in float64; first, without a name, the sum over narrow layers."""
         wide = [name for name in self.jacobians.layers if name not in narrow]
         matrix = 8 * self.size**2
-        require(
+        check_memory(
             f"trainability of n C = {self.size} outputs",
             (WORK + 2) * matrix,
             self.max_bytes,
             self.device,
             "fewer samples, or more max_bytes",
         )
-        allowed = limit(self.max_bytes, self.device)
+        allowed = allowed_bytes(self.max_bytes, self.device)
         if allowed is None:
             at_once = len(wide)
         else:  # the other half is LayerJacobians'

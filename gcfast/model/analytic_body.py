@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gcfast.model.analytic_ops import Verdict
-from gcfast.model.head import Head, find_head, head_of_trace, place
+from gcfast.model.head import Head, describe_module, find_head, head_of_trace
 from gcfast.model.tracing import (
     ModuleCall,
     OpCall,
@@ -32,7 +32,7 @@ class Finding:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.op} in {place(self.module)}: {self.verdict} ({self.reason})"
+        return f"{self.op} in {describe_module(self.module)}: {self.verdict} ({self.reason})"
 
 
 def analyticity(model: nn.Module, head: Head | nn.Module | str | None, inputs: Any) -> list[Finding]:

@@ -2,8 +2,8 @@
 
 Names are those of the dispatcher (`aten.relu`), without the trailing underscore of the in-place form. An
 operator that is analytic only on part of its domain (square root, logarithm, division) counts as analytic
-where its argument is known to stay inside: `Marks` remembers which results are ≥ 0 or > 0, by rules such as
-exp > 0, x² ≥ 0, (≥ 0) + eps > 0, and which masks come from comparing real numbers.
+where its argument is known to stay inside: `SignTracker` remembers which results are ≥ 0 or > 0, by rules
+like exp > 0, x² ≥ 0, (≥ 0) + eps > 0, and which masks come from comparing real numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _storage(value: Tensor) -> int | None:
         return None
 
 
-class Marks:
+class SignTracker:
     """What is known of the tensors of one forward pass: signs, and what was computed from weights.
 
     Dependence on weights goes by storage, so that writing through a view is not missed.
@@ -88,7 +88,7 @@ class Marks:
                     self.signs[t._base] = 0  # written through a view
 
 
-def _new_sign(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: Marks) -> int:
+def _new_sign(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: SignTracker) -> int:
     """What is known of the sign of the result."""
     first = args[0] if args else None
     if name in ("exp", "exp2", "softplus", "sigmoid", "cosh", "_softmax", "softmax"):
@@ -115,7 +115,7 @@ def _base_name(func: Any) -> tuple[str, str]:
 
 
 def classify(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, marks: Marks
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, marks: SignTracker
 ) -> tuple[Verdict, str]:
     """The verdict on one operator call, with the reason; what it tells of its result goes into `marks`."""
     namespace, name = _base_name(func)
@@ -128,7 +128,7 @@ def classify(
 
 
 def _verdict(
-    namespace: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: Marks
+    namespace: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: SignTracker
 ) -> tuple[Verdict, str]:
     leaves = tree_leaves((args, kwargs))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -163,7 +163,7 @@ def _own_op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[V
 
 
 def _real_verdict(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: Marks
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: SignTracker
 ) -> tuple[Verdict, str]:
     if name == "softplus":
         threshold = args[2] if len(args) > 2 else kwargs.get("threshold", 20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def words(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
     """A set of names from a paragraph of them."""
     return frozenset(text.split())
 
@@ -68,7 +68,7 @@ _KINKS = {
     "copysign": "jumps at 0",
     "nan_to_num": "is cut off",
     **dict.fromkeys(
-words(
+names(
     """
     round floor ceil trunc frac fmod remainder floor_divide argmax argmin
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine bucketize searchsorted
@@ -77,7 +77,7 @@ words(
         "is a step function",
     ),
     **dict.fromkeys(
-words(
+names(
     """
     rnn_relu
     """
@@ -85,7 +85,7 @@ words(
 }  # fmt: skip
 
 _TIES = dict.fromkeys(
-words(
+names(
     """
     max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
     max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
@@ -97,7 +97,7 @@ words(
 )  # fmt: skip
 
 # analytic everywhere in all real arguments
-_ANALYTIC = words(
+_ANALYTIC = names(
     """
     linear mm addmm bmm baddbmm addbmm addmv addr matmul mv dot vdot inner outer einsum tensordot kron
     bilinear _trilinear convolution _convolution conv1d conv2d conv3d
@@ -130,7 +130,7 @@ _ANALYTIC = words(
 )
 
 # no function of real arguments at all: fresh constants, shapes, index arithmetic
-_CONSTANTS = words(
+_CONSTANTS = names(
     """
     zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like new_zeros
     new_ones new_empty new_full empty_strided new_empty_strided scalar_tensor tril_indices triu_indices
@@ -139,10 +139,10 @@ _CONSTANTS = words(
     """
 )
 
-_COMPARISONS = words(
+_COMPARISONS = names(
     "eq ne lt le gt ge equal isclose isfinite isinf isnan signbit greater less greater_equal less_equal"
 )
-_RANDOM = words(
+_RANDOM = names(
     """
     native_dropout dropout feature_dropout bernoulli rand randn rand_like randn_like normal uniform
     randint randperm multinomial exponential
@@ -155,22 +155,22 @@ _NORMS = {
     "native_group_norm": 7,
     "_fused_rms_norm": 3,
 }
-_BATCH_NORMS = words(
+_BATCH_NORMS = names(
     """
     batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_no_update
     _batch_norm_with_update _native_batch_norm_legit_no_training _native_batch_norm_legit
     _native_batch_norm_legit_functional
     """
 )
-_POSITIVE_DOMAIN = words("sqrt rsqrt log log2 log10 reciprocal digamma lgamma")
-_OPEN_DOMAIN = words(
+_POSITIVE_DOMAIN = names("sqrt rsqrt log log2 log10 reciprocal digamma lgamma")
+_OPEN_DOMAIN = names(
     """
     linalg_vector_norm norm linalg_norm std std_mean _cdist_forward cdist atan2 acosh acos asin atanh tan
     log1p logit cosine_similarity addcdiv _weight_norm_interface _pairwise_distance
     """
 )
 
-_SIGN_KEPT = words(
+_SIGN_KEPT = names(
     """
     view _unsafe_view reshape squeeze unsqueeze expand permute t transpose alias detach clone contiguous
     _to_copy slice select split chunk unbind flatten repeat sum mean cumsum sqrt index gather

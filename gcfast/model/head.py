@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gcfast.model.analytic_tables import words
+from gcfast.model.analytic_tables import names
 from gcfast.model.tracing import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
 
 
@@ -149,12 +149,12 @@ def _check_used_once(record: Trace, call: ModuleCall, head: Head) -> None:
         for key in op.arguments & own.keys():
             raise HeadError(
                 f"the features depend on the head {head}: its {own[key]} is also used by {op.op} "
-                f"in {place(op.module)}"
+                f"in {describe_module(op.module)}"
             )
 
 
 # views and copies: they keep every value
-COPIES = words(
+VIEW_OPS = names(
     """
     view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten alias detach clone contiguous
     _to_copy copy_ lift_fresh t transpose permute slice select expand empty empty_like new_empty
@@ -165,8 +165,8 @@ COPIES = words(
 
 def _check_output(record: Trace, call: ModuleCall, head: Head) -> None:
     """The model's output must be what the head gave, up to a view or a copy."""
-    later = [op for op in record.ops[call.end :] if op.op.split(".")[1] not in COPIES]
-    names = list(dict.fromkeys(f"{op.op} in {place(op.module)}" for op in later))
+    later = [op for op in record.ops[call.end :] if op.op.split(".")[1] not in VIEW_OPS]
+    names = list(dict.fromkeys(f"{op.op} in {describe_module(op.module)}" for op in later))
     check_output(head, output_tensors(record.output), call.output, call.version, names)
 
 
@@ -198,7 +198,7 @@ def check_output(
     )
 
 
-def place(name: str) -> str:
+def describe_module(name: str) -> str:
     """A module by name, for messages."""
     return repr(name) if name else "the model's own forward"
 

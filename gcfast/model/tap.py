@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from gcfast.model.head import Head, HeadError, place
+from gcfast.model.head import Head, HeadError, describe_module
 from gcfast.model.tracing import (
     call_arguments,
     copy_tensors,
@@ -79,8 +79,12 @@ class FeatureTap:
         finally:
             self._seen = []
         if len(seen) != 1:
-            raise HeadError(f"{place(self.name)} is applied {len(seen)} times in one forward pass, not once")
+            raise HeadError(
+                f"{describe_module(self.name)} is applied {len(seen)} times in one forward pass, not once"
+            )
         if not isinstance(seen[0], Tensor) or seen[0].dim() != 2:
             shape = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
-            raise HeadError(f"{place(self.name)} receives {shape}; it must receive a (batch, m) tensor")
+            raise HeadError(
+                f"{describe_module(self.name)} receives {shape}; it must receive a (batch, m) tensor"
+            )
         return seen[0], output

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gcfast.model.analytic_ops import Marks, Verdict, classify
+from gcfast.model.analytic_ops import SignTracker, Verdict, classify
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -163,7 +163,7 @@ class _Recorder(TorchDispatchMode):
         self.record = record
         self.stack: list[str] = []
         self.muted = False
-        self.marks = Marks(model.parameters())
+        self.marks = SignTracker(model.parameters())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

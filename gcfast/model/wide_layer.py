@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gcfast.model.analytic_body import _trace_to_head
 from gcfast.model.analytic_ops import activation_verdict
 from gcfast.model.analytic_tables import ACTIVATIONS
-from gcfast.model.head import COPIES, Head, place
+from gcfast.model.head import VIEW_OPS, Head, describe_module
 from gcfast.model.tracing import (
     ModuleCall,
     OpCall,
@@ -71,7 +71,7 @@ def wide_activation(
     if not below or not isinstance(below[-1].input, Tensor) or below[-1].input.dim() != 2:
         return None
     layer = below[-1]
-    between = [op for op in record.ops[layer.end : call.start] if op.op.split(".")[1] not in COPIES]
+    between = [op for op in record.ops[layer.end : call.start] if op.op.split(".")[1] not in VIEW_OPS]
     if wide is not None and isinstance(layer.module, wide):
         if between or not same_memory(layer.output, h):
             return None
@@ -120,7 +120,7 @@ def _of_linear(
                     return None
                 again = op.again(z)
                 again = again[0] if isinstance(again, tuple) else again
-                name = name if leaf else f"{activation} in {place(name)}"
+                name = name if leaf else f"{activation} in {describe_module(name)}"
             else:
                 return None
     if again.shape != h.shape or not _close(again, h):

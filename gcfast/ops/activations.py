@@ -12,7 +12,7 @@ from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.arguments import as_rows
 
 # The order of Act in csrc/core/activations.h.
-_KINDS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
+ACTIVATION_CODES = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
 
 
 def run_activation(
@@ -39,11 +39,11 @@ def run_activation(
     upstream = None if grad is None else as_rows(grad)
     shift = None if bias is None else bias.contiguous()
     if backend == "cpu":
-        _run_cpu(rows, shift, upstream, target, _KINDS[activation], order, beta)
+        _run_cpu(rows, shift, upstream, target, ACTIVATION_CODES[activation], order, beta)
     elif backend == "cuda":
-        _run_cuda(rows, shift, upstream, target, _KINDS[activation], order, beta)
+        _run_cuda(rows, shift, upstream, target, ACTIVATION_CODES[activation], order, beta)
     elif backend == "triton":
-        _run_triton(rows, shift, upstream, target, _KINDS[activation], order, beta)
+        _run_triton(rows, shift, upstream, target, ACTIVATION_CODES[activation], order, beta)
     else:
         raise AssertionError(f"activation has no kernel on backend {backend!r}")
     if not in_place:

@@ -159,13 +159,17 @@ def wide(
         has_shape("head_bias", head_bias, head_weight.shape[:1], "C from head_weight")
 
 
-def wide_sides(op: str, z: Tensor, weight: Tensor, bias: Tensor, name: str, sides: Tensor) -> None:
-    """z (n, d), weight, bias and `sides` (n, C) of an op on the wide layer that has no gradient."""
+def wide_right_hand_sides(
+    op: str, z: Tensor, weight: Tensor, bias: Tensor, name: str, right_hand_sides: Tensor
+) -> None:
+    """z (n, d), weight, bias and right-hand sides (n, C) of an op on the wide layer without a gradient."""
     wide_rows(op, z, weight, bias)
-    matches(name, sides, "z", z)
-    if sides.dim() != 2 or sides.shape[0] != z.shape[0]:
-        raise ValueError(f"{name} must have shape ({z.shape[0]}, C), n from z; got {tuple(sides.shape)}")
-    without_gradient(op, **{name: sides})
+    matches(name, right_hand_sides, "z", z)
+    if right_hand_sides.dim() != 2 or right_hand_sides.shape[0] != z.shape[0]:
+        raise ValueError(
+            f"{name} must have shape ({z.shape[0]}, C), n from z; got {tuple(right_hand_sides.shape)}"
+        )
+    without_gradient(op, **{name: right_hand_sides})
 
 
 def wide_rows(op: str, z: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -16,15 +16,15 @@ def gram_product_op(gram: Tensor, x: Tensor) -> Tensor:
         return reference.gram_product(gram, x)
     assert native.cpu is not None
     n, c = x.shape
-    sides = x.mT.contiguous()  # the kernel takes each right-hand side as a row
-    out = torch.empty_like(sides)
+    right_hand_sides = x.mT.contiguous()  # the kernel takes each right-hand side as a row
+    out = torch.empty_like(right_hand_sides)
     if out.numel() == 0:
         return x.new_empty(n, c)
     rows = gram if gram.stride(1) == 1 and gram.stride(0) >= n else gram.contiguous()
     double = gram.dtype == torch.float64
     kernel = native.cpu.gram_product_f64 if double else native.cpu.gram_product_f32
     threads = torch.get_num_threads()
-    kernel(rows.data_ptr(), sides.data_ptr(), out.data_ptr(), n, c, rows.stride(0), threads)
+    kernel(rows.data_ptr(), right_hand_sides.data_ptr(), out.data_ptr(), n, c, rows.stride(0), threads)
     return out.mT.contiguous()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments
-from gcfast.ops.activations import _KINDS, activation_op, activation_out_op
+from gcfast.ops.activations import ACTIVATION_CODES, activation_op, activation_out_op
 from gcfast.ops.wide_calls import (
     _backend,
     _bf16,
@@ -43,7 +43,7 @@ def wide_forward_op(
             z, weight, bias, head_weight, head_bias, activation=activation, beta=beta
         )
     if backend == "triton":
-        layer = (z, weight, bias, head_weight, head_bias, _KINDS[activation], beta, precision)
+        layer = (z, weight, bias, head_weight, head_bias, ACTIVATION_CODES[activation], beta, precision)
         with _library_products(precision):
             out: Tensor = _triton("wide_forward")(*layer)
         return out
@@ -79,7 +79,7 @@ def wide_backward_op(
         dz, dw, db, dh = (x if need else z.new_empty(0) for x, need in zip(grads, needs))
         return dz, dw, db, dh
     if backend == "triton":
-        layer = (z, weight, bias, head_weight, _KINDS[activation], beta, precision)
+        layer = (z, weight, bias, head_weight, ACTIVATION_CODES[activation], beta, precision)
         with _library_products(precision):
             dz, dw, db, dh = _triton("wide_backward")(g, *layer, need_z, need_hidden, need_head)
         return dz, dw, db, dh

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gcfast.ops import dispatch, native
-from gcfast.ops.activations import _KINDS
+from gcfast.ops.activations import ACTIVATION_CODES
 from gcfast.ops.arguments import as_rows
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ def _layer(
     """What every CPU kernel of the wide layer takes first."""
     pointers = (z.data_ptr(), weight.data_ptr(), bias.data_ptr())
     sizes = (*z.shape, weight.shape[0], z.stride(0), weight.stride(0))
-    return (*pointers, *sizes, _KINDS[activation], beta, bf16, torch.get_num_threads())
+    return (*pointers, *sizes, ACTIVATION_CODES[activation], beta, bf16, torch.get_num_threads())
 
 
 def _bf16(z: Tensor, precision: str) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments, native
-from gcfast.ops.activations import _KINDS
+from gcfast.ops.activations import ACTIVATION_CODES
 from gcfast.ops.arguments import as_rows
 from gcfast.ops.wide_calls import (
     _backend,
@@ -44,7 +44,7 @@ def wide_head_grad(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.wide_sides("wide_head_grad", z, weight, bias, "residual", residual)
+    arguments.wide_right_hand_sides("wide_head_grad", z, weight, bias, "residual", residual)
     arguments.is_activation(activation, beta)
     arguments.precision(precision, z.dtype)
     return wide_head_grad_op(z, weight, bias, residual, activation, float(beta), precision)
@@ -75,7 +75,7 @@ def wide_gram_product(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.wide_sides("wide_gram_product", z, weight, bias, "r", r)
+    arguments.wide_right_hand_sides("wide_gram_product", z, weight, bias, "r", r)
     arguments.is_activation(activation, beta)
     arguments.precision(precision, z.dtype)
     return wide_gram_product_op(z, weight, bias, r, activation, float(beta), precision)
@@ -121,27 +121,31 @@ def wide_panel(
     return out
 
 
-def _with_sides(
+def _with_right_hand_sides(
     op: str,
     shape: tuple[int, int],
     z: Tensor,
     weight: Tensor,
     bias: Tensor,
-    sides: Tensor,
+    right_hand_sides: Tensor,
     activation: str,
     beta: float,
     precision: str | None,
 ) -> Tensor:
-    """An op on the layer and `sides` (n, C), with a result of `shape`, on the backend chosen for it."""
+    """An op on the layer and right-hand sides (n, C), with a result of `shape`, on the chosen backend."""
     precision = chosen_precision(precision, z)
-    backend = _backend(op, z, weight, sides)
+    backend = _backend(op, z, weight, right_hand_sides)
     if backend == "reference":
-        out: Tensor = getattr(reference, op)(z, weight, bias, sides, activation=activation, beta=beta)
+        out: Tensor = getattr(reference, op)(
+            z, weight, bias, right_hand_sides, activation=activation, beta=beta
+        )
     elif backend == "triton":
         with _library_products(precision):
-            out = _triton(op)(z, weight, bias, sides, _KINDS[activation], beta, precision)
+            out = _triton(op)(
+                z, weight, bias, right_hand_sides, ACTIVATION_CODES[activation], beta, precision
+            )
     else:
-        x, w, b, r = _working(z, weight, bias, sides)
+        x, w, b, r = _working(z, weight, bias, right_hand_sides)
         assert x is not None and w is not None and b is not None and r is not None
         out = torch.empty(shape, dtype=x.dtype)
         layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
@@ -161,7 +165,9 @@ def wide_head_grad_op(
 ) -> Tensor:
     """residual^T Phi (C, m) for residual (n, C)."""
     shape = (residual.shape[1], weight.shape[0])
-    return _with_sides("wide_head_grad", shape, z, weight, bias, residual, activation, beta, precision)
+    return _with_right_hand_sides(
+        "wide_head_grad", shape, z, weight, bias, residual, activation, beta, precision
+    )
 
 
 @torch.library.custom_op("gcfast::wide_gram_product", mutates_args=())
@@ -176,7 +182,7 @@ def wide_gram_product_op(
 ) -> Tensor:
     """Phi (Phi^T r) (n, C) for r (n, C)."""
     shape = (z.shape[0], r.shape[1])
-    return _with_sides("wide_gram_product", shape, z, weight, bias, r, activation, beta, precision)
+    return _with_right_hand_sides("wide_gram_product", shape, z, weight, bias, r, activation, beta, precision)
 
 
 @torch.library.custom_op("gcfast::wide_panel_out", mutates_args=("out",))
@@ -188,7 +194,7 @@ def wide_panel_out_op(
     if backend == "reference" or out.numel() == 0:
         out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))
     elif backend == "triton":
-        _triton("wide_panel")(z, weight, bias, _KINDS[activation], beta, out)
+        _triton("wide_panel")(z, weight, bias, ACTIVATION_CODES[activation], beta, out)
     else:
         x, w, b = as_rows(z), as_rows(weight), bias.contiguous()
         if backend == "cpu":
@@ -198,6 +204,6 @@ def wide_panel_out_op(
         pointers = (x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr())
         strides = (x.stride(0), w.stride(0), out.stride(0))
         native.cuda.wide_panel_f64(
-            *(*pointers, x.shape[0], w.shape[0], x.shape[1], *strides, _KINDS[activation], beta),
+            *(*pointers, x.shape[0], w.shape[0], x.shape[1], *strides, ACTIVATION_CODES[activation], beta),
             *(x.device.index, torch.cuda.current_stream(x.device).cuda_stream),
         )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gcfast.model import Head, find_head, fingerprint, hidden_parameters, plain_name, unwrap
 from gcfast.optim.arguments import resolve_perturbation, resolve_switch_step
 
-_KINDS: dict[str, tuple[type, ...]] = {
+STATE_TYPES: dict[str, tuple[type, ...]] = {
     "phase": (int,),
     "step_count": (int,),
     "switch_step": (int, float),
@@ -33,7 +33,7 @@ def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: 
         )
     if own.get("format") != 1:
         raise ValueError(f"the state has format {own.get('format')!r}; this version of gcfast reads format 1")
-    for key, kinds in _KINDS.items():
+    for key, kinds in STATE_TYPES.items():
         if not isinstance(own.get(key), kinds) or isinstance(own.get(key), bool):
             raise ValueError(f"the state is damaged: two_phase[{key!r}] is {own.get(key)!r}")
     if own["phase"] not in (1, 2) or own["step_count"] < 0:

@@ -15,7 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gcfast.features import Features, StackedOnes, StoredFeatures
+from gcfast.features import Features, FeaturesWithOnes, StoredFeatures
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rank_proof import RankProof
 from gcfast.proofs.rounding import UNIT, exact_products
@@ -95,7 +95,7 @@ def row_basis(g: Tensor, tolerance: float) -> RowBasis:
     return RowBasis(first, second, factor[:, :rank])
 
 
-def lower_gram(h1: StackedOnes) -> Tensor:
+def lower_gram(h1: FeaturesWithOnes) -> Tensor:
     """H1 H1^T (n x n, float64): its lower triangle, zeros above."""
     g = torch.zeros((h1.n, h1.n), dtype=torch.float64, device=h1.device)
     tiles = Tiles.of(g)
@@ -104,7 +104,7 @@ def lower_gram(h1: StackedOnes) -> Tensor:
     return g
 
 
-def first_tolerance(h1: StackedOnes) -> float:
+def first_tolerance(h1: FeaturesWithOnes) -> float:
     return 10.0 * (h1.n + h1.columns) * UNIT[torch.float64]
 
 
@@ -116,7 +116,7 @@ def near_dependency(features: Tensor | Features, *, ones: bool = True) -> Depend
     ``exact`` is a proof that the rank is below n.
     """
     features = StoredFeatures(features) if isinstance(features, Tensor) else features
-    h1 = StackedOnes(features, ones)
+    h1 = FeaturesWithOnes(features, ones)
     with exact_products():
         basis = row_basis(lower_gram(h1), first_tolerance(h1))
         if len(basis.dropped) == 0:
@@ -136,7 +136,7 @@ def near_dependency(features: Tensor | Features, *, ones: bool = True) -> Depend
     return candidates[0]
 
 
-def _combinations(h1: StackedOnes, basis: RowBasis) -> tuple[Tensor, Tensor]:
+def _combinations(h1: FeaturesWithOnes, basis: RowBasis) -> tuple[Tensor, Tensor]:
     """C (k, r) with H1[dropped] = C H1[kept] nearly, for the k dropped rows (k,) that need fewest of them."""
     low = basis.factor[basis.kept]
     right = basis.factor[basis.dropped].mT
@@ -235,7 +235,7 @@ def prove_rank_of_basis(
     Where the rows kept at one tolerance cannot be proved independent, fewer are tried.
     """
     features = StoredFeatures(features) if isinstance(features, Tensor) else features
-    h1 = StackedOnes(features, ones)
+    h1 = FeaturesWithOnes(features, ones)
     tolerance = first_tolerance(h1)
     for _ in range(4):
         with exact_products():
@@ -244,7 +244,7 @@ def prove_rank_of_basis(
         if len(kept) == 0:
             return 0, None
         if len(kept) < h1.n:
-            part = StackedOnes(features.select(kept), ones)
+            part = FeaturesWithOnes(features.select(kept), ones)
             proof = prove_full_rank(part, sharp=False, progress=progress)
             if proof.proved:
                 return len(kept), proof

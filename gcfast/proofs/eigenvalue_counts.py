@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.proofs.rounding import TINY, UNIT, _up, add_product_, tiling
+from gcfast.proofs.rounding import SMALLEST_NORMAL, UNIT, add_product_, round_up, tiling
 
 
 def _symmetric_row_sums(low: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def count_above(lower: Tensor, shift: float) -> tuple[int, float]:
     for r, c in ((r, c) for i, r in enumerate(spans) for c in spans[: i + 1]):
         product = torch.zeros_like(full[r, c])
         end = min(c.stop + 1, n)  # a pair may straddle the tile
-        add_product_(product, scaled[r, :end], low[c, :end].mT, tile.inner)
+        add_product_(product, scaled[r, :end], low[c, :end].mT, tile.slice_length)
         product = full[r, c] - product
         if r == c:
             sums[r] += _symmetric_row_sums(product.tril_())
@@ -89,10 +89,10 @@ def count_above(lower: Tensor, shift: float) -> tuple[int, float]:
     middle = diagonal.abs() * right
     middle[:-1] += below[:-1].abs() * right[1:]
     middle[1:] += below[:-1].abs() * right[:-1]
-    magnitude = _up(float(ops.abs_products(low, right=middle)[0].amax()), 4 * n)
-    residual = _up(float(sums.amax()), 2 * n)
-    size = _up(float(_symmetric_row_sums(lower).amax()), 2 * n) + abs(shift)
-    tiny = 8 * n * n * TINY[torch.float64] * (2.0 + magnitude)
+    magnitude = round_up(float(ops.abs_products(low, right=middle)[0].amax()), 4 * n)
+    residual = round_up(float(sums.amax()), 2 * n)
+    size = round_up(float(_symmetric_row_sums(lower).amax()), 2 * n) + abs(shift)
+    tiny = 8 * n * n * SMALLEST_NORMAL[torch.float64] * (2.0 + magnitude)
     lost = (tile.gamma(n) + 4 * unit) * magnitude + residual * (1 + 4 * unit) + 4 * unit * size + tiny
     # a pair's block is indefinite, one eigenvalue of each sign; rounding must not have hidden another case
     first, second, off = diagonal[:-1], diagonal[1:], below[:-1]
@@ -104,4 +104,4 @@ def count_above(lower: Tensor, shift: float) -> tuple[int, float]:
     if not bool((indefinite | ~paired).all()) or not bool((diagonal[alone] != 0).all()):
         return 0, math.inf
     positive = int((diagonal[alone] > 0).sum()) + int(paired.sum())
-    return (positive, _up(lost)) if math.isfinite(lost) else (0, math.inf)
+    return (positive, round_up(lost)) if math.isfinite(lost) else (0, math.inf)

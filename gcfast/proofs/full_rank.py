@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.features import StackedOnes
+from gcfast.features import FeaturesWithOnes
 from gcfast.proofs.rank_proof import RankProof, _panel_bytes, _Share
-from gcfast.proofs.rounding import UNIT, _up, check_products, exact_products, gamma
+from gcfast.proofs.rounding import UNIT, check_products, exact_products, gamma, round_up
 from gcfast.proofs.shift import GramSweep, ShiftProof, prove_by_shift
 from gcfast.proofs.tiles import Tiles, compose_
 from gcfast.proofs.whitening import (
@@ -30,26 +30,26 @@ from gcfast.proofs.whitening import (
     norm_sharp,
     norm_upper,
 )
-from gcfast.storage import Checkpoint, Scratch, State, available
+from gcfast.storage import SavedState, Scratch, StateFile, available
 
 MAX_PASSES = 6  # of whitening; each gains about six digits of the condition number
 
 
 def prove_full_rank(
-    features: Tensor | StackedOnes,
+    features: Tensor | FeaturesWithOnes,
     *,
     ones: bool = True,
     sharp: bool = True,
     progress: Callable[[str, float], None] | None = None,
     max_bytes: int | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: StateFile | None = None,
 ) -> RankProof:
     """Prove that [features, 1] has full row rank n; see the module's docstring for the method.
 
     Args:
         features: (n, m) float32 or float64, finite, n <= m + 1; float32 is taken exactly, as float64. Or
-            panels of features that are not stored (``StackedOnes`` of ``WideFeatures``), which say themselves
-            whether a column of ones is appended.
+            panels of features that are not stored (``FeaturesWithOnes`` of ``WideFeatures``), which say
+            themselves whether a column of ones is appended.
         ones: append the column of ones (the head's bias).
         sharp: spend about a third more time on a bound of sigma_min within some per cent of the truth.
         progress: called with a step's name and the fraction done.
@@ -59,7 +59,7 @@ def prove_full_rank(
     Raises:
         OSError: the disk has no room for a file. CheckpointError: the checkpoint is of something else.
     """
-    h1 = features if isinstance(features, StackedOnes) else StackedOnes(features, ones)
+    h1 = features if isinstance(features, FeaturesWithOnes) else FeaturesWithOnes(features, ones)
     if h1.n == 0:
         return RankProof(True, math.inf, 0.0, 1.0, 0, "no rows")
     with exact_products():
@@ -80,14 +80,14 @@ class _Proof:
 
     def __init__(
         self,
-        h1: StackedOnes,
+        h1: FeaturesWithOnes,
         sharp: bool,
-        tell: Callable[[str, float], None] | None,
+        on_progress: Callable[[str, float], None] | None,
         max_bytes: int | None,
-        checkpoint: Checkpoint | None,
+        checkpoint: StateFile | None,
     ):
         self.h1, self.sharp, self.checkpoint = h1, sharp, checkpoint
-        self.share = _Share(tell, h1.n, h1.columns)
+        self.share = _Share(on_progress, h1.n, h1.columns)
         free = max_bytes if max_bytes is not None else available(h1.device)
         self.room = math.inf if free is None else free - _panel_bytes(h1.n, h1.columns)
         if h1.device.type != "cpu":
@@ -129,7 +129,7 @@ class _Proof:
         self.share.end()
         return proof
 
-    def _by_gram(self, state: State | None) -> RankProof | Tiles:
+    def _by_gram(self, state: SavedState | None) -> RankProof | Tiles:
         """What the Gram alone decides, or the Gram."""
         h1, n = self.h1, self.h1.n
         sweep = GramSweep.begin(h1, scratch=self.scratch(1))
@@ -147,10 +147,10 @@ class _Proof:
         g = sweep.run(h1, after)
         if not math.isfinite(g.error) or float(g.lower.diagonal().amin()) < 1e-290:
             rows, one = h1.abs_products()
-            sigma_max = _up(math.sqrt(one * float(rows.amax())), n + h1.columns)
+            sigma_max = round_up(math.sqrt(one * float(rows.amax())), n + h1.columns)
             reason = "the Gram over- or underflows float64; rescale the features"
             return RankProof(False, 0.0, sigma_max, 0.0, 0, reason)
-        self.sigma_max = _up(math.sqrt(_up(g.norm + g.error)))
+        self.sigma_max = round_up(math.sqrt(round_up(g.norm + g.error)))
         if n > h1.columns:
             reason = f"{n} rows of {h1.columns} numbers are dependent"
             return RankProof(False, 0.0, self.sigma_max, 0.0, 0, reason)
@@ -163,7 +163,7 @@ class _Proof:
         self.share.expect(self.share.whitening(2 if n > 2000 else 1))
         return g.lower
 
-    def _by_whitening(self, g: Tiles | None, x: Tiles | None, state: State | None) -> RankProof:
+    def _by_whitening(self, g: Tiles | None, x: Tiles | None, state: SavedState | None) -> RankProof:
         """From the Gram of H1 (g alone), of X H1 (both), or from the middle of a sweep."""
         best: tuple[Tiles | None, Whitened] | None = None
         shift = 0.0
@@ -224,7 +224,7 @@ class _Proof:
         reason = f"whitening{doubled}: sigma_min(X H1) >= {white.margin:.6f}, ||X|| <= {norm:.3e}"
         return RankProof(True, lower, self.sigma_max, white.margin, self.passes, reason, "whitening")
 
-    def _sweep(self, x: Tiles, shift: float, state: State | None) -> Whitened | None:
+    def _sweep(self, x: Tiles, shift: float, state: SavedState | None) -> Whitened | None:
         h1, n = self.h1, self.h1.n
         if state is None:
             # float32 for the second Gram: it is near the identity, and halves the time where its bound
@@ -288,17 +288,17 @@ class _Proof:
         parts = [(f"{name}/{i}/{j}", tile[i, j]) for name, tile in tiles for i, j in tile.pairs()]
         keeper.save(state, [*tensors.items(), *parts])
 
-    def _recall(self, state: State) -> None:
+    def _recall(self, state: SavedState) -> None:
         self.passes, self.sigma_max = state.values["passes"], state.values["sigma_max"]
         self.last, self.strict = state.values["last"], state.values["strict"]
         self.short = None if state.values["short"] is None else ShiftProof(*state.values["short"])
 
-    def _tiles(self, state: State, name: str, triangles: int) -> Tiles:
+    def _tiles(self, state: SavedState, name: str, triangles: int) -> Tiles:
         tiles = Tiles(self.h1.n, torch.float64, self.h1.device, self.scratch(triangles))
         self._read(state, name, tiles)
         return tiles
 
-    def _read(self, state: State, name: str, tiles: Tiles) -> None:
+    def _read(self, state: SavedState, name: str, tiles: Tiles) -> None:
         for i, j in tiles.pairs():
             tiles[i, j].copy_(state.tensors(f"{name}/{i}/{j}"))
         tiles.seal()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gcfast import reference
-from gcfast.features import StackedOnes
+from gcfast.features import FeaturesWithOnes
 from gcfast.proofs.eigenvalue_counts import count_above
 from gcfast.proofs.full_rank import prove_full_rank
-from gcfast.proofs.rounding import UNIT, _up, check_products, exact_products, tiling
+from gcfast.proofs.rounding import UNIT, check_products, exact_products, round_up, tiling
 from gcfast.proofs.shift import BoundedGram, bounded_gram, prove_by_shift
 from gcfast.proofs.tiles import Tiles
 
@@ -32,7 +32,7 @@ def _top(g: BoundedGram, low: Tensor) -> tuple[float, float]:
         w = low @ v + low.mT @ v - low.diagonal() * v
         quotient, v = float(v @ w), w
     square = 2 * float(low.square().sum()) - float(low.diagonal().square().sum())
-    frobenius = _up(math.sqrt(square), n * n)
+    frobenius = round_up(math.sqrt(square), n * n)
     least = quotient - g.error - 8 * (n + 4) * UNIT[torch.float64] * g.norm
     return max(least, 0.0), min(g.norm, frobenius) + g.error
 
@@ -43,12 +43,12 @@ def _by_counts(g: BoundedGram, low: Tensor, below: float, above: float) -> tuple
     lost = 4 * (g.error + tiling(low.device).gamma(n) * g.largest)
     shift = above + lost
     count, error = count_above(low, shift)
-    lower = count if shift - _up(error + g.error + 4 * UNIT[torch.float64] * shift) >= above else 0
+    lower = count if shift - round_up(error + g.error + 4 * UNIT[torch.float64] * shift) >= above else 0
     if lower == n or below <= lost:
         return lower, n
     shift = below - lost
     count, error = count_above(low, shift)
-    return lower, count if shift + _up(error + g.error) <= below * (1 - 8 * UNIT[torch.float64]) else n
+    return lower, count if shift + round_up(error + g.error) <= below * (1 - 8 * UNIT[torch.float64]) else n
 
 
 def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +68,7 @@ def rank_of_large(x: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, ...]:
     with exact_products():
         check_products(x.device)
         low = torch.zeros((n, n), dtype=torch.float64, device=h.device)
-        g = bounded_gram(StackedOnes(h, ones=False), Tiles.of(low))
+        g = bounded_gram(FeaturesWithOnes(h, ones=False), Tiles.of(low))
         if math.isfinite(g.error) and 1e-250 < g.norm < 1e250:
             bottom, top = _top(g, low)
             largest = math.sqrt(top) * (1 + 1e-15)

@@ -2,8 +2,9 @@
 
 |fl(A B) - A B| <= gamma_k |A| |B| for every order of summation, with or without FMA; k the inner length
 (Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5). Products here are cut into
-slices of length ``Tiling.inner``, each rounded by itself and then added: gamma_(inner + slices), not gamma_k.
-An underflow costs at most the least normal number, times an operand where denormal inputs are flushed too.
+slices of length ``Tiling.slice_length``, each rounded by itself and then added: gamma_(length + slices) in
+the place of gamma_k. An underflow costs at most the least normal number, times an operand where denormal
+inputs are flushed too.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from gcfast.features import PANEL
 from gcfast.ops import dispatch
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
-TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero allowed for
+SMALLEST_NORMAL = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}  # flush-to-zero allowed for
 
 
 class Tiling(NamedTuple):
     """Square tiles of ``block`` rows, products summed over slices of length ``inner``, which divides it."""
 
     block: int
-    inner: int
+    slice_length: int
 
     def slices(self, k: int) -> int:
-        return -(-k // self.inner)
+        return -(-k // self.slice_length)
 
     def gamma(self, k: int, dtype: torch.dtype = torch.float64) -> float:
         """Of a product of inner length k added up by slices, with two roundings to spare."""
-        return gamma(min(k, self.inner) + self.slices(k) + 2, dtype)
+        return gamma(min(k, self.slice_length) + self.slices(k) + 2, dtype)
 
     def spans(self, n: int) -> list[slice]:
         return [slice(i, min(i + self.block, n)) for i in range(0, n, self.block)]
@@ -46,7 +47,7 @@ def tiling(device: torch.device) -> Tiling:
     return Tiling(512, 128) if device.type == "cpu" else Tiling(2048, 512)
 
 
-def _up(x: float, terms: int = 8) -> float:
+def round_up(x: float, terms: int = 8) -> float:
     """x enlarged by ``terms`` roundings of non-negative float64 numbers and a few more, upward.
 
     It covers ``ops.abs_products`` and ``ops.gram_error_bound`` of an n x m matrix with ``terms`` = n + m.
@@ -57,7 +58,7 @@ def _up(x: float, terms: int = 8) -> float:
 def gamma(k: int, dtype: torch.dtype = torch.float64) -> float:
     """gamma_k = k u / (1 - k u), rounded up; inf where k u >= 1/2 (the bound is of no use there)."""
     ku = k * UNIT[dtype]
-    return math.inf if ku >= 0.5 else _up(ku / (1.0 - ku))
+    return math.inf if ku >= 0.5 else round_up(ku / (1.0 - ku))
 
 
 def _precision_switches() -> list[Any]:
@@ -111,7 +112,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, *, lower: bool =
 
 def add_exact_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b where no sum is rounded, in whatever order."""
-    _add(out, a, b, inner=tiling(out.device).inner)
+    _add(out, a, b, inner=tiling(out.device).slice_length)
 
 
 def subtract_product_(out: Tensor, a: Tensor, b: Tensor, inner: int) -> None:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.features import StackedOnes
+from gcfast.features import FeaturesWithOnes
 from gcfast.proofs import tiles
 from gcfast.proofs.rounding import (
-    TINY,
+    SMALLEST_NORMAL,
     UNIT,
-    _up,
     add_product_,
     check_products,
     exact_products,
     gamma,
     panel_slices,
+    round_up,
     tiling,
 )
 from gcfast.proofs.tiles import Tiles
@@ -52,12 +52,16 @@ class GramSweep:
     column: int = 0  # where the next panel begins
 
     @classmethod
-    def begin(cls, h1: StackedOnes, lower: Tiles | None = None, scratch: Scratch | None = None) -> GramSweep:
+    def begin(
+        cls, h1: FeaturesWithOnes, lower: Tiles | None = None, scratch: Scratch | None = None
+    ) -> GramSweep:
         zero = torch.zeros(h1.n, dtype=torch.float64, device=h1.device)
         lower = Tiles(h1.n, torch.float64, h1.device, scratch) if lower is None else lower
         return cls(lower, zero, zero.clone())
 
-    def run(self, h1: StackedOnes, after: Callable[[float], None] = lambda fraction: None) -> BoundedGram:
+    def run(
+        self, h1: FeaturesWithOnes, after: Callable[[float], None] = lambda fraction: None
+    ) -> BoundedGram:
         """The rest of the sweep; ``after`` is told the fraction done, after each panel."""
         for panel in h1.panels(self.column):
             tiles.add_gram_(self.lower, panel)
@@ -68,24 +72,24 @@ class GramSweep:
             self.column += panel.shape[1]
             after(self.column / h1.columns)
         tile, terms = tiling(h1.device), h1.n + h1.columns
-        largest = _up(float(self.rows.amax()), terms)
-        slices = panel_slices(h1.columns, tile.inner)
-        # a flushed operand is at most TINY, its partner at most the largest row sum
-        tiny = h1.n * h1.columns * TINY[torch.float64] * (2.0 + float(self.row_sums.amax()))
-        error = _up(gamma(min(tile.inner, h1.columns) + slices + 2) * largest + tiny)
-        norm = _up(float(tiles.symmetric_row_sums(self.lower).amax()), 2 * h1.n)
+        largest = round_up(float(self.rows.amax()), terms)
+        slices = panel_slices(h1.columns, tile.slice_length)
+        # a flushed operand is at most SMALLEST_NORMAL, its partner at most the largest row sum
+        tiny = h1.n * h1.columns * SMALLEST_NORMAL[torch.float64] * (2.0 + float(self.row_sums.amax()))
+        error = round_up(gamma(min(tile.slice_length, h1.columns) + slices + 2) * largest + tiny)
+        norm = round_up(float(tiles.symmetric_row_sums(self.lower).amax()), 2 * h1.n)
         if not all(map(math.isfinite, (error, norm, largest))):
             error = norm = math.inf
         return BoundedGram(self.lower, error, norm, largest)
 
 
-def bounded_gram(h1: StackedOnes, lower: Tiles | None = None) -> BoundedGram:
+def bounded_gram(h1: FeaturesWithOnes, lower: Tiles | None = None) -> BoundedGram:
     """H1 H1^T and a proved bound of its error; inf where not finite. ``lower``: zeros, for the result."""
     return GramSweep.begin(h1, lower).run(h1)
 
 
 def verified_cholesky(
-    a: Tiles, shift: float, low: Tiles, tell: Callable[[float], None] = lambda fraction: None
+    a: Tiles, shift: float, low: Tiles, on_progress: Callable[[float], None] = lambda fraction: None
 ) -> float | None:
     """Puts L into ``low``; a proved bound of ||A - shift I - L L^T||_2, or None where a pivot fails.
 
@@ -106,7 +110,7 @@ def verified_cholesky(
         for j in range(i + 1):
             s = torch.zeros_like(a[i, j])
             for k in range(j):
-                add_product_(s, low[i, k], low[j, k].mT, tile.inner)
+                add_product_(s, low[i, k], low[j, k].mT, tile.slice_length)
             torch.sub(a[i, j], s, out=s)
             if i == j:
                 s.diagonal().sub_(shift)
@@ -117,7 +121,7 @@ def verified_cholesky(
             else:
                 low[i, j].copy_(torch.linalg.solve_triangular(low[j, j].mT, s, upper=True, left=False))
             product = torch.zeros_like(s)
-            add_product_(product, low[i, j], low[j, j].mT, tile.inner)
+            add_product_(product, low[i, j], low[j, j].mT, tile.slice_length)
             s -= product
             if i == j:
                 rows, columns = ops.abs_products(s.tril_())
@@ -126,12 +130,14 @@ def verified_cholesky(
                 rows, columns = ops.abs_products(s)
                 row_sums[span] += rows
                 row_sums[a.spans[j]] += columns
-        tell((span.stop / n) ** 3)
-    residual = _up(float(row_sums.amax()), 2 * n)
-    products = _up(float(tiles.abs_gram_sums(low).amax()), 2 * n)  # ||  |L||L|^T  ||
+        on_progress((span.stop / n) ** 3)
+    residual = round_up(float(row_sums.amax()), 2 * n)
+    products = round_up(float(tiles.abs_gram_sums(low).amax()), 2 * n)  # ||  |L||L|^T  ||
     # entries of L are at most the largest of |L||L|^T or 1: that covers a flushed operand's partner
-    tiny = 4 * n * n * TINY[a.dtype] * (2.0 + products)
-    bound = _up(tile.gamma(n, a.dtype) * products + residual * (1 + 4 * unit) + 4 * unit * abs(shift) + tiny)
+    tiny = 4 * n * n * SMALLEST_NORMAL[a.dtype] * (2.0 + products)
+    bound = round_up(
+        tile.gamma(n, a.dtype) * products + residual * (1 + 4 * unit) + 4 * unit * abs(shift) + tiny
+    )
     return bound if math.isfinite(bound) else None
 
 
@@ -163,12 +169,12 @@ class ShiftProof:
 
 
 def prove_by_shift(
-    g: BoundedGram, sharp: bool, tell: Callable[[str, float], None], scratch: Scratch | None = None
+    g: BoundedGram, sharp: bool, on_progress: Callable[[str, float], None], scratch: Scratch | None = None
 ) -> ShiftProof | None:
     """Prove lambda_min(H1 H1^T) > 0, or None where that is beyond these bounds.
 
     The first shift is about twice what the proof will lose. ``sharp`` adds a second factorisation, shifted by
-    most of the estimated lambda_min. ``tell``: told a step and its fraction done.
+    most of the estimated lambda_min. ``on_progress``: told a step and its fraction done.
     """
     if not math.isfinite(g.error):
         return None
@@ -176,7 +182,7 @@ def prove_by_shift(
     lost = g.error + tiling(a.device).gamma(a.n) * g.largest
     shift = 2.2 * lost
     low = Tiles(a.n, a.dtype, a.device, scratch)
-    residual = verified_cholesky(a, shift, low, lambda fraction: tell("Cholesky", fraction))
+    residual = verified_cholesky(a, shift, low, lambda fraction: on_progress("Cholesky", fraction))
     if residual is None:
         return None
     lower = _down(shift, g.error, residual)
@@ -188,7 +194,7 @@ def prove_by_shift(
             if not share * estimate > shift:
                 continue
             found = verified_cholesky(
-                a, share * estimate, low, lambda fraction: tell("Cholesky, sharp", fraction)
+                a, share * estimate, low, lambda fraction: on_progress("Cholesky, sharp", fraction)
             )
             if found is not None:
                 lower = _down(share * estimate, g.error, found)
@@ -208,7 +214,7 @@ def prove_least_eigenvalue(k: Tensor) -> float:
     """
     low = k.tril()
     roots = low.diagonal().clamp(min=0).sqrt()  # |L||L|^T has entries of at most roots_i roots_j
-    g = BoundedGram(Tiles.of(low), 0.0, 0.0, _up(float(roots.amax() * roots.sum()), len(k)))
+    g = BoundedGram(Tiles.of(low), 0.0, 0.0, round_up(float(roots.amax() * roots.sum()), len(k)))
     with exact_products():
         check_products(k.device)
         proof = prove_by_shift(g, True, lambda step, fraction: None)
@@ -217,4 +223,4 @@ def prove_least_eigenvalue(k: Tensor) -> float:
 
 def _down(shift: float, *errors: float) -> float:
     """shift - sum of errors, rounded down."""
-    return shift - _up(sum(errors) + 8 * UNIT[torch.float64] * shift)
+    return shift - round_up(sum(errors) + 8 * UNIT[torch.float64] * shift)

@@ -122,7 +122,7 @@ def _checksum(tile: Tensor) -> int:
 
 def add_gram_(g: Tiles, q: Tensor, inner: int | None = None) -> None:
     """g += q q^T, in q's dtype."""
-    inner = inner or tiling(g.device).inner
+    inner = inner or tiling(g.device).slice_length
     for i, j in g.pairs():
         rows, columns = q[g.spans[i]], q[g.spans[j]]
         add_product_(g[i, j], rows, columns.mT, inner, lower=i == j)
@@ -164,7 +164,7 @@ def symmetric_row_sums(g: Tiles) -> Tensor:
 
 def times(x: Tiles, b: Tensor) -> Tensor:
     """x b for lower triangular x: within tiling.gamma(n) |x||b|."""
-    out, inner = torch.zeros_like(b), tiling(x.device).inner
+    out, inner = torch.zeros_like(b), tiling(x.device).slice_length
     for i in range(len(x.spans)):
         for k in range(i + 1):
             add_product_(out[x.spans[i]], x[i, k], b[x.spans[k]], inner)
@@ -180,12 +180,12 @@ def row_maxima(x: Tiles) -> Tensor:
     return torch.cat(parts)
 
 
-def cholesky(g: Tiles, shift: float, low: Tiles, tell: Step = _silent, least: float = 0.0) -> bool:
+def cholesky(g: Tiles, shift: float, low: Tiles, on_progress: Step = _silent, least: float = 0.0) -> bool:
     """low low^T = g + shift I nearly, or False where a pivot is no larger than ``least``.
 
     By rows, so that a matrix whose leading rows are dependent already is found out early.
     """
-    inner = 2 * tiling(g.device).inner
+    inner = 2 * tiling(g.device).slice_length
     for i, span in enumerate(g.spans):
         for j in range(i + 1):
             s = g[i, j].clone()
@@ -199,13 +199,13 @@ def cholesky(g: Tiles, shift: float, low: Tiles, tell: Step = _silent, least: fl
             if int(info) != 0 or not float(factor.diagonal().amin()) ** 2 > least:  # a NaN fails as well
                 return False
             low[i, i].copy_(factor.tril_())
-        tell((span.stop / g.n) ** 3)
+        on_progress((span.stop / g.n) ** 3)
     return True
 
 
-def invert_(low: Tiles, tell: Step = _silent) -> Tiles:
+def invert_(low: Tiles, on_progress: Step = _silent) -> Tiles:
     """The inverse of a lower triangular matrix, in its place."""
-    inner = 2 * tiling(low.device).inner
+    inner = 2 * tiling(low.device).slice_length
     for i, span in enumerate(low.spans):
         own = _invert_tile(low[i, i])
         for j in range(i):
@@ -215,7 +215,7 @@ def invert_(low: Tiles, tell: Step = _silent) -> Tiles:
             low[i, j].zero_()
             subtract_product_(low[i, j], own, s, inner)
         low[i, i].copy_(own)
-        tell((span.stop / low.n) ** 3)
+        on_progress((span.stop / low.n) ** 3)
     return low
 
 
@@ -233,16 +233,16 @@ def _invert_tile(low: Tensor) -> Tensor:
     return out
 
 
-def compose_(y: Tiles, x: Tiles, tell: Step = _silent) -> Tiles:
+def compose_(y: Tiles, x: Tiles, on_progress: Step = _silent) -> Tiles:
     """x becomes y x, both lower triangular: a proposal."""
-    inner = 2 * tiling(x.device).inner
+    inner = 2 * tiling(x.device).slice_length
     for i in reversed(range(len(x.spans))):
         for j in range(i + 1):
             s = torch.zeros_like(x[i, j])
             for k in range(j, i + 1):
                 add_product_(s, y[i, k], x[k, j], inner)
             x[i, j].copy_(s)
-        tell(1.0 - (i / len(x.spans)) ** 3)
+        on_progress(1.0 - (i / len(x.spans)) ** 3)
     return x
 
 

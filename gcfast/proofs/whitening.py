@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.features import StackedOnes
+from gcfast.features import FeaturesWithOnes
 from gcfast.proofs import tiles
 from gcfast.proofs.rounding import (
-    TINY,
+    SMALLEST_NORMAL,
     UNIT,
-    _up,
     add_exact_product_,
     add_product_,
     gamma,
     panel_slices,
+    round_up,
     tiling,
 )
 from gcfast.proofs.shift import verified_cholesky
@@ -46,7 +46,7 @@ def cholesky_inverse(
     g: Tiles,
     start_shift: float,
     scratch: Scratch | None = None,
-    tell: Callable[[float], None] = lambda fraction: None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[Tiles, float] | None:
     """X = L^-1 with L L^T = g + shift I; the least shift of 0, s, 100 s, ... that lets Cholesky through."""
     scale = float(g.diagonal().amax())
@@ -54,8 +54,8 @@ def cholesky_inverse(
     for _ in range(6):
         # a pivot at rounding level means the factor is noise from there on: shift instead
         least = 0.0 if shift else 4 * g.n * UNIT[torch.float64] * scale
-        if tiles.cholesky(g, shift, low, lambda fraction: tell(0.5 * fraction), least):
-            return tiles.invert_(low, lambda fraction: tell(0.5 + 0.5 * fraction)), shift
+        if tiles.cholesky(g, shift, low, lambda fraction: on_progress(0.5 * fraction), least):
+            return tiles.invert_(low, lambda fraction: on_progress(0.5 + 0.5 * fraction)), shift
         shift = start_shift * scale if shift == 0.0 else shift * 100.0
     return None
 
@@ -90,7 +90,7 @@ def times_doubled(x: Tiles, b: Tensor, maxima: Tensor) -> Tensor:
     Args:
         maxima: ``tiles.row_maxima(x)``.
     """
-    inner, bits = tiling(x.device).inner, doubled_bits(x.n)
+    inner, bits = tiling(x.device).slice_length, doubled_bits(x.n)
     b_high, b_low = split(b, power_of_two(b.abs().amax(0)), bits)
     out, scale = torch.empty_like(b), power_of_two(maxima)[:, None]
     for i, rows in enumerate(x.spans):
@@ -123,8 +123,8 @@ def doubled_error(x: Tiles, columns: int, x_rows: Tensor, h_columns: float, h_sc
     high = float((x_rows + n * delta * r).norm())
     rounded = delta * (high * h_scales + float(r.norm()) * h_columns)
     # two products added up in one tile: twice the slices
-    factor = gamma(min(n, tile.inner) + 2 * tile.slices(n) + 2)
-    return _up(factor * _up(rounded, 4 * (n + columns)))
+    factor = gamma(min(n, tile.slice_length) + 2 * tile.slices(n) + 2)
+    return round_up(factor * round_up(rounded, 4 * (n + columns)))
 
 
 @dataclass
@@ -151,7 +151,7 @@ class WhiteningSweep:
     @classmethod
     def begin(
         cls,
-        h1: StackedOnes,
+        h1: FeaturesWithOnes,
         x: Tiles,
         dtype: torch.dtype,
         plain: float = 1e-2,
@@ -169,16 +169,16 @@ class WhiteningSweep:
         h_rows, xh_one = h1.abs_products(left=x_columns)
         xh_inf = float(tiles.abs_products(x, right=h_rows)[0].amax())
         partner = 2.0 + float(x_rows.amax()) + float(h_rows.amax())  # of an operand that is flushed to zero
-        tiny = 4 * n * (n + columns) * TINY[torch.float64] * partner
-        witness_error = _up(tile.gamma(n) * _up(math.sqrt(xh_one * xh_inf), 2 * terms) + tiny)
+        tiny = 4 * n * (n + columns) * SMALLEST_NORMAL[torch.float64] * partner
+        witness_error = round_up(tile.gamma(n) * round_up(math.sqrt(xh_one * xh_inf), 2 * terms) + tiny)
         doubled = not witness_error < plain
         if doubled:
             sums, scales = 0.0, 0.0
             for panel in h1.panels():
                 sums += float(ops.abs_products(panel)[1].square().sum())
                 scales += float(power_of_two(panel.abs().amax(0)).square().sum())
-            norms = (_up(math.sqrt(s), 2 * terms) for s in (sums, scales))
-            witness_error = _up(doubled_error(x, columns, x_rows, *norms) + tiny)
+            norms = (round_up(math.sqrt(s), 2 * terms) for s in (sums, scales))
+            witness_error = round_up(doubled_error(x, columns, x_rows, *norms) + tiny)
         if not witness_error < 1.0:
             return None
         gram = Tiles(n, dtype, x.device, scratch)
@@ -186,12 +186,12 @@ class WhiteningSweep:
         return cls(gram, rows, witness_error, tiny, doubled)
 
     def run(
-        self, h1: StackedOnes, x: Tiles, after: Callable[[float], None] = lambda fraction: None
+        self, h1: FeaturesWithOnes, x: Tiles, after: Callable[[float], None] = lambda fraction: None
     ) -> Whitened:
         """The rest of the sweep; ``after`` is told the fraction done, after each panel."""
         g2, n, columns = self.gram, h1.n, h1.columns
         tile, terms, dtype = tiling(x.device), n + columns, g2.dtype
-        inner = INNER32 if dtype == torch.float32 else tile.inner
+        inner = INNER32 if dtype == torch.float32 else tile.slice_length
         maxima = tiles.row_maxima(x) if self.doubled else None
         for panel in h1.panels(self.column):
             q = tiles.times(x, panel) if maxima is None else times_doubled(x, panel, maxima)
@@ -200,22 +200,22 @@ class WhiteningSweep:
             tiles.add_gram_(g2, q, inner)
             self.column += panel.shape[1]
             after(self.column / columns)
-        qq = _up(float(self.rows.amax()), terms)  # |Q||Q|^T is symmetric: its largest row sum is enough
-        tiny = 4 * n * columns * TINY[dtype] * (2.0 + qq)
+        qq = round_up(float(self.rows.amax()), terms)  # |Q||Q|^T is symmetric: its largest row sum is enough
+        tiny = 4 * n * columns * SMALLEST_NORMAL[dtype] * (2.0 + qq)
         terms_of_one = min(inner, columns) + panel_slices(columns, inner)
-        product_error = _up(gamma(terms_of_one + 2, dtype) * qq + tiny)
+        product_error = round_up(gamma(terms_of_one + 2, dtype) * qq + tiny)
         diagonal = g2.diagonal().to(torch.float64)
         witness_error = self.witness_error
         if (
             self.doubled or dtype != torch.float64
         ):  # Q was rounded once more; ||Q||_F^2: the trace of its Gram
-            square = _up(max(float(diagonal.sum()), 0.0) + n * product_error, n)
+            square = round_up(max(float(diagonal.sum()), 0.0) + n * product_error, n)
             unit = UNIT[torch.float64] * self.doubled + UNIT[dtype] * (dtype != torch.float64)
-            witness_error = _up(witness_error + 1.01 * unit * math.sqrt(square) + self.tiny)
+            witness_error = round_up(witness_error + 1.01 * unit * math.sqrt(square) + self.tiny)
         g2.set_diagonal_(torch.zeros_like(diagonal))
         residual = tiles.symmetric_row_sums(g2) + (diagonal - 1.0).abs()
         g2.set_diagonal_(diagonal)
-        distance = _up(float(residual.amax()), 2 * terms)
+        distance = round_up(float(residual.amax()), 2 * terms)
         inside = 1.0 - distance - product_error
         margin = (math.sqrt(inside) * (1 - 1e-15) - witness_error) if inside > 0 else -math.inf
         if not all(map(math.isfinite, (distance, product_error, witness_error))):
@@ -226,7 +226,7 @@ class WhiteningSweep:
 def norm_upper(x: Tiles) -> float:
     """Proved upper bound of ||x||_2: sqrt(||x||_1 ||x||_inf)."""
     rows, columns = tiles.abs_products(x)
-    return _up(math.sqrt(float(rows.amax()) * float(columns.amax())), 2 * x.n)
+    return round_up(math.sqrt(float(rows.amax()) * float(columns.amax())), 2 * x.n)
 
 
 def norm_sharp(x: Tiles) -> float:
@@ -255,13 +255,13 @@ def norm_sharp(x: Tiles) -> float:
     scale = 2.0 ** math.floor(math.log2(1.0 / (plain * math.sqrt(top))))
     y = x.clone(dtype, scale)
     top = top * (plain * scale) ** 2
-    unit, tiny = UNIT[dtype], 4 * n * n * TINY[dtype]
-    inner = INNER32 if dtype == torch.float32 else tiling(x.device).inner
+    unit, tiny = UNIT[dtype], 4 * n * n * SMALLEST_NORMAL[dtype]
+    inner = INNER32 if dtype == torch.float32 else tiling(x.device).slice_length
     m = tiles.triangular_gram(y, inner)
-    products = _up(float(tiles.abs_gram_sums(y).amax()), 2 * n)
-    error = _up(gamma(min(inner, n) + -(-n // inner) + 2, dtype) * products + tiny)
+    products = round_up(float(tiles.abs_gram_sums(y).amax()), 2 * n)
+    error = round_up(gamma(min(inner, n) + -(-n // inner) + 2, dtype) * products + tiny)
     diagonal = m.diagonal()
-    frobenius = math.sqrt(_up(float(diagonal.sum(dtype=torch.float64)) + n * error, n))
+    frobenius = math.sqrt(round_up(float(diagonal.sum(dtype=torch.float64)) + n * error, n))
     for key in m.pairs():
         m[key].neg_()
     low = Tiles(n, dtype, x.device)
@@ -272,6 +272,6 @@ def norm_sharp(x: Tiles) -> float:
         if residual is not None:
             # t I - Y Y^T = L L^T + (what the product, the shift's subtraction and the residual hide)
             hidden = error + residual + 4 * unit * (t + float(diagonal.amax()))
-            bound = math.sqrt(_up(t + hidden, n)) + unit * frobenius * (1 + 4 * unit) + tiny
-            return min(plain, _up(bound / scale))
+            bound = math.sqrt(round_up(t + hidden, n)) + unit * frobenius * (1 + 4 * unit) + tiny
+            return min(plain, round_up(bound / scale))
     return plain

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast.features import StackedOnes, WideFeatures
+from gcfast.features import FeaturesWithOnes, WideFeatures
 from gcfast.ops import arguments
 from gcfast.proofs.rounding import check_products, exact_products, mirror_
 from gcfast.proofs.shift import bounded_gram
@@ -54,7 +54,7 @@ def wide_gram(
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")
     layer = (weight.double(), bias.double())  # the Gram is that of features in float64
-    h = StackedOnes(WideFeatures(z.double(), layer, activation=activation, beta=beta), ones)
+    h = FeaturesWithOnes(WideFeatures(z.double(), layer, activation=activation, beta=beta), ones)
     if h.n == 0 or h.columns == 0:
         return WideGram(torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device), 0.0)
     with exact_products():

@@ -11,49 +11,56 @@ from torch import Tensor
 
 from gcfast.features import Features
 from gcfast.proofs import Tiles, cholesky, solve_triangular
-from gcfast.solve.grams import TiledGram, form
-from gcfast.solve.problem import Task
-from gcfast.solve.solution import HeadSolution, Progress, finish
-from gcfast.storage import require
+from gcfast.solve.grams import TiledGram, build_gram
+from gcfast.solve.problem import HeadProblem
+from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
+from gcfast.storage import check_memory
 
 
-def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: float) -> HeadSolution:
+def exact(
+    head_problem: HeadProblem, max_bytes: int | None, weight_decay: float, target_gap: float
+) -> HeadSolution:
     """V_tau + H1^T (H1 H1^T)^-1 (Y - H1 V_tau): the limit of gradient descent for the squared loss."""
-    if task.loss.name != "mse":
-        raise ValueError(f"method: 'exact' is for loss='mse'; got loss {task.loss.name!r} (use 'nearest')")
+    if head_problem.loss.name != "mse":
+        raise ValueError(
+            f"method: 'exact' is for loss='mse'; got loss {head_problem.loss.name!r} (use 'nearest')"
+        )
     if weight_decay:
         raise ValueError("weight_decay: 'exact' has none; use method='nearest'")
-    n, m = task.n, task.features.m
-    if n > m + int(task.bias is not None):
+    n, m = head_problem.n, head_problem.features.m
+    if n > m + int(head_problem.bias is not None):
         raise ValueError(
             f"method: 'exact' needs n <= m + 1; got n = {n}, m = {m}: "
             "gcfast.widen the model, or use 'nearest'"
         )
-    need = 2 * 8 * Tiles.count(n, task.device) + 2 * n * 1024 * 8
-    require("solve_head(method='exact')", need, max_bytes, task.device, "use method='gd'")
-    gram = form(task.features, task.bias is not None, torch.float64, dense=False)
+    need = 2 * 8 * Tiles.count(n, head_problem.device) + 2 * n * 1024 * 8
+    check_memory("solve_head(method='exact')", need, max_bytes, head_problem.device, "use method='gd'")
+    gram = build_gram(head_problem.features, head_problem.bias is not None, torch.float64, dense=False)
     assert isinstance(gram, TiledGram)
-    low = Tiles(n, torch.float64, task.device)
+    low = Tiles(n, torch.float64, head_problem.device)
     if not cholesky(gram.tiles, 0.0, low):
         raise ValueError(
             "features: numerically dependent rows, no exact solve; use method='nearest', or gcfast.certify "
             "to see which samples"
         )
-    a = torch.zeros_like(task.logits(task.weight, task.bias))
-    weight, bias = task.weight, task.bias
+    a = torch.zeros_like(head_problem.logits(head_problem.weight, head_problem.bias))
+    weight, bias = head_problem.weight, head_problem.bias
     steps, before = 0, math.inf
     for _ in range(5):  # iterative refinement with the true residual
         steps += 1
-        gap = task.targets - task.logits(weight, bias)
+        gap = head_problem.targets - head_problem.logits(weight, bias)
         size = float(gap.abs().amax())
         if size == 0 or size > 0.5 * before:
             break
         before = size
         a = a + solve_triangular(low, solve_triangular(low, gap), transposed=True)
-        du, db = task.transpose(a)
-        weight, bias = task.weight + du, None if task.bias is None or db is None else task.bias + db
-    return finish(
-        task,
+        du, db = head_problem.transpose(a)
+        weight, bias = (
+            head_problem.weight + du,
+            None if head_problem.bias is None or db is None else head_problem.bias + db,
+        )
+    return evaluate_head(
+        head_problem,
         weight,
         bias,
         lam=0.0,
@@ -70,24 +77,28 @@ def exact(task: Task, max_bytes: int | None, weight_decay: float, target_gap: fl
 
 
 def descent(
-    task: Task,
+    head_problem: HeadProblem,
     method: str,
     target_gap: float,
     weight_decay: float,
     max_iterations: int | None,
     generator: torch.Generator | None,
-    say: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
     began: float,
 ) -> HeadSolution:
     """The paper's own phase two: gradient descent with step 1/beta, or SGD with square-summable steps."""
-    curvature = task.loss.smoothness(len(task.weight))
+    curvature = head_problem.loss.smoothness(len(head_problem.weight))
     if not math.isfinite(curvature):
         raise ValueError(
-            f"loss: {task.loss!r} states no smoothness(), which {method} needs for its step; use 'nearest'"
+            f"loss: {head_problem.loss!r} states no smoothness(), which {method} needs for its step; "
+            "use 'nearest'"
         )
-    n = task.n
-    weight, bias = task.weight.clone(), None if task.bias is None else task.bias.clone()
-    h = task.features
+    n = head_problem.n
+    weight, bias = (
+        head_problem.weight.clone(),
+        None if head_problem.bias is None else head_problem.bias.clone(),
+    )
+    h = head_problem.features
     best, interrupted, done = (math.inf, weight, bias), False, 0
     path: list[tuple[float, float]] = []
     limit = max_iterations if max_iterations is not None else (10_000 if method == "gd" else 200)
@@ -101,7 +112,7 @@ def descent(
     def advance(rows: Features, y: Tensor, eta: float) -> None:
         nonlocal weight, bias
         z = rows.times(weight)
-        r = task.loss.residual(z if bias is None else z + bias, y) / rows.n
+        r = head_problem.loss.residual(z if bias is None else z + bias, y) / rows.n
         weight = weight - eta * (rows.transposed_times(r) + weight_decay * weight)
         if bias is not None:
             bias = bias - eta * (r.sum(0) + weight_decay * bias)
@@ -111,34 +122,39 @@ def descent(
     try:
         while done < limit:
             if method == "gd":
-                advance(h, task.targets, step)
+                advance(h, head_problem.targets, step)
             else:
                 batches = torch.randperm(n, generator=order).to(h.device).split(256)
                 for i, batch in enumerate(batches):
                     t = done + i / len(batches)
                     # sum eta = inf, sum eta^2 < inf
-                    advance(h.select(batch), task.targets[batch], step / (1 + t / limit) ** 0.6)
+                    advance(h.select(batch), head_problem.targets[batch], step / (1 + t / limit) ** 0.6)
             done += 1
             if done % every and done < limit:
                 continue
-            value = task.mean_loss(task.logits(weight, bias))
+            value = head_problem.mean_loss(head_problem.logits(weight, bias))
             norm2 = float((weight**2).sum()) + (0.0 if bias is None else float((bias**2).sum()))
             path.append((weight_decay, value))
             if value + 0.5 * weight_decay * norm2 < best[0]:
                 best = (value + 0.5 * weight_decay * norm2, weight, bias)
-            say(
+            on_progress(
                 Progress(
-                    done, weight_decay, value, value - task.infimum, time.perf_counter() - began, done / limit
+                    done,
+                    weight_decay,
+                    value,
+                    value - head_problem.infimum,
+                    time.perf_counter() - began,
+                    done / limit,
                 )
             )
-            if not weight_decay and value <= task.infimum + target_gap:
+            if not weight_decay and value <= head_problem.infimum + target_gap:
                 reason = "target gap reached"
                 break
     except KeyboardInterrupt:
         interrupted, reason = True, "interrupted; the best head so far"
     _, weight, bias = best
-    return finish(
-        task,
+    return evaluate_head(
+        head_problem,
         weight,
         bias,
         lam=weight_decay,

@@ -14,8 +14,8 @@ from gcfast.losses import (
     CrossEntropy,
 )
 from gcfast.proofs import Tiles
-from gcfast.solve.problem import Task
-from gcfast.storage import limit, require
+from gcfast.solve.problem import HeadProblem
+from gcfast.storage import allowed_bytes, check_memory
 
 PRODUCTS = 200  # with K that a path takes, roughly
 
@@ -48,7 +48,7 @@ CPU, GPU = Rates(3e11, 1.5e11, 2e10), Rates(4e13, 4e13, 2.5e12)
 
 
 @dataclass(frozen=True)
-class Option:
+class GramForm:
     """One form: ``bytes`` at its peak beyond the features given, ``seconds`` of order."""
 
     name: str
@@ -91,7 +91,7 @@ def rank_of(s: Sizes) -> int:
 
 def options(
     s: Sizes, hard: bool, attained: bool, room: int | None, rates: Rates | None = None
-) -> list[Option]:
+) -> list[GramForm]:
     """Every form, in order of preference among those that fit ``room``, then those that do not.
 
     ``hard``: cross-entropy of class labels without weight decay, which lets a working set do. ``attained``:
@@ -101,7 +101,7 @@ def options(
     rates = rates or typical(s.device)
     common = common_bytes(s)
     left = (1 << 62) if room is None else room - common
-    whole: list[Option] = []
+    whole: list[GramForm] = []
     own = s.d is None and s.dtype != torch.float32
     if hard and s.n > 1024:
         fixed = 4 * s.n * s.m if own else 0
@@ -114,7 +114,7 @@ def options(
         size = fixed + wanted * row + 12 * wanted * wanted
         seconds = 40 * _pass(s, rates, torch.float32, s.c) + wanted**2 * s.m / rates.f32
         name = "K of the samples that matter, float32"
-        whole.append(Option(name, common + size, seconds, torch.float32, "set", most))
+        whole.append(GramForm(name, common + size, seconds, torch.float32, "set", most))
     nystrom = 16 * s.n * rank_of(s)
     panel = 2 * 1024 * s.n
     for dtype, word in ((torch.float64, "float64"), (torch.float32, "float32")):
@@ -128,10 +128,10 @@ def options(
         need = common + nystrom + panel * size
         seconds = formed + again * PRODUCTS * product
         block = _block_bytes(s.n, min(s.n, 4096), size)
-        whole.append(Option(f"K whole, {word}", need + block + size * s.n**2, seconds, dtype, "dense"))
+        whole.append(GramForm(f"K whole, {word}", need + block + size * s.n**2, seconds, dtype, "dense"))
         block = _block_bytes(s.n, min(s.n, max(1024, s.n // 8)), size)
         half = block + size * Tiles.count(s.n, s.device)
-        whole.append(Option(f"K, lower half, {word}", need + half, 1.3 * seconds, dtype, "tiles"))
+        whole.append(GramForm(f"K, lower half, {word}", need + half, 1.3 * seconds, dtype, "tiles"))
         rows = min(s.n, 2048)
         if room is not None:
             rows = max(256, min(rows, (left - nystrom) // 3 // (size * s.n + 1)))
@@ -140,9 +140,9 @@ def options(
         # rows of K for the preconditioner are computed as they are needed
         seconds = again * PRODUCTS * _pass(s, rates, dtype, s.c) + 8.0 * rows * s.n * s.m / rates.flops(dtype)
         name = f"K never stored, features {'recomputed' if s.d is not None else 'read'}, {word}"
-        whole.append(Option(name, free, seconds, dtype, "free", rows))
+        whole.append(GramForm(name, free, seconds, dtype, "free", rows))
 
-    def order(o: Option) -> tuple[bool, bool, float]:
+    def order(o: GramForm) -> tuple[bool, bool, float]:
         fits = room is None or o.bytes <= room
         # float32 loses the last digits of a hard problem and then costs a second run in float64
         return not fits, o.form != "set", o.seconds * (1.0 if o.dtype == torch.float64 else 3.0)
@@ -155,18 +155,20 @@ def sizes_of(features: Features, c: int) -> Sizes:
     return Sizes(features.n, features.m, c, d, features.dtype, features.device)
 
 
-def _options(task: Task, weight_decay: float, max_bytes: int | None) -> list[Option]:
+def forms_for(head_problem: HeadProblem, weight_decay: float, max_bytes: int | None) -> list[GramForm]:
     """The forms of K that fit, best first; MemoryError where none does."""
-    hard = isinstance(task.loss, CrossEntropy) and task.targets.dim() == 1 and not weight_decay
-    room = limit(max_bytes, task.device)
-    attained = task.loss.attained(task.targets)
-    found = options(sizes_of(task.features, len(task.weight)), hard, attained, room)
+    hard = (
+        isinstance(head_problem.loss, CrossEntropy) and head_problem.targets.dim() == 1 and not weight_decay
+    )
+    room = allowed_bytes(max_bytes, head_problem.device)
+    attained = head_problem.loss.attained(head_problem.targets)
+    found = options(sizes_of(head_problem.features, len(head_problem.weight)), hard, attained, room)
     least = min(found, key=lambda o: o.bytes)
-    require(
+    check_memory(
         f"solve_head(method='nearest'), in its smallest form ({least.name}),",
         least.bytes,
         max_bytes,
-        task.device,
+        head_problem.device,
         "use method='sgd', or fewer samples",
     )
     return [o for o in found if room is None or o.bytes <= room]

@@ -159,7 +159,7 @@ class FreeGram(Gram):
         return self.features.square_norms(zero)[0] + float(self.ones)
 
 
-def form(features: Features, ones: bool, dtype: torch.dtype, dense: bool) -> DenseGram | TiledGram:
+def build_gram(features: Features, ones: bool, dtype: torch.dtype, dense: bool) -> DenseGram | TiledGram:
     """K of the features, in ``dtype``: whole, symmetric as stored, or in tiles."""
     device = features.device
     if dense:

@@ -22,16 +22,16 @@ from gcfast.losses import (
 from gcfast.model import Head
 from gcfast.proofs import exact_products
 from gcfast.solve.descent import descent, exact
-from gcfast.solve.gram_forms import Option, _options, rank_of, sizes_of
+from gcfast.solve.gram_forms import GramForm, forms_for, rank_of, sizes_of
 from gcfast.solve.grams import FreeGram, Gram
-from gcfast.solve.grams import form as form_gram
-from gcfast.solve.newton import Problem, State
-from gcfast.solve.path import ARRIVED, REGULARISED, _follow
-from gcfast.solve.path_checkpoint import PathKeeper
-from gcfast.solve.problem import Task, _task
-from gcfast.solve.solution import HeadSolution, Progress, finish
-from gcfast.solve.working_set import TooMany, WorkingSet, follow
-from gcfast.storage import Checkpoint, fingerprint
+from gcfast.solve.grams import build_gram as build_gram
+from gcfast.solve.newton import NewtonState, Problem
+from gcfast.solve.path import ARRIVED, REGULARISED, follow_path
+from gcfast.solve.path_checkpoint import PathCheckpoint
+from gcfast.solve.problem import HeadProblem, make_problem
+from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
+from gcfast.solve.working_set import WorkingSet, WorkingSetFull, follow_working_set
+from gcfast.storage import StateFile, fingerprint
 
 METHODS = ("nearest", "exact", "gd", "sgd")
 
@@ -93,11 +93,13 @@ def solve_head(
     if isinstance(model_or_features, nn.Module):
         if start is not None:
             raise ValueError("start: the model's own head is the start; give features to start elsewhere")
-        seen = collect(model_or_features, data_or_targets, head, inspect=False, max_bytes=max_bytes)
-        if seen.targets is None:
+        training_set = collect(model_or_features, data_or_targets, head, inspect=False, max_bytes=max_bytes)
+        if training_set.targets is None:
             raise ValueError("data: expected (inputs, targets); got inputs alone")
-        module = seen.head.module
-        task = _task(seen.features, seen.targets, convex, (module.weight, module.bias))
+        module = training_set.head.module
+        head_problem = make_problem(
+            training_set.features, training_set.targets, convex, (module.weight, module.bias)
+        )
     else:
         features = checked(model_or_features)
         if isinstance(data_or_targets, np.ndarray):
@@ -105,23 +107,31 @@ def solve_head(
         if not isinstance(data_or_targets, Tensor):
             raise TypeError(f"targets: expected a tensor; got {type(data_or_targets).__name__}")
         module = None
-        task = _task(features, data_or_targets, convex, start)
-    say = callback or (lambda progress: None)
+        head_problem = make_problem(features, data_or_targets, convex, start)
+    on_progress = callback or (lambda progress: None)
     keeper = None
     if checkpoint is not None:
         if method != "nearest":
             raise ValueError(f"checkpoint: only method='nearest' keeps one; got method={method!r}")
         settings = (repr(convex), float(target_gap), float(weight_decay))
-        parts = (*task.features.identity(), task.targets, task.weight, task.bias, settings)
-        keeper = Checkpoint(checkpoint, "solve_head", fingerprint(*parts), checkpoint_seconds)
+        parts = (
+            *head_problem.features.identity(),
+            head_problem.targets,
+            head_problem.weight,
+            head_problem.bias,
+            settings,
+        )
+        keeper = StateFile(checkpoint, "solve_head", fingerprint(*parts), checkpoint_seconds)
     with exact_products(), keeper or contextlib.nullcontext():
-        check_convex(convex, task.start_logits[:256], task.targets[:256])
+        check_convex(convex, head_problem.start_logits[:256], head_problem.targets[:256])
         if method == "exact":
-            solution = exact(task, max_bytes, weight_decay, target_gap)
+            solution = exact(head_problem, max_bytes, weight_decay, target_gap)
         elif method == "nearest":
-            solution = _nearest(task, target_gap, weight_decay, max_bytes, say, began, keeper)
+            solution = _nearest(head_problem, target_gap, weight_decay, max_bytes, on_progress, began, keeper)
         else:
-            solution = descent(task, method, target_gap, weight_decay, max_iterations, generator, say, began)
+            solution = descent(
+                head_problem, method, target_gap, weight_decay, max_iterations, generator, on_progress, began
+            )
     if module is not None:
         with torch.no_grad():
             module.weight.copy_(solution.weight)
@@ -147,25 +157,25 @@ def _number(name: str, value: float, positive: bool = False) -> None:
 
 
 def _nearest(
-    task: Task,
+    head_problem: HeadProblem,
     target_gap: float,
     weight_decay: float,
     max_bytes: int | None,
-    say: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
     began: float,
-    checkpoint: Checkpoint | None,
+    checkpoint: StateFile | None,
 ) -> HeadSolution:
-    n, c = task.n, len(task.weight)
-    forms = _options(task, weight_decay, max_bytes)
+    n, c = head_problem.n, len(head_problem.weight)
+    forms = forms_for(head_problem, weight_decay, max_bytes)
     if weight_decay:
-        offset = torch.zeros((n, c), dtype=torch.float64, device=task.device)
+        offset = torch.zeros((n, c), dtype=torch.float64, device=head_problem.device)
     else:
-        offset = task.start_logits
-    target = task.infimum + target_gap
+        offset = head_problem.start_logits
+    target = head_problem.infimum + target_gap
     path: list[tuple[float, float]] = []
     zero = torch.zeros((n, c), dtype=torch.float64, device=offset.device)
-    initial = task.mean_loss(offset)
-    known: dict[str, Any] = {
+    initial = head_problem.mean_loss(offset)
+    fields: dict[str, Any] = {
         "method": "nearest",
         "interrupted": False,
         "iterations": 0,
@@ -175,41 +185,49 @@ def _nearest(
         "form": forms[0].name,
     }
     if not weight_decay and initial <= target:
-        return finish(
-            task,
-            task.weight,
-            task.bias,
+        return evaluate_head(
+            head_problem,
+            head_problem.weight,
+            head_problem.bias,
             lam=0.0,
             gap_target=target_gap,
             weight_decay=0.0,
             reason="the start is within the target",
-            **known,
+            **fields,
         )
-    best = State(zero, zero, initial)
+    best = NewtonState(zero, zero, initial)
     lam, reason = 0.0, ""
     problem: Problem | None = None
     working: WorkingSet | None = None
-    keeper = PathKeeper(checkpoint, task, path)
+    keeper = PathCheckpoint(checkpoint, head_problem, path)
     try:
         # hard labels leave few samples near their margin: work on those, and look at all
         if forms[0].form == "set":
             if keeper.form in (None, "set"):
-                working = WorkingSet(task, forms[0].most_rows)
+                working = WorkingSet(head_problem, forms[0].most_rows)
                 try:
                     stored = any(o.form in ("dense", "tiles") for o in forms)
                     start = keeper.point(working)
-                    found = follow(
-                        working, task, target_gap, path, say, began, start, keeper.keep_set, not stored
+                    found = follow_working_set(
+                        working,
+                        head_problem,
+                        target_gap,
+                        path,
+                        on_progress,
+                        began,
+                        start,
+                        keeper.keep_set,
+                        not stored,
                     )
-                except TooMany:
+                except WorkingSetFull:
                     found = None
-                known |= {"iterations": working.steps, "products": working.products}
+                fields |= {"iterations": working.steps, "products": working.products}
                 if working.dtype == torch.float64:
-                    known["form"] = forms[0].name.replace("float32", "float64")
-                    known["peak_bytes"] += 12 * len(working.rows) ** 2
+                    fields["form"] = forms[0].name.replace("float32", "float64")
+                    fields["peak_bytes"] += 12 * len(working.rows) ** 2
                 if found is not None:
-                    best, lam = State(found[0], zero), found[1]
-                    return _arrive(task, best, lam, target_gap, weight_decay, ARRIVED, known)
+                    best, lam = NewtonState(found[0], zero), found[1]
+                    return finish_nearest(head_problem, best, lam, target_gap, weight_decay, ARRIVED, fields)
             path.clear()  # all samples at once decide
             working = None
             forms.pop(0)
@@ -218,52 +236,74 @@ def _nearest(
                     "solve_head: more samples matter than the memory allowed has room for; raise max_bytes"
                 )
         while True:
-            known |= {"peak_bytes": forms[0].bytes, "form": forms[0].name}
-            rank = rank_of(sizes_of(task.features, c))
-            problem = Problem(_gram(task, forms[0]), offset, task.loss, task.targets, rank=rank)
+            fields |= {"peak_bytes": forms[0].bytes, "form": forms[0].name}
+            rank = rank_of(sizes_of(head_problem.features, c))
+            problem = Problem(
+                _gram(head_problem, forms[0]), offset, head_problem.loss, head_problem.targets, rank=rank
+            )
             lam = 3e-3 * float(problem.diagonal.mean()) / n
             if weight_decay:
                 lam = max(lam, weight_decay)
-            best, lam, reason = _follow(
-                problem, task, best, lam, target, target_gap, weight_decay, path, say, began, initial, keeper
+            best, lam, reason = follow_path(
+                problem,
+                head_problem,
+                best,
+                lam,
+                target,
+                target_gap,
+                weight_decay,
+                path,
+                on_progress,
+                began,
+                initial,
+                keeper,
             )
             exact = [o for o in forms[1:] if o.dtype == torch.float64]
             if reason in (ARRIVED, REGULARISED) or forms[0].dtype == torch.float64 or not exact:
                 break
-            forms, best = exact, State(zero, zero, initial)  # float32 lost too many digits
+            forms, best = exact, NewtonState(zero, zero, initial)  # float32 lost too many digits
             path.clear()
     except KeyboardInterrupt:
-        known["interrupted"] = True
+        fields["interrupted"] = True
         reason = "interrupted; the best head so far"
         lam = path[-1][0] if path else 0.0
         if problem is not None and problem.newest is not None:
             best = problem.newest
         elif working is not None and working.newest is not None:
-            best = State(working.newest, zero)
+            best = NewtonState(working.newest, zero)
     if problem is not None:
-        known |= {"iterations": problem.steps, "products": problem.products}
-    return _arrive(task, best, lam, target_gap, weight_decay, reason, known)
+        fields |= {"iterations": problem.steps, "products": problem.products}
+    return finish_nearest(head_problem, best, lam, target_gap, weight_decay, reason, fields)
 
 
-def _gram(task: Task, form: Option) -> Gram:
-    ones = task.bias is not None
+def _gram(head_problem: HeadProblem, form: GramForm) -> Gram:
+    ones = head_problem.bias is not None
     if form.form == "free":
-        return FreeGram(task.features, ones, form.dtype, form.most_rows)
-    return form_gram(task.features, ones, form.dtype, form.form == "dense")
+        return FreeGram(head_problem.features, ones, form.dtype, form.most_rows)
+    return build_gram(head_problem.features, ones, form.dtype, form.form == "dense")
 
 
-def _arrive(
-    task: Task,
-    best: State,
+def finish_nearest(
+    head_problem: HeadProblem,
+    best: NewtonState,
     lam: float,
     target_gap: float,
     weight_decay: float,
     reason: str,
-    known: dict[str, Any],
+    fields: dict[str, Any],
 ) -> HeadSolution:
-    du, db = task.transpose(best.a)
-    weight = du if weight_decay else task.weight + du
-    bias = None if task.bias is None or db is None else (db if weight_decay else task.bias + db)
-    return finish(
-        task, weight, bias, lam=lam, gap_target=target_gap, weight_decay=weight_decay, reason=reason, **known
+    du, db = head_problem.transpose(best.a)
+    weight = du if weight_decay else head_problem.weight + du
+    bias = (
+        None if head_problem.bias is None or db is None else (db if weight_decay else head_problem.bias + db)
+    )
+    return evaluate_head(
+        head_problem,
+        weight,
+        bias,
+        lam=lam,
+        gap_target=target_gap,
+        weight_decay=weight_decay,
+        reason=reason,
+        **fields,
     )

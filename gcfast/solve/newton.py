@@ -43,7 +43,7 @@ NEWTON_STEPS = 30
 
 
 @dataclass
-class State:
+class NewtonState:
     """A point of the path: A, f = K A and what follows from them."""
 
     a: Tensor
@@ -69,7 +69,7 @@ class Problem:
     products: int = 0
     steps: int = 0
     n: int = 0  # default: the rows of the Gram
-    newest: State | None = None  # last finished point of the path, for an interruption
+    newest: NewtonState | None = None  # last finished point of the path, for an interruption
     rank: int = 0
     slow: bool = False  # conjugate gradients took long
     diagonal: Tensor = field(init=False)
@@ -227,7 +227,7 @@ def _factor(system: Tensor) -> Tensor:
     raise FloatingPointError("the Gram of the features is too far from positive semidefinite, or overflows")
 
 
-def minimise(problem: Problem, state: State, lam: float, tolerance: float) -> State:
+def minimise(problem: Problem, state: NewtonState, lam: float, tolerance: float) -> NewtonState:
     """Newton steps from ``state``, NEWTON_STEPS at most, until P - D <= tolerance * (lambda/2)|U|^2."""
     a, f = state.a, state.f
     n, loss, targets = problem.n, problem.loss, problem.targets
@@ -240,7 +240,7 @@ def minimise(problem: Problem, state: State, lam: float, tolerance: float) -> St
         g = residual / n + lam * a
         kg = problem.product(g)
         gap = float((g * kg).sum()) / (2 * lam)
-        state = State(a, f, mean, total, max(gap, 0.0), quadratic)
+        state = NewtonState(a, f, mean, total, max(gap, 0.0), quadratic)
         if gap <= tolerance * quadratic or step == NEWTON_STEPS or not math.isfinite(total):
             break
         if isinstance(loss, CrossEntropy):

@@ -5,64 +5,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast.solve.path_point import Point
-from gcfast.solve.problem import Task
+from gcfast.solve.path_point import PathPoint
+from gcfast.solve.problem import HeadProblem
 from gcfast.solve.working_set import WorkingSet
-from gcfast.storage import Checkpoint, State
+from gcfast.storage import SavedState, StateFile
 
 
-class PathKeeper:
+class PathCheckpoint:
     """Saves the path's next point when it is time. ``form``: "set" or "all" where one was found."""
 
-    def __init__(self, checkpoint: Checkpoint | None, task: Task, path: list[tuple[float, float]]):
-        self.checkpoint, self.task, self.path = checkpoint, task, path
-        self.state: State | None = checkpoint.load() if checkpoint is not None else None
+    def __init__(
+        self, checkpoint: StateFile | None, head_problem: HeadProblem, path: list[tuple[float, float]]
+    ):
+        self.checkpoint, self.head_problem, self.path = checkpoint, head_problem, path
+        self.state: SavedState | None = checkpoint.load() if checkpoint is not None else None
         self.form: str | None = None
         self._working: WorkingSet | None = None
         if self.state is not None:
             self.form = self.state.values["form"]
 
-    def point(self, working: WorkingSet | None) -> Point | None:
+    def point(self, working: WorkingSet | None) -> PathPoint | None:
         """Where to go on, for the working set, whose samples it fills in, or for all samples (None)."""
         self._working = working
         state = self.state
         if state is None or self.form != ("all" if working is None else "set"):
             return None
         self.state = None
-        device, values = self.task.device, state.values
+        device, values = self.head_problem.device, state.values
 
         def read(name: str) -> Tensor:
             return state.tensors(name).to(device)
 
         if working is not None:
             if values["exact"]:
-                working.exact()
+                working.switch_to_float64()
             working.add(read("rows"))
             working.steps, working.products = values["steps"], values["products"]
         self.path[:] = [(lam, loss) for lam, loss in values["path"]]
         previous = None
         if values["previous"] is not None:
             previous = (values["previous"], read("previous_a"), read("previous_f"))
-        point = Point(
+        point = PathPoint(
             values["index"], values["lam"], read("a"), read("f"), previous, values["flat"], values["attempts"]
         )
         state.close()
         return point
 
-    def keep_set(self, point: Point) -> None:
+    def keep_set(self, point: PathPoint) -> None:
         working = self._working
         assert working is not None
         if self.checkpoint is not None and self.checkpoint.due():
             exact = working.dtype == torch.float64
             self._save(point, "set", working.steps, working.products, {"rows": working.rows}, exact)
 
-    def keep_all(self, point: Point) -> None:
+    def keep_all(self, point: PathPoint) -> None:
         if self.checkpoint is not None and self.checkpoint.due():
             self._save(point, "all", 0, 0, {})
 
     def _save(
         self,
-        point: Point,
+        point: PathPoint,
         form: str,
         steps: int,
         products: int,

@@ -12,7 +12,7 @@ MAX_PATH = 60
 
 
 @dataclass
-class Point:
+class PathPoint:
     """Where the path is: what the next point needs of the ones before."""
 
     index: int

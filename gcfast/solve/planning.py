@@ -15,9 +15,9 @@ from gcfast.losses import ConvexLoss, CrossEntropy, output_count, resolve_loss
 from gcfast.model import find_head
 from gcfast.proofs import Tiles, exact_products, proof_bytes, proof_flops
 from gcfast.solve import gram_forms
-from gcfast.solve.gram_forms import Option, Rates, Sizes
+from gcfast.solve.gram_forms import GramForm, Rates, Sizes
 from gcfast.solve.plan_report import Plan, Sharding, Stage, _duration, _size
-from gcfast.storage import limit
+from gcfast.storage import allowed_bytes
 
 # Not measured by gcfast: nominal figures of the card, of which half is assumed to be reached.
 NOMINAL = {"h100": Rates(f32=3.0e13, f64=3.0e13, memory=2.4e12)}
@@ -70,7 +70,7 @@ def plan(
             raise ValueError(f"rates: expected one of {sorted(NOMINAL)}, Rates or None; got {rates!r}")
         rates = NOMINAL[rates]
     found = rates or measured(sizes.device)
-    room = limit(max_bytes, sizes.device)
+    room = allowed_bytes(max_bytes, sizes.device)
     attained = not hard and convex.name != "bce_with_logits"  # as far as sizes tell
     stages = [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found, rates)]
     sharded = _sharding(sizes, devices, found) if devices > 1 else None
@@ -132,7 +132,7 @@ def _solve(
     return Stage("solve", best.name, best.bytes, flops, best.seconds, fits, others)
 
 
-def _reason(o: Option, best: Option, room: int | None) -> str:
+def _reason(o: GramForm, best: GramForm, room: int | None) -> str:
     if room is not None and o.bytes > room:
         return f"{_size(o.bytes)} do not fit"
     return f"{_duration(o.seconds)}, {_size(o.bytes)}"

@@ -18,7 +18,7 @@ from gcfast.losses import (
 
 
 @dataclass
-class Task:
+class HeadProblem:
     """The problem in float64 terms, whatever the features' dtype and wherever they come from."""
 
     features: Features
@@ -70,9 +70,9 @@ class Task:
         return self.mean_loss(self.logits((self.weight + du).to(dtype), bias))
 
 
-def _task(
+def make_problem(
     features: Features, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
-) -> Task:
+) -> HeadProblem:
     n, m = features.n, features.m
     if targets.device != features.device:
         raise ValueError(
@@ -103,4 +103,4 @@ def _task(
             raise ValueError("start: the weights are not finite")
     y = loss.prepare(targets, n, len(weight))
     copies = equal_rows(features.keys())
-    return Task(features, y, loss, weight, bias, infimum_with_copies(loss, y, copies))
+    return HeadProblem(features, y, loss, weight, bias, infimum_with_copies(loss, y, copies))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.solve.problem import Task
+from gcfast.solve.problem import HeadProblem
 
 
 @dataclass
@@ -66,28 +66,32 @@ class HeadSolution:
         )
 
 
-def finish(
-    task: Task,
+def evaluate_head(
+    head_problem: HeadProblem,
     weight: Tensor,
     bias: Tensor | None,
     *,
     lam: float,
     gap_target: float,
     weight_decay: float,
-    **known: Any,
+    **fields: Any,
 ) -> HeadSolution:
     """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
-    dtype = task.features.dtype
+    dtype = head_problem.features.dtype
     unrounded = (weight, bias)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    z = task.logits(weight, bias)
-    value, residual, conjugate = task.loss.terms(z, task.targets)
+    z = head_problem.logits(weight, bias)
+    value, residual, conjugate = head_problem.loss.terms(z, head_problem.targets)
     loss = float(value.mean())
-    grad_w, grad_b = task.transpose(residual / task.n)
+    grad_w, grad_b = head_problem.transpose(residual / head_problem.n)
     duality_gap = distance = math.nan
     if lam > 0:
-        center_w = torch.zeros_like(task.weight) if weight_decay else task.weight
-        center_b = None if task.bias is None else (torch.zeros_like(task.bias) if weight_decay else task.bias)
+        center_w = torch.zeros_like(head_problem.weight) if weight_decay else head_problem.weight
+        center_b = (
+            None
+            if head_problem.bias is None
+            else (torch.zeros_like(head_problem.bias) if weight_decay else head_problem.bias)
+        )
         u2 = _square(weight - center_w, None if bias is None or center_b is None else bias - center_b)
         rounding = 0.0
         if dtype != torch.float64 and not weight_decay:
@@ -95,24 +99,24 @@ def finish(
             before_w, before_b = unrounded
             moved_b = None if bias is None or before_b is None else bias - before_b
             rounding = math.sqrt(_square(weight - before_w, moved_b))
-            z = task.logits(before_w, before_b)
-            value, residual, conjugate = task.loss.terms(z, task.targets)
-            dual_w, dual_b = task.transpose(residual / task.n, remember=False)
+            z = head_problem.logits(before_w, before_b)
+            value, residual, conjugate = head_problem.loss.terms(z, head_problem.targets)
+            dual_w, dual_b = head_problem.transpose(residual / head_problem.n, remember=False)
             own_b = None if before_b is None or center_b is None else before_b - center_b
             own = _square(before_w - center_w, own_b)
         else:
             dual_w, dual_b, own = grad_w, grad_b, u2
         # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
-        z0 = torch.zeros_like(z) if weight_decay else task.start_logits
+        z0 = torch.zeros_like(z) if weight_decay else head_problem.start_logits
         dual = float(((residual * z0).sum(1) - conjugate).mean()) - _square(dual_w, dual_b) / (2 * lam)
         duality_gap = max(float(value.mean()) + 0.5 * lam * own - dual, 0.0)
         distance = (math.sqrt(2 * duality_gap / lam) + rounding) / math.sqrt(u2) if u2 > 0 else 0.0
-    gap = duality_gap if weight_decay else loss - task.infimum
+    gap = duality_gap if weight_decay else loss - head_problem.infimum
     return HeadSolution(
         weight=weight,
         bias=bias,
         loss=loss,
-        infimum=task.infimum,
+        infimum=head_problem.infimum,
         gap=gap,
         duality_gap=duality_gap,
         distance_bound=distance,
@@ -120,7 +124,7 @@ def finish(
         regularization=lam,
         converged=gap <= gap_target,
         seconds=0.0,
-        **known,
+        **fields,
     )
 
 

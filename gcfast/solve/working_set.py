@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gcfast.features import StoredFeatures
 from gcfast.solve.grams import DenseGram
-from gcfast.solve.newton import Problem, State, minimise
-from gcfast.solve.path_point import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, Point
-from gcfast.solve.problem import Task
+from gcfast.solve.newton import NewtonState, Problem, minimise
+from gcfast.solve.path_point import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, PathPoint
+from gcfast.solve.problem import HeadProblem
 from gcfast.solve.solution import Progress
 
 ROUGH, FINE = 1e-2, 1e-4  # thresholds on the way and at the end
@@ -28,26 +28,26 @@ MOST, GROWTH = 1280, 384  # samples of S at first, and joining at a time; the en
 FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
 
 
-class TooMany(Exception):
+class WorkingSetFull(Exception):
     """More samples matter than there is room for."""
 
 
 class WorkingSet:
     """Features (n, m), the Gram of a set S of rows, and passes over all of them: in float32, until
-    :meth:`exact` makes them float64.
+    :meth:`switch_to_float64` makes them float64.
 
-    ``most``: the largest S allowed; beyond it :class:`TooMany` is raised.
+    ``most``: the largest S allowed; beyond it :class:`WorkingSetFull` is raised.
     """
 
-    def __init__(self, task: Task, most: int | None = None):
-        given = self.given = task.features
+    def __init__(self, head_problem: HeadProblem, most: int | None = None):
+        given = self.given = head_problem.features
         self.dtype = torch.float32
         convert = isinstance(given, StoredFeatures) and given.dtype != torch.float32
         self.h = StoredFeatures(given.matrix.to(torch.float32)) if convert else given  # type: ignore[attr-defined]
-        self.most = task.n if most is None else most
-        self.bias, self.start = task.bias is not None, task.start_logits
-        self.targets, self.loss = task.targets, task.loss
-        self.n, device = task.n, task.device
+        self.most = head_problem.n if most is None else most
+        self.bias, self.start = head_problem.bias is not None, head_problem.start_logits
+        self.targets, self.loss = head_problem.targets, head_problem.loss
+        self.n, device = head_problem.n, head_problem.device
         mean = self.h.transposed_times(torch.full((self.n, 1), 1.0 / self.n, device=device))[0]
         # squared distance from the mean row: the diagonal of the centred Gram
         square, cross = self.h.square_norms(mean)
@@ -60,7 +60,7 @@ class WorkingSet:
         self.slow = False
         self.newest: Tensor | None = None
 
-    def exact(self) -> bool:
+    def switch_to_float64(self) -> bool:
         """From now on in float64; False where that is so already, or S has no room for it."""
         if self.dtype == torch.float64 or len(self.rows) > self.most / math.sqrt(2):
             return False
@@ -73,7 +73,7 @@ class WorkingSet:
             self.add(rows)
         return True
 
-    def everywhere(self, a: Tensor) -> Tensor:
+    def gram_times(self, a: Tensor) -> Tensor:
         """K a (n, C) for a that is zero outside S: a pass over S's features and one over all."""
         part = a[self.rows]
         scale = float(part.abs().amax()) if part.numel() else 0.0
@@ -107,7 +107,7 @@ class WorkingSet:
         """Samples to S."""
         k = len(self.rows)
         if k + len(new) > self.most:
-            raise TooMany
+            raise WorkingSetFull
         self.rows = torch.cat([self.rows, new])
         self.chosen = self.h.select(self.rows)
         block = self.h.block(new, self.chosen, self.dtype)
@@ -119,14 +119,14 @@ class WorkingSet:
         gram[:k, k:] = block[:, :k].mT
         self.gram = gram
 
-    def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> tuple[Tensor, State]:
+    def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> tuple[Tensor, NewtonState]:
         """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
         rows = self.rows
         problem = Problem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
         part = a[rows]
         own = problem.product(part)
         problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
-        state = minimise(problem, State(part, own), lam, tolerance)
+        state = minimise(problem, NewtonState(part, own), lam, tolerance)
         self.products += problem.products
         self.steps += problem.steps
         self.slow |= problem.slow
@@ -159,15 +159,15 @@ def _extrapolate(
     return (ahead_a, ahead_f) if value(ahead_a, ahead_f) < value(a, f) else (a, f)
 
 
-def follow(
+def follow_working_set(
     working: WorkingSet,
-    task: Task,
+    head_problem: HeadProblem,
     target_gap: float,
     path: list[tuple[float, float]],
-    say: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
     began: float,
-    point: Point | None = None,
-    keep: Callable[[Point], None] = lambda point: None,
+    point: PathPoint | None = None,
+    keep: Callable[[PathPoint], None] = lambda point: None,
     patient: bool = True,
 ) -> tuple[Tensor, float] | None:
     """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
@@ -176,34 +176,34 @@ def follow(
     not fall or, unless ``patient``, steps are long, float32 may be why: the rest of the path is in float64.
     Given up where that is no better, or has no room: all samples together are then the easier problem.
     """
-    target = task.infimum + target_gap
+    target = head_problem.infimum + target_gap
     if point is None:
         zero = torch.zeros_like(working.start)
-        point = Point(0, FIRST * float(working.diagonal.mean()) / task.n, zero, zero.clone())
+        point = PathPoint(0, FIRST * float(working.diagonal.mean()) / head_problem.n, zero, zero.clone())
     initial = _mean_loss(working, torch.zeros_like(working.start))
-    span = math.log(max(initial - task.infimum, 10 * target_gap) / target_gap)
+    span = math.log(max(initial - head_problem.infimum, 10 * target_gap) / target_gap)
     while point.index < MAX_PATH:
         keep(point)
         a, f, lam = point.a, point.f, point.lam
         working.choose(a, f, lam, ROUGH, MOST)
         a, _ = working.minimise(a, f, lam, LOOSE)
-        f = working.everywhere(a)
+        f = working.gram_times(a)
         loss = _mean_loss(working, f)
         good = point.a if point.previous is None else point.previous[1]
         if not loss <= initial or (working.slow and not patient):
-            if not _again(working, point, good, lam):
+            if not retry_in_float64(working, point, good, lam):
                 return None
             continue
         working.newest = a
         path.append((lam, loss))
         point.index += 1
-        excess = max(loss - task.infimum, 1e-300)
+        excess = max(loss - head_problem.infimum, 1e-300)
         fraction = min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
-        say(Progress(point.index, lam, loss, excess, time.perf_counter() - began, fraction))
+        on_progress(Progress(point.index, lam, loss, excess, time.perf_counter() - began, fraction))
         if loss <= target:
-            polished = _polish(working, task, a, f, lam, target)
+            polished = _polish(working, head_problem, a, f, lam, target)
             if polished is None:
-                if not _again(working, point, good, lam):
+                if not retry_in_float64(working, point, good, lam):
                     return None
                 path.pop()
                 continue
@@ -216,8 +216,8 @@ def follow(
                 return None
             point.lam, point.a, point.f, point.previous = 0.7 * lam, a, f, None
             continue
-        stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - task.infimum)
-        if stalls and _again(working, point, good, lam):
+        stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - head_problem.infimum)
+        if stalls and retry_in_float64(working, point, good, lam):
             path.pop()
             continue
         point.flat = point.flat + 1 if stalls else 0
@@ -229,30 +229,33 @@ def follow(
     return None
 
 
-def _again(working: WorkingSet, point: Point, a: Tensor, lam: float) -> bool:
+def retry_in_float64(working: WorkingSet, point: PathPoint, a: Tensor, lam: float) -> bool:
     """Take lambda's point from ``a`` once more, in float64; False where float32 is not to blame."""
-    if not working.exact():
+    if not working.switch_to_float64():
         return False
     working.slow = False
-    point.a, point.f, point.lam, point.previous = a, working.everywhere(a), lam, None
+    point.a, point.f, point.lam, point.previous = a, working.gram_times(a), lam, None
     return True
 
 
 def _polish(
-    working: WorkingSet, task: Task, a: Tensor, f: Tensor, lam: float, target: float
+    working: WorkingSet, head_problem: HeadProblem, a: Tensor, f: Tensor, lam: float, target: float
 ) -> tuple[Tensor, Tensor, float, bool] | None:
     """Newton steps until the gradient over all samples, in float64, is within the tolerance."""
     for step in range(7):
-        working.choose(a, f, lam, FINE * 0.1**step, task.n)
+        working.choose(a, f, lam, FINE * 0.1**step, head_problem.n)
         a, _ = working.minimise(a, f, lam, TIGHT)
-        du, db = task.transpose(a)
-        true = task.logits(task.weight + du, None if task.bias is None or db is None else task.bias + db)
+        du, db = head_problem.transpose(a)
+        true = head_problem.logits(
+            head_problem.weight + du,
+            None if head_problem.bias is None or db is None else head_problem.bias + db,
+        )
         f = true - working.start
-        value, residual, _ = task.loss.terms(true, task.targets)
-        gw, gb = task.transpose(residual / task.n + lam * a, remember=False)
+        value, residual, _ = head_problem.loss.terms(true, head_problem.targets)
+        gw, gb = head_problem.transpose(residual / head_problem.n + lam * a, remember=False)
         gap = (float((gw**2).sum()) + (0.0 if gb is None else float((gb**2).sum()))) / (2 * lam)
         quadratic = 0.5 * lam * float((a * f).sum())
         if gap <= 2 * TIGHT * quadratic:
             loss = float(value.mean())
-            return a, f, loss, loss <= target and task.stored_loss(du, db) <= target
+            return a, f, loss, loss <= target and head_problem.stored_loss(du, db) <= target
     return None

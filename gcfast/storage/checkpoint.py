@@ -29,11 +29,11 @@ from gcfast.storage.digest import (
     pieces_of,
     pool,
 )
-from gcfast.storage.file_format import _ALIGN, State, _check_values, _head, _order, _read_header, _refuse
+from gcfast.storage.file_format import _ALIGN, SavedState, _check_values, _head, _order, _read_header, _refuse
 from gcfast.storage.lock import FileLock, LockHeld
 
 
-class Checkpoint:
+class StateFile:
     """The file ``path`` of one computation, for one process and one of its threads at a time.
 
     ``kind`` names the computation and ``fingerprint`` its data, weights and settings: a file of another is
@@ -58,7 +58,7 @@ class Checkpoint:
         """Whether ``every`` seconds have passed since the last save, or since the start."""
         return time.monotonic() - self._last >= self.every
 
-    def load(self) -> State | None:
+    def load(self) -> SavedState | None:
         """The last state saved, None where there is no file.
 
         Raises CheckpointError if another process uses the file, or if it is foreign, truncated, corrupt, of
@@ -73,7 +73,7 @@ class Checkpoint:
             return None
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             _refuse(self.path, "it is not a regular file", "Give another path")
-        stream = open(self._target, "rb")  # noqa: SIM115  (the State owns it)
+        stream = open(self._target, "rb")  # noqa: SIM115  (the SavedState owns it)
         try:
             start, header = _read_header(self.path, stream)
             if header["kind"] != self.kind:
@@ -86,7 +86,7 @@ class Checkpoint:
             stream.close()
             raise
         self._checked = True
-        return State(self.path, stream, start, header)
+        return SavedState(self.path, stream, start, header)
 
     def save(
         self, values: dict[str, Any], tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -155,7 +155,7 @@ class Checkpoint:
             self._lock.release()
         self._lock, self._checked = None, False
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> StateFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -198,7 +198,7 @@ class Checkpoint:
         except LockHeld as held:
             mine = held.holder == str(os.getpid())
             who = "this process itself" if mine else f"another process (pid {held.holder})"
-            way_out = "Close its first Checkpoint" if mine else "Wait for it, stop it"
+            way_out = "Close its first StateFile" if mine else "Wait for it, stop it"
             _refuse(self.path, f"{who} is using it", f"{way_out} or give another path")
         except OSError as error:
             what = f"checkpoint {self.path}: its lock file {path} cannot be opened ({error.strerror})"

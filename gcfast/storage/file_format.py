@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
     """A file that cannot be continued from; the message names it, what is wrong and the way out."""
 
 
-class State:
+class SavedState:
     """A loaded checkpoint: ``values``, ``names`` of the tensors, and the tensors themselves on demand.
 
     It stays readable while newer checkpoints are saved, but keeps its bytes on the disk until ``close``.
@@ -82,7 +82,7 @@ class State:
     def close(self) -> None:
         self._stream.close()
 
-    def __enter__(self) -> State:
+    def __enter__(self) -> SavedState:
         return self
 
     def __exit__(self, *_: object) -> None:

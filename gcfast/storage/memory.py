@@ -28,7 +28,7 @@ def available(device: torch.device) -> int | None:
     return None
 
 
-def limit(max_bytes: int | None, device: torch.device) -> int | None:
+def allowed_bytes(max_bytes: int | None, device: torch.device) -> int | None:
     """``max_bytes``, or what is free on the device, or None where nobody knows. ValueError for nonsense."""
     if max_bytes is not None and (
         not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0
@@ -37,9 +37,9 @@ def limit(max_bytes: int | None, device: torch.device) -> int | None:
     return max_bytes if max_bytes is not None else available(device)
 
 
-def require(what: str, needed: int, max_bytes: int | None, device: torch.device, way_out: str) -> None:
+def check_memory(what: str, needed: int, max_bytes: int | None, device: torch.device, way_out: str) -> None:
     """Raise MemoryError if ``needed`` exceeds ``max_bytes``, or what is free where that is None."""
-    most = limit(max_bytes, device)
+    most = allowed_bytes(max_bytes, device)
     if most is not None and needed > most:
         source = "max_bytes allows" if max_bytes is not None else f"{device} has free"
         raise MemoryError(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gcfast.cli.progress import Progress, format_seconds
+from gcfast.cli.progress import ProgressBar, format_seconds
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     controller, terminal = os.openpty()
     with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        with Progress("phase one", 10) as progress:
+        with ProgressBar("phase one", 10) as progress:
             for done in range(1, 11):
                 progress.update(done, f"loss {done}")
     raw = b""
@@ -32,7 +32,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_elsewhere() -> None:
     stream = io.StringIO()
-    with Progress("phase one", 10, stream=stream) as progress:
+    with ProgressBar("phase one", 10, stream=stream) as progress:
         for done in range(1, 11):
             progress.update(done, "loss 1")
     assert stream.getvalue().startswith("phase one") and "done in" in stream.getvalue()
@@ -43,13 +43,13 @@ def test_lines_tell_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None
     clock = iter(range(0, 1000, 3))
     monkeypatch.setattr("gcfast.cli.progress.time.perf_counter", lambda: float(next(clock)))
     stream = io.StringIO()
-    progress = Progress("certificate", 4, stream=stream)
+    progress = ProgressBar("certificate", 4, stream=stream)
     progress.update(1, "whitening")
     assert " 25%  whitening  about 18.0 s left" in stream.getvalue()  # 6 s for a quarter
 
 
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("phase one", 2, quiet=True, stream=sys.stderr) as progress:
+    with ProgressBar("phase one", 2, quiet=True, stream=sys.stderr) as progress:
         progress.update(2)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
@@ -62,7 +62,7 @@ def test_no_tqdm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "tqdm", None)
     stream = Terminal()
-    with Progress("phase one", 2, stream=stream) as progress:
+    with ProgressBar("phase one", 2, stream=stream) as progress:
         progress.update(2)
     assert "pip install 'gcfast[cli]'" in stream.getvalue() and "done in" in stream.getvalue()
 

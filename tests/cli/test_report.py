@@ -17,7 +17,7 @@ from gcfast.cli.report.verdicts import verdict
 from gcfast.cli.training.checkpoint import DataSpec
 from gcfast.cli.training.models import ModelSpec
 from gcfast.cli.training.record import Record
-from gcfast.cli.training.train import Point, Schedule, Settings
+from gcfast.cli.training.train import CurvePoint, Schedule, Settings
 
 
 def a_record(root: Path, **certificate: Any) -> Record:
@@ -42,9 +42,9 @@ def a_record(root: Path, **certificate: Any) -> Record:
         status="complete",
     )
     for name, floor in (("base", 1e-3), ("two_phase", 3e-3)):
-        record.curves[name] = [Point(6 * k, k, 2.0 * math.exp(-k) + floor, 10.0 - k) for k in range(11)]
+        record.curves[name] = [CurvePoint(6 * k, k, 2.0 * math.exp(-k) + floor, 10.0 - k) for k in range(11)]
     record.switch = record.curves["two_phase"][6]
-    record.nearest = Point(36, 6.0, 7e-7, 2.5)
+    record.nearest = CurvePoint(36, 6.0, 7e-7, 2.5)
     record.path = [(10.0**-k, 10.0 ** -(k + 1)) for k in range(6)]
     record.solver = {"iterations": 17, "duality_gap": 1e-9}
     record.spectrum = np.geomspace(300, 2e-3, 60).tolist()
@@ -138,7 +138,7 @@ def test_verdict_never_says_more_than_the_certificate(tmp_path: Path) -> None:
     )
     for certificate, final, level, headline in cases:
         record = a_record(tmp_path, **certificate)
-        record.nearest = None if final is None else Point(36, 6.0, final, 2.5)
+        record.nearest = None if final is None else CurvePoint(36, 6.0, final, 2.5)
         judged = verdict(record.values())
         assert judged.level == level and headline in judged.headline
         if level != "good":

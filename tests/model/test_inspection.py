@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gcfast.model.analytic_body import analyticity
-from gcfast.model.analytic_ops import Marks, classify
+from gcfast.model.analytic_ops import SignTracker, classify
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast.model.tap import FeatureTap
 from gcfast.model.wide_layer import wide_activation
@@ -529,7 +529,7 @@ def test_unknown_operators_are_listed_by_name():
 
 
 def test_memory_used_again_does_not_pass_for_a_weight():
-    marks, constant = Marks(), torch.zeros(3)
+    marks, constant = SignTracker(), torch.zeros(3)
     marks.weighted.add(constant.untyped_storage()._cdata)
     lift = torch.ops.aten.lift_fresh.default
     assert marks.depends(constant)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features.stacked_ones import FeaturesWithOnes
 from gcfast.proofs import dependency
 from gcfast.proofs.dependency import near_dependency, prove_rank_of_basis
 
@@ -56,7 +56,7 @@ def test_rows_that_cannot_be_proved_independent_are_not_counted(monkeypatch):
     monkeypatch.setattr(dependency, "first_tolerance", lambda h1: 1e-19)  # noise passes for a pivot
     g = torch.Generator().manual_seed(0)
     h = torch.randn((300, 200), generator=g).double() @ torch.randn((200, 320), generator=g).double()
-    noisy = dependency.row_basis(dependency.lower_gram(StackedOnes(h, ones=False)), 1e-19)
+    noisy = dependency.row_basis(dependency.lower_gram(FeaturesWithOnes(h, ones=False)), 1e-19)
     assert 200 < len(noisy.kept) < 300
     assert prove_rank_of_basis(h, ones=False)[0] == 200
 

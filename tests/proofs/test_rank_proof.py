@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gcfast.features.stacked_ones import StackedOnes
+from gcfast.features.stacked_ones import FeaturesWithOnes
 from gcfast.proofs import rounding, whitening
 from gcfast.proofs import shift as _shift
 from gcfast.proofs import tiles as _tiles
@@ -213,7 +213,7 @@ def _symmetric(low):
 
 @pytest.mark.parametrize("scale", [2.0**-400, 1.0, 2.0**400])
 def test_the_error_of_the_gram_is_bounded(scale, worst_products):
-    h1 = StackedOnes(torch.rand((21, 29), dtype=torch.float64) * scale, ones=False)
+    h1 = FeaturesWithOnes(torch.rand((21, 29), dtype=torch.float64) * scale, ones=False)
     g = _shift.bounded_gram(h1)
     exact = [[v / Fraction(scale) ** 2 for v in row] for row in _gram(_exact(h1.features.matrix))]
     lower = g.lower.dense()
@@ -256,7 +256,7 @@ def test_hostile_products_prove_nothing_of_a_deficient_matrix(seed, worst_produc
 
 
 def test_what_the_shift_loses_enters_its_bound(worst_products):
-    h1 = StackedOnes(torch.randn((40, 60), dtype=torch.float64), ones=False)
+    h1 = FeaturesWithOnes(torch.randn((40, 60), dtype=torch.float64), ones=False)
     g = _shift.bounded_gram(h1)
     for sharp in (False, True):
         proof = _shift.prove_by_shift(g, sharp, lambda step, fraction: None)
@@ -316,7 +316,7 @@ def test_doubled_products_are_bounded_and_five_digits_better(worst_products):
 )
 def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype, condition, small_tiles):
     n, m = 12, 15
-    h1 = StackedOnes(_with_condition(n, m, condition), ones=False)
+    h1 = FeaturesWithOnes(_with_condition(n, m, condition), ones=False)
     h = h1.features.matrix
     x, _ = whitening.cholesky_inverse(_shift.bounded_gram(h1).lower, 1e-13)
     for _ in range(3):

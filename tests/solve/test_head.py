@@ -143,17 +143,19 @@ def test_where_float32_ends_the_working_set_goes_on_in_float64(monkeypatch, mean
 def test_the_working_set_has_no_float64_beyond_its_room():
     from gcfast.features.checks import as_features
     from gcfast.losses import resolve_loss
-    from gcfast.solve.problem import Task
+    from gcfast.solve.problem import HeadProblem
     from gcfast.solve.working_set import WorkingSet
 
     h, y = _many(n=1100)
     start = torch.zeros((5, 1500), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    working = WorkingSet(Task(as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0), 100)
+    working = WorkingSet(
+        HeadProblem(as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0), 100
+    )
     working.add(torch.arange(80))
-    assert not working.exact() and working.gram.dtype == torch.float32
+    assert not working.switch_to_float64() and working.gram.dtype == torch.float32
     working.most = 114
     before = working.gram.clone()
-    assert working.exact() and not working.exact()
+    assert working.switch_to_float64() and not working.switch_to_float64()
     assert working.gram.dtype == torch.float64 and working.most == 80
     exact = h[:80].float().double() @ h[:80].float().double().T + 1
     assert torch.allclose(working.gram, exact, rtol=1e-14) and not torch.equal(working.gram.float(), before)

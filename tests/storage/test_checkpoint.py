@@ -22,7 +22,7 @@ from conftest import DEVICES
 from torch import Tensor
 
 import gcfast.storage.checkpoint as module
-from gcfast.storage.checkpoint import Checkpoint
+from gcfast.storage.checkpoint import StateFile
 from gcfast.storage.digest import fingerprint
 from gcfast.storage.file_format import CheckpointError
 
@@ -39,8 +39,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(path: Path) -> Iterator[Checkpoint]:
-    with Checkpoint(path, "certify", "0123") as opened:
+def checkpoint(path: Path) -> Iterator[StateFile]:
+    with StateFile(path, "certify", "0123") as opened:
         yield opened
 
 
@@ -52,7 +52,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
-def restored(checkpoint: Checkpoint, name: str = "x") -> Tensor:
+def restored(checkpoint: StateFile, name: str = "x") -> Tensor:
     state = checkpoint.load()
     assert state is not None
     with state:
@@ -81,7 +81,7 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_comes_back_bit_by_bit(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
+def test_every_dtype_comes_back_bit_by_bit(checkpoint: StateFile, dtype: torch.dtype, device: str) -> None:
     tensors = {
         "whole": random_bits(7, 5, 3, dtype=dtype, device=device),
         "scalar": random_bits(1, dtype=dtype, device=device)[0],
@@ -105,7 +105,7 @@ def test_every_dtype_comes_back_bit_by_bit(checkpoint: Checkpoint, dtype: torch.
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensors_of_several_pieces(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, device: str
+    checkpoint: StateFile, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """Digests and order do not depend on how a tensor lies in memory, whatever the size of the pieces."""
     for name in ("digest", "file_format"):
@@ -130,7 +130,7 @@ def test_tensors_of_several_pieces(
             assert fingerprint(view) == fingerprint(view.detach().cpu().resolve_conj().clone().contiguous())
 
 
-def test_values_come_back_exact(checkpoint: Checkpoint) -> None:
+def test_values_come_back_exact(checkpoint: StateFile) -> None:
     floats = [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.pi, 1 / 3]
     values = {
         "floats": floats,
@@ -147,7 +147,7 @@ def test_values_come_back_exact(checkpoint: Checkpoint) -> None:
         assert state.names == ()
 
 
-def test_nothing_is_there_at_first_and_after_the_end(checkpoint: Checkpoint, path: Path) -> None:
+def test_nothing_is_there_at_first_and_after_the_end(checkpoint: StateFile, path: Path) -> None:
     assert checkpoint.load() is None
     checkpoint.save({"step": 1}, {})
     with checkpoint.load() as state:
@@ -160,7 +160,7 @@ def test_nothing_is_there_at_first_and_after_the_end(checkpoint: Checkpoint, pat
     assert os.listdir(path.parent) == []
 
 
-def test_a_state_outlives_newer_checkpoints(checkpoint: Checkpoint) -> None:
+def test_a_state_outlives_newer_checkpoints(checkpoint: StateFile) -> None:
     checkpoint.save({"step": 1}, {"x": torch.full((5,), 1)})
     state = checkpoint.load()
     checkpoint.save({"step": 2}, {"x": torch.full((5,), 2)})
@@ -174,7 +174,7 @@ def test_a_state_outlives_newer_checkpoints(checkpoint: Checkpoint) -> None:
 
 
 def test_a_tensor_of_a_dtype_that_this_torch_lacks(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    checkpoint: StateFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save({}, {"x": torch.zeros(2, dtype=torch.uint16)})
     monkeypatch.delattr(torch, "uint16")
@@ -197,7 +197,7 @@ def test_a_tensor_of_a_dtype_that_this_torch_lacks(
     ],
 )
 def test_what_cannot_be_saved(
-    checkpoint: Checkpoint, values: dict, tensors: object, error: type[Exception], words: str
+    checkpoint: StateFile, values: dict, tensors: object, error: type[Exception], words: str
 ) -> None:
     checkpoint.save({"old": True}, {})
     with pytest.raises(error, match=words):
@@ -211,18 +211,18 @@ def test_what_cannot_be_saved(
 
 def small(path: Path, kind: str = "certify", fingerprint: str = "0123") -> bytes:
     tensors = {"x": torch.arange(37, dtype=torch.float64), "e": torch.empty(0), "y": torch.ones(5).bool()}
-    with Checkpoint(path, kind, fingerprint) as checkpoint:
+    with StateFile(path, kind, fingerprint) as checkpoint:
         checkpoint.save({"step": 3}, tensors)
     return path.read_bytes()
 
 
-def read_all(checkpoint: Checkpoint) -> None:
+def read_all(checkpoint: StateFile) -> None:
     with checkpoint.load() as state:
         for name in state.names:
             state.tensors(name)
 
 
-def test_truncated_at_every_length(checkpoint: Checkpoint, path: Path) -> None:
+def test_truncated_at_every_length(checkpoint: StateFile, path: Path) -> None:
     content = small(path)
     for length in reversed(range(len(content))):
         os.truncate(path, length)
@@ -236,7 +236,7 @@ def test_truncated_at_every_length(checkpoint: Checkpoint, path: Path) -> None:
     read_all(checkpoint)
 
 
-def test_every_flipped_byte_is_seen(checkpoint: Checkpoint, path: Path) -> None:
+def test_every_flipped_byte_is_seen(checkpoint: StateFile, path: Path) -> None:
     content = small(path)
     start = len(content) - (320 + 64)
     with open(path, "r+b", buffering=0) as stream:
@@ -251,7 +251,7 @@ def test_every_flipped_byte_is_seen(checkpoint: Checkpoint, path: Path) -> None:
     read_all(checkpoint)
 
 
-def test_flipped_bytes_in_large_tensors(checkpoint: Checkpoint, path: Path) -> None:
+def test_flipped_bytes_in_large_tensors(checkpoint: StateFile, path: Path) -> None:
     checkpoint.save({}, {"x": torch.arange(3 << 20), "y": torch.zeros(5 << 20, dtype=torch.uint8)})
     source = random.Random(0)
     for _ in range(30):
@@ -276,7 +276,7 @@ def test_flipped_bytes_in_large_tensors(checkpoint: Checkpoint, path: Path) -> N
     assert torch.equal(restored(checkpoint), torch.arange(3 << 20))
 
 
-def test_a_file_cut_after_it_was_opened(checkpoint: Checkpoint, path: Path) -> None:
+def test_a_file_cut_after_it_was_opened(checkpoint: StateFile, path: Path) -> None:
     checkpoint.save({}, {"x": torch.zeros(1 << 20)})
     with checkpoint.load() as state:
         os.truncate(path, path.stat().st_size // 2)
@@ -288,7 +288,7 @@ def test_a_file_cut_after_it_was_opened(checkpoint: Checkpoint, path: Path) -> N
 def test_foreign_files_are_refused_and_kept(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     words = rf"{path}: it is not a checkpoint of gcfast\. Delete the file or give another path\."
-    with Checkpoint(path, "certify", "0123") as checkpoint:
+    with StateFile(path, "certify", "0123") as checkpoint:
         with pytest.raises(CheckpointError, match=words):
             checkpoint.load()
         with pytest.raises(CheckpointError, match=words):
@@ -301,7 +301,7 @@ def test_foreign_files_are_refused_and_kept(path: Path, content: bytes) -> None:
 def test_a_torch_file_is_foreign(path: Path) -> None:
     torch.save({"x": torch.zeros(3)}, path)
     with (
-        Checkpoint(path, "certify", "0123") as checkpoint,
+        StateFile(path, "certify", "0123") as checkpoint,
         pytest.raises(CheckpointError, match="not a check"),
     ):
         checkpoint.load()
@@ -310,12 +310,12 @@ def test_a_torch_file_is_foreign(path: Path) -> None:
 def test_other_things_than_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with Checkpoint(path, "certify", "0123") as checkpoint:
+        with StateFile(path, "certify", "0123") as checkpoint:
             for act in (checkpoint.load, checkpoint.remove, lambda c=checkpoint: c.save({}, {})):
                 with pytest.raises(CheckpointError, match="not a regular file"):
                     act()
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
-    with Checkpoint("/dev/null", "certify", "0123") as checkpoint, pytest.raises((CheckpointError, OSError)):
+    with StateFile("/dev/null", "certify", "0123") as checkpoint, pytest.raises((CheckpointError, OSError)):
         checkpoint.save({}, {})
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
@@ -326,7 +326,7 @@ def test_other_format_versions(path: Path, version: int, age: str) -> None:
     content[16:20] = version.to_bytes(4, "little")
     path.write_bytes(content)
     words = rf"{path}: it has format version {version}, {age} than 1.*delete"
-    with Checkpoint(path, "certify", "0123") as checkpoint, pytest.raises(CheckpointError, match=words):
+    with StateFile(path, "certify", "0123") as checkpoint, pytest.raises(CheckpointError, match=words):
         checkpoint.load()
 
 
@@ -339,7 +339,7 @@ def test_other_format_versions(path: Path, version: int, age: str) -> None:
 )
 def test_other_computations(path: Path, kind: str, digest: str, words: str) -> None:
     content = small(path, kind, digest)
-    with Checkpoint(path, "certify", "0123") as checkpoint:
+    with StateFile(path, "certify", "0123") as checkpoint:
         for act in (checkpoint.load, checkpoint.remove, lambda: checkpoint.save({}, {})):
             with pytest.raises(CheckpointError, match=words + r"\. Delete the file or give another path"):
                 act()
@@ -348,7 +348,7 @@ def test_other_computations(path: Path, kind: str, digest: str, words: str) -> N
 
 def test_a_new_computation_replaces_its_own_file_without_loading(path: Path) -> None:
     small(path)
-    with Checkpoint(path, "certify", "0123") as checkpoint:
+    with StateFile(path, "certify", "0123") as checkpoint:
         checkpoint.save({"step": 9}, {})
         with checkpoint.load() as state:
             assert state.values == {"step": 9}
@@ -359,9 +359,9 @@ def test_a_new_computation_replaces_its_own_file_without_loading(path: Path) -> 
 
 SAVES_FOR_EVER = """
     import sys, torch
-    from gcfast.storage.checkpoint import Checkpoint
+    from gcfast.storage.checkpoint import StateFile
     torch.set_num_threads(1)
-    with Checkpoint(sys.argv[1], "certify", "0123") as checkpoint:
+    with StateFile(sys.argv[1], "certify", "0123") as checkpoint:
         step = int(sys.argv[2])
         print("ready", flush=True)
         while True:
@@ -372,7 +372,7 @@ SAVES_FOR_EVER = """
 
 SAVES_FROM_FORKS = """
     import os, random, signal, sys, time, torch
-    from gcfast.storage.checkpoint import Checkpoint
+    from gcfast.storage.checkpoint import StateFile
     torch.set_num_threads(1)
     path, rounds = sys.argv[1], int(sys.argv[2])
     source = random.Random(5)
@@ -380,7 +380,7 @@ SAVES_FROM_FORKS = """
     for _ in range(rounds):
         child = os.fork()
         if child == 0:
-            checkpoint = Checkpoint(path, "certify", "0123")
+            checkpoint = StateFile(path, "certify", "0123")
             step = last
             while True:
                 step += 1
@@ -390,7 +390,7 @@ SAVES_FROM_FORKS = """
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         leftovers += any(name.endswith(".tmp") for name in os.listdir(os.path.dirname(path)))
-        with Checkpoint(path, "certify", "0123") as checkpoint:
+        with StateFile(path, "certify", "0123") as checkpoint:
             state = checkpoint.load()
             assert not any(name.endswith(".tmp") for name in os.listdir(os.path.dirname(path)))
             if state is None:
@@ -420,17 +420,17 @@ def test_killed_from_outside_and_continued(path: Path) -> None:
     while not path.exists():
         time.sleep(0.01)
     with (
-        Checkpoint(path, "certify", "0123") as other,
+        StateFile(path, "certify", "0123") as other,
         pytest.raises(
             CheckpointError, match=rf"another process \(pid {process.pid}\) is using it.*another path"
         ),
     ):
         other.load()
-    with Checkpoint(path, "certify", "0123") as other, pytest.raises(CheckpointError, match="is using it"):
+    with StateFile(path, "certify", "0123") as other, pytest.raises(CheckpointError, match="is using it"):
         other.save({}, {})
     process.kill()
     process.communicate()
-    with Checkpoint(path, "certify", "0123") as checkpoint:
+    with StateFile(path, "certify", "0123") as checkpoint:
         with checkpoint.load() as state:
             assert state.values["step"] >= 1
         checkpoint.save({}, {})
@@ -443,7 +443,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(path:
     with subprocess.Popen(["sleep", "60"]) as living:
         kept = [f".{path.name}.{living.pid}.tmp", ".other.ck.1.tmp", f".{path.name}.x.tmp", f".{path.name}.9"]
         gone = [f".{path.name}.{dead}.tmp", f".{path.name}.{os.getpid()}.tmp", f".{path.name}.{10**30}.tmp"]
-        with Checkpoint(path, "certify", "0123") as checkpoint:
+        with StateFile(path, "certify", "0123") as checkpoint:
             for act in (checkpoint.load, lambda: checkpoint.save({}, {})):
                 for name in kept + gone:
                     (path.parent / name).write_bytes(b"left")
@@ -456,7 +456,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(path:
     "error", [KeyboardInterrupt(), OSError(errno.EDQUOT, "Disk quota exceeded"), ValueError()]
 )
 def test_a_failure_while_writing(
-    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    checkpoint: StateFile, path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     checkpoint.save({"step": 1}, {"x": torch.zeros(100)})
     before = path.read_bytes()
@@ -484,7 +484,7 @@ def test_a_failure_while_writing(
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failure_at_the_end(
-    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    checkpoint: StateFile, path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     checkpoint.save({"step": 1}, {})
     before = path.read_bytes()
@@ -500,7 +500,7 @@ def test_a_failure_at_the_end(
 
 
 def test_the_file_is_on_the_disk_before_its_name(
-    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: StateFile, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
@@ -521,7 +521,7 @@ def test_the_file_is_on_the_disk_before_its_name(
 
 
 def test_too_little_room_is_seen_beforehand(
-    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: StateFile, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
@@ -540,14 +540,14 @@ def test_too_little_room_is_seen_beforehand(
 
 FILLS_THE_DISK = """
     import os, resource, sys, torch
-    from gcfast.storage.checkpoint import Checkpoint
+    from gcfast.storage.checkpoint import StateFile
     path, limits = sys.argv[1], map(int, sys.argv[2:])
     folder, name = os.path.split(path)
-    checkpoint = Checkpoint(path, "certify", "0123")
+    checkpoint = StateFile(path, "certify", "0123")
     checkpoint.save({"step": 1}, {"x": torch.zeros(1000)})
     for limit in limits:
         if limit == 0:  # as where the system reports more room than there is
-            Checkpoint._free = lambda *_: 10**12
+            StateFile._free = lambda *_: 10**12
         elif limit > 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
@@ -590,8 +590,8 @@ def test_a_full_disk(tiny_disk: Path) -> None:
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "state.ck"
-    for act in (Checkpoint.load, Checkpoint.remove, lambda c: c.save({}, {})):
-        with Checkpoint(path, "certify", "0123") as checkpoint, pytest.raises(FileNotFoundError) as caught:
+    for act in (StateFile.load, StateFile.remove, lambda c: c.save({}, {})):
+        with StateFile(path, "certify", "0123") as checkpoint, pytest.raises(FileNotFoundError) as caught:
             act(checkpoint)
         assert str(path) in str(caught.value) and "lock file" in str(caught.value)
 
@@ -599,7 +599,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 def test_a_folder_that_vanishes(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with Checkpoint(folder / "state.ck", "certify", "0123") as checkpoint:
+    with StateFile(folder / "state.ck", "certify", "0123") as checkpoint:
         assert checkpoint.load() is None
         (folder / "state.ck.lock").unlink()
         folder.rmdir()
@@ -611,7 +611,7 @@ def test_a_folder_that_vanishes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
-    with Checkpoint(tmp_path / "state.ck", "certify", "0123") as checkpoint:
+    with StateFile(tmp_path / "state.ck", "certify", "0123") as checkpoint:
         checkpoint.save({}, {})
         tmp_path.chmod(0o500)
         try:
@@ -625,14 +625,14 @@ def test_modes_and_links_are_kept(tmp_path: Path) -> None:
     real, link, plain = tmp_path / "real.ck", tmp_path / "link.ck", tmp_path / "plain"
     link.symlink_to(real)
     plain.touch()
-    with Checkpoint(link, "certify", "0123") as checkpoint:
+    with StateFile(link, "certify", "0123") as checkpoint:
         checkpoint.save({}, {})
         assert real.stat().st_mode == plain.stat().st_mode
         real.chmod(0o600)
         checkpoint.save({}, {})
         assert link.is_symlink() and stat.S_IMODE(real.stat().st_mode) == 0o600
         with (
-            Checkpoint(real, "certify", "0123") as other,
+            StateFile(real, "certify", "0123") as other,
             pytest.raises(CheckpointError, match="this process itself is using it"),
         ):
             other.load()
@@ -642,18 +642,18 @@ def test_modes_and_links_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_lock_is_released(path: Path) -> None:
-    first = Checkpoint(path, "certify", "0123")
+    first = StateFile(path, "certify", "0123")
     first.save({"step": 1}, {})
-    with Checkpoint(path, "certify", "0123") as second:
+    with StateFile(path, "certify", "0123") as second:
         with pytest.raises(
-            CheckpointError, match=r"this process itself is using it\. Close its first Checkpoint"
+            CheckpointError, match=r"this process itself is using it\. Close its first StateFile"
         ):
             second.load()
         first.close()
         second.load().close()
         with pytest.raises(CheckpointError, match="is using it"):
             first.load()
-    third = Checkpoint(path, "certify", "0123")
+    third = StateFile(path, "certify", "0123")
     third.load().close()
     del third
     first.load().close()
@@ -661,7 +661,7 @@ def test_the_lock_is_released(path: Path) -> None:
     assert os.listdir(path.parent) == []
 
 
-def test_a_stale_lock_file_does_no_harm(checkpoint: Checkpoint, path: Path) -> None:
+def test_a_stale_lock_file_does_no_harm(checkpoint: StateFile, path: Path) -> None:
     Path(f"{path}.lock").write_text("1")
     checkpoint.save({}, {})
     assert Path(f"{path}.lock").read_text() == str(os.getpid())
@@ -679,7 +679,7 @@ def test_a_lock_file_deleted_before_it_was_locked(path: Path, monkeypatch: pytes
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", after_the_holder_left)
-    with Checkpoint(path, "certify", "0123") as first, Checkpoint(path, "certify", "0123") as second:
+    with StateFile(path, "certify", "0123") as first, StateFile(path, "certify", "0123") as second:
         first.save({}, {})
         assert len(calls) == 2 and lock.exists()
         with pytest.raises(CheckpointError, match="is using it"):
@@ -689,9 +689,9 @@ def test_a_lock_file_deleted_before_it_was_locked(path: Path, monkeypatch: pytes
 def test_children_neither_hold_nor_release_the_lock(path: Path) -> None:
     program = """
         import os, signal, sys, time
-        from gcfast.storage.checkpoint import Checkpoint
+        from gcfast.storage.checkpoint import StateFile
         from gcfast.storage.file_format import CheckpointError
-        checkpoint = Checkpoint(sys.argv[1], "certify", "0123")
+        checkpoint = StateFile(sys.argv[1], "certify", "0123")
         checkpoint.save({}, {})
         leaver = os.fork()
         if leaver == 0:
@@ -709,7 +709,7 @@ def test_children_neither_hold_nor_release_the_lock(path: Path) -> None:
     """
     process = start(program, path)
     assert process.stdout is not None and process.stdout.readline() == "0\n"
-    with Checkpoint(path, "certify", "0123") as checkpoint:
+    with StateFile(path, "certify", "0123") as checkpoint:
         with pytest.raises(CheckpointError, match=f"pid {process.pid}"):
             checkpoint.load()
         process.kill()
@@ -723,7 +723,7 @@ def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", fails)
-    with Checkpoint(path, "certify", "0123") as checkpoint:
+    with StateFile(path, "certify", "0123") as checkpoint:
         with pytest.warns(UserWarning, match="this file system has no locks"):
             checkpoint.save({}, {})
         checkpoint.load().close()
@@ -736,12 +736,12 @@ def test_memory_is_bounded(path: Path) -> None:
     """A tensor of 300 MB, transposed, raises the peak by a few pieces only; so does a contiguous one."""
     program = """
         import resource, sys, torch
-        from gcfast.storage.checkpoint import Checkpoint
+        from gcfast.storage.checkpoint import StateFile
         from gcfast.storage.digest import fingerprint
         torch.set_num_threads(2)
         base = torch.ones(5000, 7500, dtype=torch.float64)
         small = torch.ones(700, 700).T.contiguous()
-        checkpoint = Checkpoint(sys.argv[1], "certify", "0123")
+        checkpoint = StateFile(sys.argv[1], "certify", "0123")
         checkpoint.save({}, {"x": small})
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = peak()
@@ -763,7 +763,7 @@ def test_memory_is_bounded(path: Path) -> None:
 def test_due(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with Checkpoint(path, "certify", "0123", every=60) as checkpoint:
+    with StateFile(path, "certify", "0123", every=60) as checkpoint:
         assert not checkpoint.due()
         now += 59.9
         assert not checkpoint.due()
@@ -773,14 +773,14 @@ def test_due(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not checkpoint.due()
         now += 60
         assert checkpoint.due()
-    assert Checkpoint(path, "certify", "0123", every=0).due()
-    never = Checkpoint(path, "certify", "0123", every=math.inf)
+    assert StateFile(path, "certify", "0123", every=0).due()
+    never = StateFile(path, "certify", "0123", every=math.inf)
     now += 1e12
     assert not never.due()
-    assert Checkpoint(path, "certify", "0123").every == 120.0
+    assert StateFile(path, "certify", "0123").every == 120.0
     for wrong in (-1.0, math.nan):
         with pytest.raises(ValueError, match="every: expected seconds"):
-            Checkpoint(path, "certify", "0123", every=wrong)
+            StateFile(path, "certify", "0123", every=wrong)
 
 
 # Fingerprints
@@ -855,6 +855,6 @@ def test_interrupted_by_a_signal(path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert os.listdir(path.parent) == [path.name]
-    with Checkpoint(path, "certify", "0123") as checkpoint, checkpoint.load() as state:
+    with StateFile(path, "certify", "0123") as checkpoint, checkpoint.load() as state:
         step = state.values["step"]
         assert (state.tensors("a") == step).all()

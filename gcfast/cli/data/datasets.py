@@ -38,7 +38,7 @@ from gcfast.cli.data.formats import (
 )
 from gcfast.cli.data.image_tree import ImageTree
 from gcfast.cli.data.split import DataSplit, _Raw, _standardise
-from gcfast.errors import UserError, require
+from gcfast.errors import UserError, import_optional
 
 DATASETS = ("digits", "mnist", "kmnist", "semeion", "cifar10", "cifar100", "svhn", "folder")
 _TEST_SHARE = 0.3  # of data sets that come without a test set
@@ -130,8 +130,8 @@ def _numbers(classes: int) -> tuple[str, ...]:
 
 
 def _digits(seed: int) -> _Raw:
-    load_digits = require("sklearn.datasets", "the digits data set").load_digits
-    split = require("sklearn.model_selection", "the digits data set").train_test_split
+    load_digits = import_optional("sklearn.datasets", "the digits data set").load_digits
+    split = import_optional("sklearn.model_selection", "the digits data set").train_test_split
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[:, None]
     labels = bunch.target.astype(np.int64)

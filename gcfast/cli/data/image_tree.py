@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcfast.cli.data.formats import Images
-from gcfast.errors import UserError, require
+from gcfast.errors import UserError, import_optional
 
 _IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -68,7 +68,7 @@ class ImageTree:
 
     def decode(self, chosen: Iterable[tuple[str, int]], size: int | None = None) -> Images:
         """All images as one array: grey if every one of them is, otherwise RGB."""
-        image_module = require("PIL.Image", "reading image files")
+        image_module = import_optional("PIL.Image", "reading image files")
         pictures, labels = [], []
         for name, label in chosen:
             try:

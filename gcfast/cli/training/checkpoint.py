@@ -60,7 +60,7 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RunCheckpoint:
     """Weights and recipes; ``stage`` is ``phase one``, ``switch`` (V_tau) or ``nearest`` (solved).
 
     ``heads`` keeps every head found for the same hidden weights: ``switch``, ``nearest``, ``two_phase``.
@@ -89,7 +89,7 @@ class Checkpoint:
         return save_torch(path, content)
 
     @classmethod
-    def load(cls, path: Path) -> Checkpoint:
+    def load(cls, path: Path) -> RunCheckpoint:
         if not path.is_file():
             raise UserError(f"CHECKPOINT: expected a file written by gcfast train, {path} is not there")
         raw = path.read_bytes()

@@ -15,7 +15,7 @@ from gcfast.certificate import Certificate
 from gcfast.cli.data.split import DataSplit
 from gcfast.cli.training.checkpoint import DataSpec
 from gcfast.cli.training.models import ModelSpec
-from gcfast.cli.training.train import Point, Schedule, Settings
+from gcfast.cli.training.train import CurvePoint, Schedule, Settings
 
 _STAGES = ("phase_one", "phase_two", "base", "certify", "solve")
 
@@ -34,16 +34,16 @@ class Record:
     stage: str = "start"
     notes: list[str] = field(default_factory=list)
     certificate: dict[str, Any] | None = None
-    curves: dict[str, list[Point]] = field(default_factory=lambda: {"two_phase": [], "base": []})
-    switch: Point | None = None
-    nearest: Point | None = None
+    curves: dict[str, list[CurvePoint]] = field(default_factory=lambda: {"two_phase": [], "base": []})
+    switch: CurvePoint | None = None
+    nearest: CurvePoint | None = None
     path: list[tuple[float, float]] = field(default_factory=list)
     solver: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
     spectrum: list[float] | None = None
     seconds: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(_STAGES))
 
-    def final(self, name: str) -> Point | None:
+    def final(self, name: str) -> CurvePoint | None:
         """The last point of a curve, if it got to the last step."""
         points = self.curves[name]
         return points[-1] if points and points[-1].step == self.schedule.total else None
@@ -54,10 +54,10 @@ class Record:
         final = self.nearest.loss if self.nearest else None
         gap = final - infimum if final is not None and infimum is not None else None
 
-        def error(point: Point | None) -> float | None:
+        def error(point: CurvePoint | None) -> float | None:
             return point.test_error if point else None
 
-        def loss(point: Point | None) -> float | None:
+        def loss(point: CurvePoint | None) -> float | None:
             return point.loss if point else None
 
         base, two_phase = self.final("base"), self.final("two_phase")

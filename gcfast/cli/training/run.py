@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from gcfast.cli.data.split import DataSplit
-from gcfast.cli.progress import Progress
-from gcfast.cli.training.checkpoint import Checkpoint, DataSpec
+from gcfast.cli.progress import ProgressBar
+from gcfast.cli.training.checkpoint import DataSpec, RunCheckpoint
 from gcfast.cli.training.models import ModelSpec
 from gcfast.cli.training.record import Record, certificate_values
-from gcfast.cli.training.train import Diverged, Point, Schedule, Settings, Trainer, threads
+from gcfast.cli.training.train import CurvePoint, Diverged, Schedule, Settings, Trainer, threads
 from gcfast.storage import write_json
 
 if TYPE_CHECKING:
@@ -147,11 +147,11 @@ class Run:
         optimizer: torch.optim.Optimizer,
         start: int,
         stop: int,
-        record: Callable[[Point], None],
+        record: Callable[[CurvePoint], None],
         cache: FeatureCache | None = None,
     ) -> None:
         before = 0.0 if cache is None or self.record.cache is None else self.record.cache["seconds"]
-        with Progress(title, stop - start, quiet=self.quiet) as progress:
+        with ProgressBar(title, stop - start, quiet=self.quiet) as progress:
             try:
                 self.trainer.run(model, optimizer, start, stop, progress, record, cache)
             finally:
@@ -189,7 +189,7 @@ class Run:
 
         model = self._model(self._hidden).eval()
         data = (self.trainer.x_train, self.trainer.targets)
-        with Progress("certificate", 1000, quiet=self.quiet) as progress:
+        with ProgressBar("certificate", 1000, quiet=self.quiet) as progress:
 
             def show(step: str, share: float) -> None:
                 progress.update(round(1000 * share), step)
@@ -208,7 +208,7 @@ class Run:
 
         model = self._model(self._hidden).eval()
         target = self.settings.target_gap * _TARGET_SHARE
-        with Progress("phase two (solved)", 1000, quiet=self.quiet) as progress:
+        with ProgressBar("phase two (solved)", 1000, quiet=self.quiet) as progress:
 
             def show(state: Any) -> None:
                 progress.update(round(1000 * state.fraction), f"gap {state.gap:.2e}")
@@ -278,7 +278,7 @@ class Run:
         state = _cpu_copy(model.state_dict()) if model is not None else dict(self._hidden)
         if stage in self._heads:
             state.update(self._heads[stage])
-        Checkpoint(
+        RunCheckpoint(
             self.spec, self.record.data_spec, self.settings.loss, stage, step, state, self._heads
         ).save(self.out / "checkpoint.pt")
 

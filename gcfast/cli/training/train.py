@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gcfast.cli.progress import Progress
+from gcfast.cli.progress import ProgressBar
 from gcfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One point of a curve: the loss on all training samples and the test error in percent."""
 
     step: int
@@ -136,7 +136,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, step: int) -> Point:
+    def evaluate(self, model: nn.Module, step: int) -> CurvePoint:
         """The full training loss and the test error, with normalisation as it is when the model is used."""
         training = model.training
         model.eval()
@@ -152,7 +152,7 @@ class Trainer:
             wrong += int((model(self.x_test[rows]).argmax(dim=1) != self.y_test[rows]).sum())
         model.train(training)
         epoch = step / self.schedule.batches_per_epoch
-        return Point(step, epoch, total / len(self.x_train), 100 * wrong / len(self.x_test))
+        return CurvePoint(step, epoch, total / len(self.x_train), 100 * wrong / len(self.x_test))
 
     def run(
         self,
@@ -160,8 +160,8 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         start: int,
         stop: int,
-        progress: Progress,
-        record: Callable[[Point], None],
+        progress: ProgressBar,
+        record: Callable[[CurvePoint], None],
         cache: FeatureCache | None = None,
     ) -> None:
         """Steps ``start`` to ``stop``; ``record`` gets a point at ends of epochs and after the last step.
@@ -185,8 +185,8 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         start: int,
         stop: int,
-        progress: Progress,
-        record: Callable[[Point], None],
+        progress: ProgressBar,
+        record: Callable[[CurvePoint], None],
         cache: FeatureCache | None,
     ) -> None:
         forward, inputs = (model, self.x_train) if cache is None else (cache.head, cache.features)
