@@ -1,4 +1,4 @@
-"""ProgressBar shown while something runs: a bar on a terminal, a few plain lines anywhere else."""
+"""Progress shown while something runs: a bar on a terminal, a few plain lines anywhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phase two without the body: what enters the head is stored once, and the head alone is run at every step.
+"""A cache of what enters the head, so that phase two trains without running the frozen body.
 
 Kawaguchi and Sun, *A Recipe for Global Convergence Guarantee in Deep Neural Networks*, AAAI 2021: in phase
 two all weights below the head are frozen, so what enters the head is one fixed matrix.

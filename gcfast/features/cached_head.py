@@ -1,4 +1,4 @@
-"""What is left of a model after the rows of a FeatureCache: the head, or the wide layer and the head."""
+"""The head, or the wide layer and the head, as a module that goes on from the rows of a FeatureCache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over model and data: the features that enter the head, the targets, and who is a copy of whom."""
+"""Collect features, targets and duplicates in one pass over model and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of a matrix, or samples of a data set, are equal, exactly as stored.
+"""Duplicate samples: which rows of a matrix, or samples of a data set, are equal, exactly as stored.
 
 Keys of 64 bits propose, a comparison number for number decides: keys that collide cost time, never truth.
 -0.0 equals 0.0, and NaN equals nothing, not even itself.

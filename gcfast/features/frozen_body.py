@@ -1,4 +1,4 @@
-"""Is what lies below the head still what it was? Cheap to ask at every step, exact where something moved."""
+"""Has anything below the head changed? Cheap to ask at every step, exact where something moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the features H (n, m) come from: a tensor, a file, or a wide layer that makes them anew when asked.
+"""The features H (n, m) as the proofs and the solver see them, wherever they are stored.
 
 Everything that phase two does with H goes through :class:`Features`: exact column panels for proofs,
 products with H and its transpose in float64 for what is stated, and in float32 for what is only proposed.

@@ -1,4 +1,4 @@
-"""Tensors filled batch by batch, without a second copy at the end."""
+"""A buffer of rows, filled batch by batch, without a second copy at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch normalisation in evaluation mode, rewritten so that samples stay apart in the backward pass."""
+"""Batch normalisation by fixed statistics with a backward pass that vmap takes without copies."""
 
 from __future__ import annotations
 

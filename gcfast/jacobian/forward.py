@@ -1,4 +1,4 @@
-"""What a forward pass may save and return, compared between probes."""
+"""What a forward pass may save and return, and how its samples are compared with one another."""
 
 from __future__ import annotations
 

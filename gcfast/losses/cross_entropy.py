@@ -1,4 +1,4 @@
-"""Cross-entropy with labels, probabilities, smoothing and weights, as a convex loss."""
+"""Cross-entropy with labels, probabilities and label smoothing, as a convex loss."""
 
 from __future__ import annotations
 

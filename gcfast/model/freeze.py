@@ -1,4 +1,4 @@
-"""The hooks behind `optim.TwoPhase`: freezing what lies below the head, watching the first forward pass."""
+"""Freeze what lies below the head: parameters, normalisation statistics and dropout, by hooks."""
 
 from __future__ import annotations
 

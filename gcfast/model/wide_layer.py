@@ -1,9 +1,6 @@
-"""What a model is made of: its head, what enters the head, and by which operators.
+"""Recognise the wide layer σ(Qz + c) of the theorem in a model.
 
-`find_head` names the last affine layer; `FeatureTap` gives the features that enter it;
-`analyticity` lists the operators that make these features, with a verdict on each; `wide_activation`
-recognises the wide layer σ(Qz + c) of the theorem. All of them run the model in evaluation mode and leave it
-as it was.
+The model is run once, in evaluation mode, and left as it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The torch.library ops of the activations, with fake kernels and gradients."""
+"""Activation functions and their derivatives as differentiable, compilable ops on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The torch.library op on the factors of a Jacobian."""
+"""Gram matrices of Jacobians from their factors: the neural tangent kernel, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The torch.library ops on Grams and on the factors of Grams."""
+"""Gram products and accumulating matrix products with the rounding that the proofs rely on."""
 
 from __future__ import annotations
 

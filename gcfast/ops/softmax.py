@@ -1,4 +1,4 @@
-"""The torch.library ops of the softmax: loss, residual, conjugate term and curvature product."""
+"""Softmax cross-entropy in one pass: loss, residual p - y, conjugate term and curvature product."""
 
 from __future__ import annotations
 

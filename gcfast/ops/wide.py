@@ -1,4 +1,4 @@
-"""The torch.library ops of the wide layer: features are made tile by tile, in the backward pass too."""
+"""The wide layer and its head, whose features are made tile by tile, in the backward pass too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that depend on others, a sparse witness of it, and the rank that is left, proved.
+"""Linear dependencies among the samples, with a sparse witness, and the rank that is left, proved.
 
 A blocked Cholesky factorisation of the Gram passes over the rows whose pivot vanishes: those it keeps are a
 basis of the row space, numerically, and each row it drops is a combination of kept ones. Nothing here is

@@ -1,7 +1,8 @@
-"""The short route: lambda_min(G - s I) >= -||G - s I - L L^T||_2 for any L, hence a bound of lambda_min(G).
+"""A proved lower bound of the least eigenvalue of G, by a Cholesky factor of G - s I.
 
-Only products are trusted. A blocked Cholesky factorisation forms, on its way, all the products that the
-residual G - s I - L L^T is made of, so the residual costs a few per cent more than the factor. With
+lambda_min(G - s I) >= -||G - s I - L L^T||_2 for any L, and only products are trusted. A blocked Cholesky
+factorisation forms, on its way, all the products that the residual G - s I - L L^T is made of, so the
+residual costs a few per cent more than the factor. With
 ||G - H1 H1^T|| <= E it follows that sigma_min(H1)^2 >= s - E - residual: rank and singular value at once.
 """
 

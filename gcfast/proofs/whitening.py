@@ -1,4 +1,4 @@
-"""The long route, for condition numbers above 1 / sqrt(n u): prove the rank of X H1 for a witness X.
+"""Proof of full row rank by whitening, for condition numbers up to about 1e13.
 
 For any X, rank(X H1) = n implies rank(H1) = n. X = L^-1 comes from the Cholesky factor of the Gram, shifted
 and repeated where that is ill-conditioned (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, 2020). With

@@ -1,4 +1,4 @@
-"""Other ways through phase two: the exact solve of the squared loss, and the paper's own gradient steps."""
+"""The exact solve of the squared loss, and the paper's own gradient steps (gd, sgd)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which form of K = H1 H1^T the solver uses: counted in bytes and operations before any work.
+"""Choose the form of K = H1 H1^T for the solver by counting bytes and operations before any work.
 
 Rates are of the order of what a machine does; only their ratios decide.
 """

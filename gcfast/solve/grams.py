@@ -1,4 +1,4 @@
-"""K = H1 H1^T (n, n) as the solver sees it: products, some of its rows, its diagonal and its mean rows.
+"""The Gram matrix K = H1 H1^T (n, n) in several forms: dense, in tiles, or never stored.
 
 Stored whole, stored as the tiles of its lower triangle, or not stored at all; in float64, or in float32
 where what is computed with it is checked in float64 afterwards.

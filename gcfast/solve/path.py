@@ -1,4 +1,4 @@
-"""The regularisation path: lambda falls from the start's loss until the target gap is reached."""
+"""The regularisation path of the nearest minimiser: lambda falls until the loss is within the target gap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The regularisation path kept in a checkpoint, and taken up again."""
+"""Save the regularisation path to a checkpoint, and take it up again after a killed run."""
 
 from __future__ import annotations
 

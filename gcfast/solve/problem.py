@@ -1,4 +1,4 @@
-"""Phase two's problem in float64 terms: features, targets, loss and start, with passes over the features."""
+"""Phase two's convex problem: features, targets, loss and start, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What phase two answers: the head, what is known of it, and the certificate of its nearness."""
+"""The solved head: its loss, gap and duality gap, and how near to the start it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The regularisation path over the samples that matter: a working set, as for support vector machines.
+"""The regularisation path over a working set: the samples that matter, as for support vector machines.
 
 With hard labels the dual variable of a sample, A_i = -residual_i / (lambda n), vanishes where its margin is
 large, and late on the path most margins are. So K = H1 H1^T is formed for the working set S alone; the others
