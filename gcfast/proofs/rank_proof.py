@@ -49,11 +49,11 @@ def proof_flops(n: int, m: int) -> float:
     return 7.0 * triangle + 6.0 * cube  # Gram; Q and its Gram twice, the second Q doubled; factors, inverses
 
 
-class _Share:
-    """The fraction of the whole that is done, from what each step costs in products of n^2 m."""
+class ProofProgress:
+    """The fraction of the whole that is done, from what each step costs in products of n^2 m operations."""
 
-    def __init__(self, tell: Callable[[str, float], None] | None, n: int, m: int):
-        self.tell, self.cube = tell, n / (3 * max(m, 1))
+    def __init__(self, on_progress: Callable[[str, float], None] | None, n: int, m: int):
+        self.on_progress, self.cube = on_progress, n / (3 * max(m, 1))
         self.done, self.shown = 0.0, 0.0
         self.rest: list[tuple[str, float]] = []
         self.expect(["Gram", "Cholesky"] + (self.whitening(2) if n > 2000 else []))
@@ -74,11 +74,11 @@ class _Share:
         if fraction >= 1.0:
             self.done = now
             self.rest.pop(0)
-        if self.tell is not None:
+        if self.on_progress is not None:
             whole = self.done + sum(c for _, c in self.rest)
             self.shown = max(self.shown, min(now / whole, 0.999) if whole else 0.999)
-            self.tell(step, self.shown)
+            self.on_progress(step, self.shown)
 
     def end(self) -> None:
-        if self.tell is not None:
-            self.tell("done", 1.0)
+        if self.on_progress is not None:
+            self.on_progress("done", 1.0)
