@@ -1,1 +1,1 @@
-"""The two-phase optimizer around any torch.optim.Optimizer."""
+"""The two-phase optimizer (TwoPhase) around any torch.optim.Optimizer."""
