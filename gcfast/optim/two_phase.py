@@ -130,8 +130,7 @@ class TwoPhase(Optimizer):
         for name in _HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()  # names zero_grad in profiles; `step` is marked as hooked already
-        self._head = self._head_error = None
-        self._freezer = self._watch = None
+        self._head = self._head_error = self._freezer = self._watch = None
         self._proved_frozen = False
 
     # -- what is shared with base
