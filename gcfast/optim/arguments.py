@@ -60,9 +60,18 @@ def resolve_generator(generator: Any, seed: Any) -> torch.Generator:
 
 
 def check_group(model: nn.Module, group: dict[str, Any], index: int) -> None:
-    """Raise unless every parameter of the group, number ``index`` of ``param_groups``, is the model's."""
+    """Raise unless every parameter of the group, number ``index`` of ``param_groups``, is the model's.
+
+    As for torch, parameters may come alone, from an iterator, which becomes a list here, or with names.
+    """
+    params = group.get("params")
+    if params is None:
+        return  # the base optimizer says so itself
+    if not isinstance(params, list):
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
     known = {id(p) for p in unwrap(model).parameters()}
-    for j, p in enumerate(group["params"]):
+    for j, named in enumerate(params):
+        p = named[1] if isinstance(named, tuple) else named
         if id(p) not in known:
             shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
             raise ValueError(

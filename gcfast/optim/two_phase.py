@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gcfast.model.freeze import Freezer, hidden_parameters, retrace_compiled
@@ -27,12 +27,6 @@ from gcfast.optim.arguments import (
 )
 from gcfast.optim.head_only import forget_curvature, forget_flattening, head_only
 from gcfast.optim.saved_state import load_base, pickled, saved_state, through_hooks, unpickled
-
-_HOOKS = tuple(
-    f"_optimizer_{call}_{when}_hooks"
-    for call in ("step", "state_dict", "load_state_dict")
-    for when in ("pre", "post")
-)
 
 
 class TwoPhase(Optimizer):
@@ -127,8 +121,9 @@ class TwoPhase(Optimizer):
 
     def _prepare(self) -> None:
         """Set what is neither an argument nor saved."""
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
+        for call in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{call}_{when}_hooks", OrderedDict())
         self._patch_step_function()  # names zero_grad in profiles; `step` is marked as hooked already
         self._head = self._head_error = self._freezer = self._watch = None
         self._proved_frozen = False
@@ -239,12 +234,7 @@ class TwoPhase(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """`base.add_param_group`, for parameters of the model; hidden ones are frozen in phase two."""
-        params = param_group.get("params")
-        if params is not None:
-            listed = [params] if isinstance(params, Tensor) else list(params)
-            param_group["params"] = listed
-            plain = [p[1] if isinstance(p, tuple) else p for p in listed]
-            check_group(self.model, {"params": plain}, len(self.param_groups))
+        check_group(self.model, param_group, len(self.param_groups))
         self.base.add_param_group(param_group)
         if self._freezer is not None:
             new = [n for n, p in hidden_parameters(self.model, self.head).items() if p.requires_grad]
