@@ -1,4 +1,4 @@
-"""Certificates: does the expressivity condition hold for this model and these data, and why."""
+"""Certificates (certify): is the global minimum of the training loss reached in phase two, and why."""
 
 from gcfast.certificate.certificate import Assumption, Certificate, Offender
 from gcfast.certificate.certification import certify

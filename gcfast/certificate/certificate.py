@@ -1,4 +1,4 @@
-"""What a certificate says: holds, fails or unknown, each assumption with its reason, offenders, the gap."""
+"""The result of certify: is rank(H1) = n proved, by which assumptions, what spoils it, the gap L - L*."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Offender:
     residual: float | None = None
 
     def __str__(self) -> str:
-        text = f"{self.kind}: samples {_shorten(self.samples)}"
+        text = f"{self.kind}: samples {abbreviated(self.samples)}"
         if self.targets:
-            text += f", targets {_shorten(self.targets)}" + (" (conflicting)" if self.conflicting else "")
+            text += f", targets {abbreviated(self.targets)}" + (" (conflicting)" if self.conflicting else "")
         if self.residual is not None:
             text += f", relative residual {self.residual:.1e}"
         return text
@@ -156,5 +156,6 @@ class Certificate:
         return "\n".join(lines)
 
 
-def _shorten(items: list[Any]) -> str:
+def abbreviated(items: list[Any]) -> str:
+    """A list as text, its first eight items where it is longer."""
     return str(items) if len(items) <= 8 else str(items[:8])[:-1] + f", ... {len(items) - 8} more]"

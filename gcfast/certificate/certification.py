@@ -1,8 +1,8 @@
-"""The certificate: does the expressivity condition hold for this model and these data, and why.
+"""certify: is the global minimum of the training loss reachable by training the last layer alone, and why.
 
 Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1] (n
 x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in floating
-point with every rounding error accounted for (:mod:`gcfast.proofs.full_rank`); needs no analyticity and no
+point with every rounding error accounted for (:mod:`gcfast.certificate.direct`); needs no analyticity and no
 probability. *Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored
 rows that enter it are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden
 weights gives rank n.
@@ -10,7 +10,6 @@ weights gives rank n.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,22 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast.certificate.certificate import Assumption, Certificate, Offender, Status, _shorten
-from gcfast.features import (
-    Features,
-    FeaturesWithOnes,
-    TrainingSet,
-    WideFeatures,
-    checked,
-    collect,
-    equal_rows,
-)
+from gcfast.certificate.certificate import Certificate
+from gcfast.certificate.direct import SHARP, prove_directly
+from gcfast.certificate.evidence import Evidence
+from gcfast.certificate.theorem import theorem_applies
+from gcfast.features import Features, TrainingSet, WideFeatures, checked, collect, equal_rows
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
-from gcfast.model import Head, WideLayerFound, activation_verdict, analyticity
-from gcfast.proofs import near_dependency, proof_bytes, prove_full_rank, prove_rank_of_basis
-from gcfast.storage import StateFile, allowed_bytes, check_memory, fingerprint
-
-SHARP = 4096  # samples up to which the bound of sigma_min is sharpened without being asked
+from gcfast.model import Head
+from gcfast.storage import StateFile, fingerprint
 
 
 def certify(
@@ -76,12 +67,13 @@ def certify(
     """
     if route not in (None, "direct", "theorem"):
         raise ValueError(f"route: expected 'direct', 'theorem' or None; got {route!r}")
-    seen: TrainingSet | None = None
+    training_set: TrainingSet | None = None
     if isinstance(model_or_features, nn.Module):
         if data is None:
             raise ValueError("data: a model needs its training set")
-        seen = collect(model_or_features, data, head, max_bytes=max_bytes)
-        features, targets, ones = seen.features, seen.targets, seen.head.bias is not None
+        training_set = collect(model_or_features, data, head, max_bytes=max_bytes)
+        features, targets = training_set.features, training_set.targets
+        ones = training_set.head.bias is not None
     else:
         features = checked(model_or_features)
         if route == "theorem" and not isinstance(features, WideFeatures):
@@ -100,18 +92,18 @@ def certify(
             raise ValueError(f"data: expected targets on {features.device}, got {targets.device}")
     if loss is not None and targets is None:
         raise ValueError("data: a loss needs targets")
-    return _Examiner(
-        model_or_features, seen, features, targets, ones, loss, route, sharp, max_bytes, callback
+    return Certification(
+        model_or_features, training_set, features, targets, ones, loss, route, sharp, max_bytes, callback
     ).run(checkpoint, checkpoint_seconds)
 
 
-class _Examiner:
-    """One run of certify: gathers assumptions and offenders, then the verdict."""
+class Certification:
+    """One run of certify: each route adds to the evidence, and from that comes the verdict."""
 
     def __init__(
         self,
         model: Any,
-        seen: TrainingSet | None,
+        training_set: TrainingSet | None,
         features: Features,
         targets: Tensor | None,
         ones: bool,
@@ -119,23 +111,23 @@ class _Examiner:
         route: str | None,
         sharp: bool | None,
         max_bytes: int | None,
-        callback: Callable[[str, float], None] | None,
+        on_progress: Callable[[str, float], None] | None,
     ):
-        self.model, self.seen, self.features, self.targets, self.ones = model, seen, features, targets, ones
+        self.model, self.training_set, self.features, self.ones = model, training_set, features, ones
         self.n, self.m = features.n, features.m
-        self.route, self.max_bytes, self.callback = route, max_bytes, callback
+        self.route, self.max_bytes, self.on_progress = route, max_bytes, on_progress
         self.sharp = self.n <= SHARP if sharp is None else sharp
-        self.assumptions: list[Assumption] = []
-        self.offenders: list[Offender] = []
-        self.rank_lower, self.sigma_min, self.sigma_max = 0, 0.0, math.inf
+        self.evidence = Evidence(self.n, targets)
         self.convex = None if loss is None else resolve_loss(loss)
         self.y: Tensor | None = None
         if self.convex is not None and targets is not None:
-            c = seen.outputs.shape[1] if seen is not None else output_count(targets)
+            c = output_count(targets) if training_set is None else training_set.outputs.shape[1]
             self.y = self.convex.prepare(targets, self.n, c)
-            if seen is not None:
-                check_convex(self.convex, seen.outputs[:256].to(torch.float64), self.y[:256])
-        self.duplicate_groups = seen.duplicate_groups if seen is not None else equal_rows(features.keys())
+            if training_set is not None:
+                check_convex(self.convex, training_set.outputs[:256].to(torch.float64), self.y[:256])
+        self.duplicate_groups = (
+            equal_rows(features.keys()) if training_set is None else training_set.duplicate_groups
+        )
 
     def run(self, checkpoint: str | os.PathLike[str] | None, seconds: float) -> Certificate:
         if checkpoint is None or self.route == "theorem":
@@ -147,24 +139,25 @@ class _Examiner:
         return certificate
 
     def _run(self, checkpoint: StateFile | None) -> Certificate:
-        kind = "equal inputs" if self.seen is not None else "equal features"
-        for group in self.duplicate_groups:
-            self.offenders.append(self._offender(kind, group))
+        evidence, groups = self.evidence, self.duplicate_groups
+        kind = "equal inputs" if self.training_set is not None else "equal features"
+        for group in groups:
+            evidence.add_offender(kind, group)
         enough = self.n <= self.m + int(self.ones)
-        self._note(
+        evidence.note(
             "width",
             "holds" if enough else "fails",
             f"n = {self.n} samples, m = {self.m} features: "
             f"rank(H1) = n needs n <= m{' + 1' if self.ones else ''}"
             + ("" if enough else "; gcfast.widen(model, n_samples) puts a wide enough layer before the head"),
         )
-        distinct = self.n - sum(len(g) - 1 for g in self.duplicate_groups)
-        self._note(
-            "distinct inputs" if self.seen is not None else "distinct features",
-            "fails" if self.duplicate_groups else "holds",
+        distinct = self.n - sum(len(group) - 1 for group in groups)
+        evidence.note(
+            "distinct inputs" if self.training_set is not None else "distinct features",
+            "fails" if groups else "holds",
             f"{self.n - distinct} samples are copies of others, number for number: "
             "no model can tell them apart"
-            if self.duplicate_groups
+            if groups
             else f"all {self.n} rows are pairwise distinct as stored",
         )
         if not enough:
@@ -174,23 +167,22 @@ class _Examiner:
             )
             return self._verdict("fails", None, reason)
         direct = self._direct(checkpoint) if self.route != "theorem" else None
-        if self.duplicate_groups:
-            conflicts = sum(bool(o.conflicting) for o in self.offenders)
-            reason = f"{len(self.duplicate_groups)} groups of equal samples make rank(H1) < n" + (
+        if groups:
+            conflicts = sum(bool(o.conflicting) for o in evidence.offenders)
+            reason = f"{len(groups)} groups of equal samples make rank(H1) < n" + (
                 f"; {conflicts} of them have conflicting targets, which L* accounts for"
                 if conflicts
                 else "; their targets agree"
             )
-            return self._verdict("fails", "direct" if self.seen is None else None, reason)
+            return self._verdict("fails", "direct" if self.training_set is None else None, reason)
         if direct is True:
             return self._verdict(
                 "holds",
                 "direct",
                 f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included",
             )
-        wide = self.seen is not None or isinstance(self.features, WideFeatures)
-        theorem = self._theorem() if wide and self.route != "direct" else False
-        if theorem:
+        wide = self.training_set is not None or isinstance(self.features, WideFeatures)
+        if wide and self.route != "direct" and self._theorem():
             reason = (
                 "the theorem's assumptions hold: almost every choice of hidden weights gives rank(H1) = n"
             )
@@ -205,203 +197,31 @@ class _Examiner:
                 "or drop the samples",
             )
         reason = "neither route decides: " + "; ".join(
-            f"{a.name}: {a.reason}" for a in self.assumptions if a.status in ("fails", "unknown")
+            f"{a.name}: {a.reason}" for a in evidence.assumptions if a.status in ("fails", "unknown")
         )
         return self._verdict("unknown", None, reason)
 
-    def _note(self, name: str, status: Status, reason: str) -> None:
-        self.assumptions.append(Assumption(name, status, reason))
-
-    def _offender(
-        self,
-        kind: str,
-        samples: list[int],
-        coefficients: list[float] | None = None,
-        residual: float | None = None,
-    ) -> Offender:
-        targets: list[Any] = []
-        conflicting: bool | None = None
-        if self.targets is not None:
-            targets = [self.targets[i].tolist() for i in samples]
-            if coefficients is None:
-                conflicting = any(t != targets[0] for t in targets)
-        return Offender(kind, list(samples), targets, conflicting, coefficients or [], residual)
-
     def _direct(self, checkpoint: StateFile | None) -> bool | MemoryError | None:
-        """True: proved; False: refuted; None: undecided; MemoryError: does not fit."""
-        name = "rank at the frozen weights"
-        features = self.features
-        groups = self.duplicate_groups or equal_rows(features.keys())
-        if groups and not self.duplicate_groups:
-            self.offenders += [self._offender("equal features", group) for group in groups]
-        n = self.n - sum(len(group) - 1 for group in groups)
-        # n x n matrices may go to disk, panels may not
-        on_disk = features.device.type == "cpu"
-        try:
-            check_memory(
-                f"certify's direct route for n = {n}",
-                proof_bytes(n, self.m, disk=on_disk, sharp=self.sharp),
-                self.max_bytes,
-                features.device,
-                "fewer samples, a larger max_bytes, or the theorem route (a gcfast.WideLayer "
-                "of m >= n units before the head)",
-            )
-        except MemoryError as refused:
-            self._note(name, "unknown", str(refused))
-            return False if groups else refused
-        if groups:
-            kept = torch.ones(self.n, dtype=torch.bool, device=features.device)
-            for group in groups:
-                kept[group[1:]] = False
-            features = features.select(kept.nonzero()[:, 0])
-        proof = prove_full_rank(
-            FeaturesWithOnes(features, self.ones),
+        return prove_directly(
+            self.evidence,
+            self.features,
+            self.duplicate_groups,
+            ones=self.ones,
             sharp=self.sharp,
-            progress=self.callback,
             max_bytes=self.max_bytes,
+            on_progress=self.on_progress,
             checkpoint=checkpoint,
         )
-        self.sigma_max = proof.sigma_max_upper if not groups else math.inf
-        if proof.proved:
-            self.rank_lower = n
-            if groups:
-                self._note(
-                    name,
-                    "fails",
-                    f"samples repeat: one row of each has proved rank {n}, the others add none",
-                )
-                return False
-            self.sigma_min = proof.sigma_min_lower
-            what = f"proved in floating point: {proof.reason}"
-            if isinstance(features, WideFeatures):
-                rounded = ", rounded to float32" if features.dtype == torch.float32 else ""
-                what += f"; of the wide layer evaluated in float64{rounded}, its features never stored"
-            self._note(name, "holds", what)
-            return True
-        if groups:
-            self._note(
-                name,
-                "fails",
-                f"samples repeat: only {n} of {self.n} rows can be independent" + self._independent(features),
-            )
-            return False
-        room = allowed_bytes(self.max_bytes, features.device)
-        found = None
-        if room is None or 24 * n * n < room:
-            found = near_dependency(features, ones=self.ones)
-        independent = self._independent(features)
-        if found is not None:
-            kind = "dependency" if found.exact else "near-dependency"
-            self.offenders.append(self._offender(kind, found.samples, found.coefficients, found.residual))
-            if found.exact:
-                self._note(
-                    name,
-                    "fails",
-                    f"rows {_shorten(found.samples)} are linearly dependent, verified in exact arithmetic"
-                    + independent,
-                )
-                return False
-        self._note(
-            name,
-            "unknown",
-            f"{proof.reason}{independent}; features in float64, a fresh perturbation or a wider layer would "
-            "decide",
-        )
-        return None
-
-    def _independent(self, features: Features) -> str:
-        """Sets ``rank_lower`` from rows that are proved independent; a clause that says so, or nothing."""
-        copy = features.nbytes
-        try:
-            needed = max(proof_bytes(features.n, self.m), 24 * features.n**2) + copy
-            check_memory("a lower bound of the rank", needed, self.max_bytes, features.device, "more memory")
-        except MemoryError:
-            return ""
-        self.rank_lower, proof = prove_rank_of_basis(features, ones=self.ones, progress=self.callback)
-        if proof is None:
-            return ""
-        return f"; {self.rank_lower} rows are proved independent ({proof.route})"
 
     def _theorem(self) -> bool:
-        seen, forced = self.seen, self.route == "theorem"
-        wide, below = self._wide()
-        if wide is None or below is None:
-            self._note(
-                "wide layer",
-                "fails",
-                "what enters the head is not act(Q z + c) of a recognised layer; gcfast.widen inserts one",
-            )
-            if forced:
-                raise ValueError(
-                    "route: the theorem needs a wide layer act(Q z + c) before the head, and the model has "
-                    "none; use gcfast.widen"
-                )
-            return False
-        ok = not wide.polynomial
-        self._note(
-            "wide layer",
-            "holds" if ok else "fails",
-            f"{wide.name!r} is {wide.activation_name}(Q z + c), {wide.d} to {wide.m}, "
-            + ("not a polynomial" if ok else "a polynomial"),
+        return theorem_applies(
+            self.evidence,
+            self.model,
+            self.training_set,
+            self.features,
+            self.duplicate_groups,
+            forced=self.route == "theorem",
         )
-        if wide.m < self.n:
-            self._note(
-                "width of the wide layer",
-                "fails",
-                f"m = {wide.m} < n = {self.n}; the theorem needs m >= n (gcfast.widen)",
-            )
-            ok = False
-        if seen is None:
-            bad = [] if wide.analytic else [f"{wide.activation_name} is not analytic"]
-            certain = True
-        else:
-            assert isinstance(self.model, nn.Module)
-            found = analyticity(self.model, seen.head, seen.first_batch)
-            bad = [str(f) for f in found if f.verdict != "analytic"]
-            certain = any(f.verdict == "not analytic" for f in found)
-        if bad:
-            worst: Status = "fails" if certain else "unknown"
-            self._note(
-                "analytic in the hidden weights",
-                worst,
-                "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else ""),
-            )
-            if forced:
-                raise ValueError(
-                    "route: the theorem needs features that are real analytic in the hidden weights; "
-                    f"{'; '.join(bad[:5])}. Use route='direct'"
-                )
-            ok = False
-        else:
-            what = "every operator before the head" if seen is not None else "the wide layer, in its weights,"
-            self._note("analytic in the hidden weights", "holds", f"{what} is real analytic")
-        equal = self.duplicate_groups if seen is None else equal_rows(below)
-        if equal:
-            for group in equal:
-                self.offenders.append(self._offender("equal rows below the wide layer", group))
-            self._note(
-                "distinct rows below the wide layer",
-                "unknown",
-                f"{len(equal)} groups of equal rows at these weights; other hidden weights may separate them",
-            )
-            ok = False
-        else:
-            self._note(
-                "distinct rows below the wide layer",
-                "holds",
-                f"all {self.n} stored rows of width {wide.d} are pairwise distinct, exactly",
-            )
-        return ok
-
-    def _wide(self) -> tuple[WideLayerFound | None, Tensor | None]:
-        """The wide layer and what enters it."""
-        if self.seen is not None:
-            return self.seen.wide, self.seen.below
-        h = self.features
-        assert isinstance(h, WideFeatures)
-        name = h.settings["activation"]
-        analytic = activation_verdict(name)[0] == "analytic"
-        return WideLayerFound("wide", "wide", h.d, h.m, name, analytic, False, nn.Identity()), h.z
 
     def _verdict(
         self,
@@ -412,9 +232,9 @@ class _Examiner:
         value = infimum = gap = None
         outputs = None
         if self.convex is not None and self.y is not None:
-            infimum = self._infimum()
-            if self.seen is not None:
-                outputs = self.seen.outputs.to(torch.float64)
+            infimum = infimum_with_copies(self.convex, self.y, self.duplicate_groups)
+            if self.training_set is not None:
+                outputs = self.training_set.outputs.to(torch.float64)
                 value = float(self.convex.value(outputs, self.y).mean())
                 gap = value - infimum
         return Certificate(
@@ -423,11 +243,11 @@ class _Examiner:
             reason=reason,
             n=self.n,
             width=self.m,
-            rank_lower=self.rank_lower,
-            sigma_min_lower=self.sigma_min,
-            sigma_max_upper=self.sigma_max,
-            offenders=self.offenders,
-            assumptions=self.assumptions,
+            rank_lower=self.evidence.rank_lower,
+            sigma_min_lower=self.evidence.sigma_min_lower,
+            sigma_max_upper=self.evidence.sigma_max_upper,
+            offenders=self.evidence.offenders,
+            assumptions=self.evidence.assumptions,
             loss_name=None if self.convex is None else self.convex.name,
             loss=value,
             infimum=infimum,
@@ -436,7 +256,3 @@ class _Examiner:
             _outputs=outputs,
             _targets=self.y,
         )
-
-    def _infimum(self) -> float:
-        assert self.convex is not None and self.y is not None
-        return infimum_with_copies(self.convex, self.y, self.duplicate_groups)

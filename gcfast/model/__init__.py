@@ -2,7 +2,7 @@
 
 from gcfast.model.analytic_body import analyticity
 from gcfast.model.analytic_ops import activation_verdict
-from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name
+from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name, retrace_compiled
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast.model.tap import FeatureTap
 from gcfast.model.tracing import call_arguments, copy_tensors, keeping_random_state, unwrap
@@ -27,6 +27,7 @@ __all__ = [
     "hidden_parameters",
     "keeping_random_state",
     "plain_name",
+    "retrace_compiled",
     "unwrap",
     "wide_activation",
     "widen",

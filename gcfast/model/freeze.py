@@ -1,8 +1,9 @@
-"""Freeze what lies below the head: parameters, normalisation statistics and dropout, by hooks."""
+"""Freeze all layers below the last one (the head): no gradients, evaluation mode, whatever train() says."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -112,6 +113,12 @@ class Freezer:
             handle.remove()
         for name in self.trainable:
             self.parameters[name].requires_grad_(True)
+
+
+def retrace_compiled() -> None:
+    """Have compiled code traced again: it may have been made without the hooks, and would not notice them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _drop_inert(module: nn.Module) -> None:

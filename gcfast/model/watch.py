@@ -1,4 +1,4 @@
-"""Watch a model's first forward pass in training for its head and for what would break phase two."""
+"""Find a model's last layer (head) in its first training forward pass, with what would break phase two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gcfast.nn import OutputHook
 
 
 class Watch:
-    """Looks at the first forward pass that records gradients, tells which layer is the head, and is gone.
+    """Looks at the first forward pass that records gradients, reports which layer is the head, and is gone.
 
     The conditions on the head are checked twice: in evaluation mode, by one additional forward pass of the
     same batch with nothing left changed, and on the training pass itself.

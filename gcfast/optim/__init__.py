@@ -1,4 +1,4 @@
-"""The two-phase optimizer around any torch.optim.Optimizer."""
+"""The two-phase optimizer (TwoPhase) around any torch.optim.Optimizer."""
 
 from gcfast.optim.two_phase import TwoPhase
 

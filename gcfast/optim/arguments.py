@@ -1,4 +1,4 @@
-"""The arguments of the two-phase optimizer, checked, and its Gaussian step."""
+"""Arguments of the two-phase optimizer: their checks, and the Gaussian perturbation of the hidden weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gcfast.model import Head, unwrap
 
 
 def _is_real(value: object) -> bool:
@@ -54,6 +56,42 @@ def resolve_generator(generator: Any, seed: Any) -> torch.Generator:
     elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise ValueError(f"seed: expected an int, got {seed!r} ({type(seed).__name__})")
     return torch.Generator().manual_seed(int(seed))
+
+
+def check_group(model: nn.Module, group: dict[str, Any], index: int) -> None:
+    """Raise unless every parameter of the group, number ``index`` of ``param_groups``, is the model's.
+
+    As for torch, parameters may come alone, from an iterator, which becomes a list here, or with names.
+    """
+    params = group.get("params")
+    if params is None:
+        return  # the base optimizer says so itself
+    if not isinstance(params, list):
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+    known = {id(p) for p in unwrap(model).parameters()}
+    for j, named in enumerate(params):
+        p = named[1] if isinstance(named, tuple) else named
+        if id(p) not in known:
+            shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(
+                f"param_groups[{index}]['params'][{j}], of shape {shape}, is not a parameter of the model"
+            )
+
+
+def check_head_in_groups(groups: Iterable[dict[str, Any]], head: Head) -> None:
+    """Raise unless phase two could train the head: it is in the groups and requires gradients."""
+    known = {id(p) for group in groups for p in group["params"]}
+    for key, p in (("weight", head.weight), ("bias", head.bias)):
+        if p is not None and id(p) not in known:
+            raise ValueError(
+                f"base: the {key} of the head {head} is in none of its param_groups, "
+                "so phase two could not train it"
+            )
+        if p is not None and not p.requires_grad:
+            raise ValueError(
+                f"model: the {key} of the head {head} does not require gradients, "
+                "so phase two could not train it"
+            )
 
 
 @torch.no_grad()

@@ -1,14 +1,19 @@
-"""Arguments of `optim.TwoPhase`, its Gaussian step, and the checks on a state before it is loaded."""
+"""Checkpoints and pickles of the two-phase optimizer: its state_dict made, checked and loaded again.
+
+A state is that of the base optimizer with an entry "two_phase" beside it. Everything in it is checked before
+anything is loaded.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcfast.model import Head, find_head, fingerprint, hidden_parameters, plain_name, unwrap
+from gcfast.model import Freezer, Head, find_head, fingerprint, hidden_parameters, plain_name, unwrap
 from gcfast.optim.arguments import resolve_perturbation, resolve_switch_step
 
 STATE_TYPES: dict[str, tuple[type, ...]] = {
@@ -21,6 +26,84 @@ STATE_TYPES: dict[str, tuple[type, ...]] = {
     "trainable": (list,),
     "fingerprint": (str,),
 }
+_PICKLED = ("base", "model", "switch_step", "perturbation", "step_count", "_head_error")
+
+
+def saved_state(
+    base: Optimizer,
+    model: nn.Module,
+    head: Head | None,
+    freezer: Freezer | None,
+    *,
+    step_count: int,
+    switch_step: float,
+    perturbation: float,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The state of ``base``, with the entry "two_phase"; there is a ``freezer``, and a head, in phase two."""
+    state = dict(base.state_dict())
+    state["two_phase"] = {
+        "format": 1,
+        "base": type(base).__name__,
+        "phase": 1 if freezer is None else 2,
+        "step_count": step_count,
+        "switch_step": switch_step,
+        "perturbation": perturbation,
+        "generator": generator.get_state(),
+        "head": None if head is None else plain_name(head.name),
+        "trainable": [],
+        "fingerprint": "",
+    }
+    if freezer is not None:
+        assert head is not None
+        state["two_phase"]["trainable"] = list(freezer.trainable)
+        state["two_phase"]["fingerprint"] = fingerprint(model, head)
+    return state
+
+
+def load_base(
+    state: dict[str, Any], base: Optimizer, model: nn.Module, head: Head | None, generator: torch.Generator
+) -> Head | None:
+    """Check the whole state, then load what ``base`` and the generator have of it; the head it is of."""
+    head = check_state(state, base, model, head)
+    base.load_state_dict({key: value for key, value in state.items() if key != "two_phase"})
+    generator.set_state(state["two_phase"]["generator"].cpu())
+    return head
+
+
+def through_hooks(
+    hooks: Mapping[int, Callable[..., Any]], owner: Optimizer, state: dict[str, Any]
+) -> dict[str, Any]:
+    """The state after the hooks of ``owner``: each may change it in place or return another."""
+    for hook in hooks.values():
+        changed = hook(owner, state)
+        if changed is not None:
+            state = changed
+    return state
+
+
+def pickled(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pickle or a copy keeps of a TwoPhase's attributes: plain values, no hooks on the model."""
+    head, watch, freezer = attributes["_head"], attributes["_watch"], attributes["_freezer"]
+    return {
+        **{name: attributes[name] for name in _PICKLED},
+        "generator": attributes["generator"].get_state(),
+        "head": None if head is None else head.module,
+        "watching": watch is not None and watch.active,
+        "trainable": None if freezer is None else freezer.trainable,
+    }
+
+
+def unpickled(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes again, from what :func:`pickled` kept; hooks on the model are the caller's to make."""
+    head = state["head"]
+    generator = torch.Generator()
+    generator.set_state(state["generator"])
+    return {
+        **{name: state[name] for name in _PICKLED},
+        "generator": generator,
+        "_head": None if head is None else find_head(state["model"], head=head),
+    }
 
 
 def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: Head | None) -> Head | None:

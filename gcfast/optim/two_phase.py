@@ -1,19 +1,17 @@
-"""Algorithm A(base): two-phase training around any optimizer.
+"""Two-phase training around any torch.optim.Optimizer: all weights, then the last layer alone.
 
-Kawaguchi and Sun, *A Recipe for Global Convergence Guarantee in Deep Neural Networks*, AAAI 2021.
+A(base) of Kawaguchi and Sun, *A Recipe for Global Convergence Guarantee in Deep Neural Networks*, AAAI 2021.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gcfast.model import (
@@ -23,22 +21,19 @@ from gcfast.model import (
     HeadError,
     Watch,
     find_head,
-    fingerprint,
     hidden_parameters,
-    plain_name,
-    unwrap,
+    retrace_compiled,
 )
-from gcfast.optim.arguments import perturb, resolve_generator, resolve_perturbation, resolve_switch_step
-from gcfast.optim.saved_state import check_state
-
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
+from gcfast.optim.arguments import (
+    check_group,
+    check_head_in_groups,
+    perturb,
+    resolve_generator,
+    resolve_perturbation,
+    resolve_switch_step,
 )
+from gcfast.optim.head_only import forget_curvature, forget_flattening, head_only
+from gcfast.optim.saved_state import load_base, pickled, saved_state, through_hooks, unpickled
 
 
 class TwoPhase(Optimizer):
@@ -116,30 +111,28 @@ class TwoPhase(Optimizer):
             raise TypeError("base: expected the optimizer to be wrapped, got a TwoPhase")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
         self.base, self.model = base, model
         self.switch_step = resolve_switch_step(switch_step)
         self.perturbation = resolve_perturbation(perturbation)
         self.generator = resolve_generator(generator, seed)
         self.step_count = 0
-        self._head = None
         self._prepare()
         for i, group in enumerate(base.param_groups):
-            self._check_group(group, i)
+            check_group(model, group, i)
         try:
             self._head = find_head(model, head=head)
-            self._check_head_in_base(self._head)
+            check_head_in_groups(base.param_groups, self._head)
         except AmbiguousHeadError as error:
             self._head_error = error
-        self._watch = Watch(model, None if self._head is None else self._head.module, self._hear)
+        self._watch = Watch(model, None if self._head is None else self._head.module, self._on_head_found)
 
     def _prepare(self) -> None:
-        """What is neither an argument nor saved."""
+        """Set what is neither an argument nor saved."""
+        for call in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{call}_{when}_hooks", OrderedDict())
         self._patch_step_function()  # names zero_grad in profiles; `step` is marked as hooked already
-        self._freezer = None
-        self._watch = None
-        self._head_error = None
+        self._head = self._head_error = self._freezer = self._watch = None
         self._proved_frozen = False
 
     # -- what is shared with base
@@ -193,40 +186,17 @@ class TwoPhase(Optimizer):
             return {name: everything[name] for name in self._freezer.trainable}
         return {name: p for name, p in everything.items() if p.requires_grad}
 
-    def _hear(self, answer: Head | HeadError) -> None:
-        """What the watch has to tell."""
+    def _on_head_found(self, answer: Head | HeadError) -> None:
+        """Take what the first forward pass has shown: the head, or why there is none."""
         if isinstance(answer, HeadError):
             self._head_error = answer
             return
         try:
-            self._check_head_in_base(answer)
+            check_head_in_groups(self.param_groups, answer)
         except ValueError as error:
             self._head_error = HeadError(str(error))
             raise
         self._head, self._head_error = answer, None
-
-    def _check_head_in_base(self, head: Head) -> None:
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        for key, p in (("weight", head.weight), ("bias", head.bias)):
-            if p is not None and id(p) not in known:
-                raise ValueError(
-                    f"base: the {key} of the head {head} is in none of its param_groups, "
-                    "so phase two could not train it"
-                )
-            if p is not None and not p.requires_grad:
-                raise ValueError(
-                    f"model: the {key} of the head {head} does not require gradients, "
-                    "so phase two could not train it"
-                )
-
-    def _check_group(self, group: dict[str, Any], index: int) -> None:
-        known = {id(p) for p in unwrap(self.model).parameters()}
-        for j, p in enumerate(group["params"]):
-            if id(p) not in known:
-                shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
-                raise ValueError(
-                    f"param_groups[{index}]['params'][{j}], of shape {shape}, is not a parameter of the model"
-                )
 
     # -- stepping
 
@@ -242,10 +212,19 @@ class TwoPhase(Optimizer):
                         f"a step pre-hook must return None or (new_args, new_kwargs), got {changed!r}"
                     )
                 args, kwargs = changed
-        with self._head_only() if self.phase == 2 else contextlib.nullcontext():
+        if self.phase == 2:
+            with head_only(self.base, self.model, self.head, verify=not self._proved_frozen):
+                result = self.base.step(*args[1:], **kwargs)
+            self._proved_frozen = True
+        else:
             result = self.base.step(*args[1:], **kwargs)
-        if self._head_error is not None:
-            self._refuse(self._head_error)
+        why = self._head_error  # the first step is the last moment at which not to know the head
+        if isinstance(why, AmbiguousHeadError):
+            raise HeadError(
+                f"no forward pass of the model with gradients was seen before the step, and {why}"
+            )
+        if why is not None:
+            raise why
         self.step_count += 1
         for post in self._optimizer_step_post_hooks.values():
             post(self, args, kwargs)
@@ -253,56 +232,8 @@ class TwoPhase(Optimizer):
             self.switch()
         return result
 
-    def _refuse(self, error: HeadError) -> None:
-        """The first step is the last moment at which not to know the head."""
-        if isinstance(error, AmbiguousHeadError):
-            raise HeadError(
-                f"no forward pass of the model with gradients was seen before the step, and {error}"
-            )
-        raise error
-
     # Optimizer would wrap `step` to run hooks; those of all optimizers are run by base.step, our own above
     step.hooked = True  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def _head_only(self) -> Iterator[None]:
-        """Hide hidden parameters from `base` while it steps.
-
-        They are taken out of the lists in place and put back, so that outside a step `param_groups` is
-        complete: schedulers see all groups, state_dict numbers parameters as in phase one, and an optimizer
-        that holds on to the lists (LBFGS does) sees the change. Having no gradient would not do: some
-        optimizers decay or move weights all the same, and LBFGS flattens all it has.
-        """
-        groups = self.base.param_groups
-        all_groups, full = list(groups), [(g["params"], list(g["params"])) for g in groups]
-        own = {id(p) for p in self.head.parameters}
-        proof = None if self._proved_frozen else fingerprint(self.model, self.head, buffers=False)
-        for params, everything in full:
-            params[:] = [p for p in everything if id(p) in own]
-        groups[:] = [g for g in all_groups if g["params"]]
-        self._forget_flattening()
-        try:
-            yield
-        finally:
-            for params, everything in full:
-                params[:] = everything
-            groups[:] = all_groups
-            self._forget_flattening()
-        if proof is not None and proof != fingerprint(self.model, self.head, buffers=False):
-            raise RuntimeError(
-                f"{type(self.base).__name__} changed hidden weights in phase two: it does not take the "
-                "parameters it steps from its param_groups, so TwoPhase cannot freeze them"
-            )
-        self._proved_frozen = True
-
-    def _forget_flattening(self) -> None:
-        if hasattr(self.base, "_numel_cache"):  # LBFGS
-            self.base._numel_cache = None
-
-    def _forget_curvature(self) -> None:
-        """LBFGS holds the history of one long vector, of another length from now on."""
-        if hasattr(self.base, "_numel_cache"):
-            self.base.state.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """`base.zero_grad`."""
@@ -310,12 +241,7 @@ class TwoPhase(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """`base.add_param_group`, for parameters of the model; hidden ones are frozen in phase two."""
-        params = param_group.get("params")
-        if params is not None:
-            listed = [params] if isinstance(params, Tensor) else list(params)
-            param_group["params"] = listed
-            plain = [p[1] if isinstance(p, tuple) else p for p in listed]
-            self._check_group({"params": plain}, len(self.param_groups))
+        check_group(self.model, param_group, len(self.param_groups))
         self.base.add_param_group(param_group)
         if self._freezer is not None:
             new = [n for n, p in hidden_parameters(self.model, self.head).items() if p.requires_grad]
@@ -328,19 +254,19 @@ class TwoPhase(Optimizer):
         """Begin phase two now, if it has not begun. Call it between steps, not before a backward pass."""
         if self._freezer is not None:
             return
-        head = self.head
-        self._check_head_in_base(head)
+        check_head_in_groups(self.param_groups, self.head)
         hidden = self.hidden
         perturb(hidden.values(), self.perturbation, self.generator)
-        self._forget_curvature()
+        forget_curvature(self.base)
         self._freeze(list(hidden))
 
-    def _freeze(self, trainable: list[str]) -> None:
+    def _freeze(self, trainable: list[str] | None) -> None:
+        """Hold all hidden weights fixed, of which these were trained; None: give them back."""
         if self._freezer is not None:
             self._freezer.release()
-        self._freezer = Freezer(self.model, self.head, trainable)
+        self._freezer = None if trainable is None else Freezer(self.model, self.head, trainable)
         self._proved_frozen = False
-        _recompile()
+        retrace_compiled()
 
     def unfreeze(self) -> None:
         """Give the model back: gradients required as before, hooks removed, training mode as the user has it.
@@ -352,10 +278,8 @@ class TwoPhase(Optimizer):
             self._watch.remove()
         self.switch_step = math.inf
         if self._freezer is not None:
-            self._freezer.release()
-            self._freezer = None
-            self._forget_curvature()
-            _recompile()
+            self._freeze(None)
+            forget_curvature(self.base)
 
     # -- checkpoints
 
@@ -366,24 +290,17 @@ class TwoPhase(Optimizer):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
-        state = dict(self.base.state_dict())
-        state["two_phase"] = {
-            "format": 1,
-            "base": type(self.base).__name__,
-            "phase": self.phase,
-            "step_count": self.step_count,
-            "switch_step": self.switch_step,
-            "perturbation": self.perturbation,
-            "generator": self.generator.get_state(),
-            "head": None if self._head is None else plain_name(self._head.name),
-            "trainable": [] if self._freezer is None else list(self._freezer.trainable),
-            "fingerprint": "" if self._freezer is None else fingerprint(self.model, self.head),
-        }
-        for post in self._optimizer_state_dict_post_hooks.values():
-            changed = post(self, state)
-            if changed is not None:
-                state = changed
-        return state
+        state = saved_state(
+            self.base,
+            self.model,
+            self._head,
+            self._freezer,
+            step_count=self.step_count,
+            switch_step=self.switch_step,
+            perturbation=self.perturbation,
+            generator=self.generator,
+        )
+        return through_hooks(self._optimizer_state_dict_post_hooks, self, state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state: phase, count, generator, `switch_step` and `perturbation`.
@@ -392,56 +309,31 @@ class TwoPhase(Optimizer):
         state of phase two is refused by a model whose frozen weights or buffers differ in one bit.
         Everything is checked before anything is changed.
         """
-        state = state_dict.copy()
-        for pre in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre(self, state)
-            if changed is not None:
-                state = changed
-        head = check_state(state, self.base, self.model, self._head)
+        state = through_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict.copy())
+        head = load_base(state, self.base, self.model, self._head, self.generator)
         own = state["two_phase"]
-        self.base.load_state_dict({k: v for k, v in state.items() if k != "two_phase"})
         if head is not None:
             self._head, self._head_error = head, None
         self.step_count, self.switch_step = own["step_count"], own["switch_step"]
         self.perturbation = own["perturbation"]
-        self.generator.set_state(own["generator"].cpu())
         if own["phase"] == 2:
             self._freeze(own["trainable"])
         elif self._freezer is not None:
-            self._freezer.release()
-            self._freezer = None
-            _recompile()
-        self._forget_flattening()
+            self._freeze(None)
+        forget_flattening(self.base)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("base", "model", "switch_step", "perturbation", "step_count", "_head_error")
-        return {
-            **{name: self.__dict__[name] for name in kept},
-            "generator": self.generator.get_state(),
-            "head": None if self._head is None else self._head.module,
-            "watching": self._watch is not None and self._watch.active,
-            "trainable": None if self._freezer is None else self._freezer.trainable,
-        }
+        return pickled(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        generator, head = state.pop("generator"), state.pop("head")
-        watching, trainable = state.pop("watching"), state.pop("trainable")
-        error = state.pop("_head_error")
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
-        self.__dict__.update(state)
-        self.generator = torch.Generator()
-        self.generator.set_state(generator)
         self._prepare()
-        self._head_error = error
-        self._head = None if head is None else find_head(self.model, head=head)
-        if watching:
-            self._watch = Watch(self.model, head, self._hear)
-        if trainable is not None:
-            self._freeze(trainable)
+        vars(self).update(unpickled(state))
+        if state["watching"]:
+            self._watch = Watch(self.model, state["head"], self._on_head_found)
+        if state["trainable"] is not None:
+            self._freeze(state["trainable"])
 
     def __repr__(self) -> str:
         steps = self.switch_step
@@ -452,9 +344,3 @@ class TwoPhase(Optimizer):
             f"TwoPhase (\n  phase {self.phase}, {self.step_count} steps done, {of}\n  head: {head}\n"
             f"  perturbation: {self.perturbation:g}\n{base}\n)"
         )
-
-
-def _recompile() -> None:
-    """Have compiled code traced again: it may have been made without the hooks, and would not notice them."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

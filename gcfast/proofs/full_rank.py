@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gcfast.features import FeaturesWithOnes
-from gcfast.proofs.rank_proof import RankProof, _panel_bytes, _Share
+from gcfast.proofs.rank_proof import ProofProgress, RankProof, _panel_bytes
 from gcfast.proofs.rounding import UNIT, check_products, exact_products, gamma, round_up
 from gcfast.proofs.shift import GramSweep, ShiftProof, prove_by_shift
 from gcfast.proofs.tiles import Tiles, compose_
@@ -87,7 +87,7 @@ class _Proof:
         checkpoint: StateFile | None,
     ):
         self.h1, self.sharp, self.checkpoint = h1, sharp, checkpoint
-        self.share = _Share(on_progress, h1.n, h1.columns)
+        self.progress = ProofProgress(on_progress, h1.n, h1.columns)
         free = max_bytes if max_bytes is not None else available(h1.device)
         self.room = math.inf if free is None else free - _panel_bytes(h1.n, h1.columns)
         if h1.device.type != "cpu":
@@ -110,14 +110,14 @@ class _Proof:
         if stage == "gram":
             ended = self._by_gram(state)
             if isinstance(ended, RankProof):
-                self.share.end()
+                self.progress.end()
                 return ended
             g: Tiles | None = ended
             self._keep("factor", [("g", ended)])
         else:
             assert state is not None
             self._recall(state)
-            self.share.expect(self.share.whitening(max(2 - self.passes, 1)))
+            self.progress.expect(self.progress.whitening(max(2 - self.passes, 1)))
             g = None
             if stage == "factor":
                 g = self._tiles(state, "g", 1)
@@ -126,7 +126,7 @@ class _Proof:
         proof = self._by_whitening(g, x, state if stage == "whitening" else None)
         if self.short is not None and not proof.sigma_min_lower**2 > self.short.lower:
             proof = _shifted(self.short, self.sigma_max)
-        self.share.end()
+        self.progress.end()
         return proof
 
     def _by_gram(self, state: SavedState | None) -> RankProof | Tiles:
@@ -140,7 +140,7 @@ class _Proof:
             self._read(state, "g", sweep.lower)
 
         def after(fraction: float) -> None:
-            self.share("Gram", fraction)
+            self.progress("Gram", fraction)
             values = {"column": sweep.column}
             self._keep("gram", [("g", sweep.lower)], values, rows=sweep.rows, row_sums=sweep.row_sums)
 
@@ -155,12 +155,12 @@ class _Proof:
             reason = f"{n} rows of {h1.columns} numbers are dependent"
             return RankProof(False, 0.0, self.sigma_max, 0.0, 0, reason)
         g.lower.seal()
-        short = prove_by_shift(g, self.sharp, self.share, self.scratch(2))
+        short = prove_by_shift(g, self.sharp, self.progress, self.scratch(2))
         g.lower.check()
         if short is not None and (not self.sharp or short.lower >= 0.75 * short.estimate):
             return _shifted(short, self.sigma_max)
         self.short = short
-        self.share.expect(self.share.whitening(2 if n > 2000 else 1))
+        self.progress.expect(self.progress.whitening(2 if n > 2000 else 1))
         return g.lower
 
     def _by_whitening(self, g: Tiles | None, x: Tiles | None, state: SavedState | None) -> RankProof:
@@ -171,7 +171,7 @@ class _Proof:
             if state is None:
                 assert g is not None
                 found = cholesky_inverse(
-                    g, self.least, self.scratch(2 if x is None else 3), lambda f: self.share("factor", f)
+                    g, self.least, self.scratch(2 if x is None else 3), lambda f: self.progress("factor", f)
                 )
                 g.release()
                 if found is None:
@@ -182,7 +182,7 @@ class _Proof:
                 if x is None:
                     x = found[0]
                 else:
-                    compose_(found[0], x, lambda f: self.share("compose", f))
+                    compose_(found[0], x, lambda f: self.progress("compose", f))
                 del found
                 x.seal()
                 self.passes += 1
@@ -217,7 +217,7 @@ class _Proof:
         assert x is not None
         x.check()
         white.gram.release()
-        self.share("norm", 0.0)
+        self.progress("norm", 0.0)
         norm = norm_sharp(x) if self.sharp else norm_upper(x)
         lower = white.margin / norm * (1 - 1e-14)
         doubled = " in doubled precision" if white.doubled else ""
@@ -247,7 +247,7 @@ class _Proof:
             sweep = WhiteningSweep(gram, state.tensors("rows").to(h1.device), *errors)
 
         def after(fraction: float) -> None:
-            self.share("whitening", fraction)
+            self.progress("whitening", fraction)
             values = {
                 "column": sweep.column,
                 "shift": shift,

@@ -49,8 +49,8 @@ def proof_flops(n: int, m: int) -> float:
     return 7.0 * triangle + 6.0 * cube  # Gram; Q and its Gram twice, the second Q doubled; factors, inverses
 
 
-class _Share:
-    """The fraction of the whole that is done, from what each step costs in products of n^2 m."""
+class ProofProgress:
+    """The fraction of the whole that is done, from what each step costs in products of n^2 m operations."""
 
     def __init__(self, on_progress: Callable[[str, float], None] | None, n: int, m: int):
         self.on_progress, self.cube = on_progress, n / (3 * max(m, 1))

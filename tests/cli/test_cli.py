@@ -15,7 +15,7 @@ from image_files import folder_images, write_mnist_raw, write_tree
 
 import gcfast.features.cache
 from gcfast import cli
-from gcfast.cli.training.checkpoint import Checkpoint
+from gcfast.cli.training.checkpoint import RunCheckpoint
 from gcfast.cli.training.train import Diverged, Schedule, Trainer
 
 pytest.importorskip("sklearn")
@@ -99,7 +99,7 @@ def test_phase_two_runs_from_a_cache(finished: Path, tmp_path: Path, monkeypatch
                 raise MemoryError("the memory is short")
             return real(*arguments, store=store, **options)
 
-        monkeypatch.setattr(gcfast.features.cache, "FeatureCache", short)
+        monkeypatch.setattr(gcfast.features, "FeatureCache", short)
         out = tmp_path / allowed
         assert cli.main([*SMALL, "--out", str(out), "--quiet", "--no-compare"]) == 0
         again = result_of(out)
@@ -116,7 +116,7 @@ def test_phase_two_runs_from_a_cache(finished: Path, tmp_path: Path, monkeypatch
 def test_checkpoint_holds_the_reported_minimum(finished: Path) -> None:
     """Reloaded from nothing but the file, the model has the loss and the test error of the result."""
     values = result_of(finished)
-    checkpoint = Checkpoint.load(finished / "checkpoint.pt")
+    checkpoint = RunCheckpoint.load(finished / "checkpoint.pt")
     assert checkpoint.stage == "nearest" and set(checkpoint.heads) == {"switch", "nearest", "two_phase"}
     data = checkpoint.data.load(None)
     assert data.fingerprint() == checkpoint.data.fingerprint
@@ -301,12 +301,12 @@ def test_interruption_of_the_solver_keeps_what_was_finished(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gcfast.solve.head_solver, "solve_head", interrupted)
+    monkeypatch.setattr(gcfast.solve, "solve_head", interrupted)
     code, _, err = run(capsys, *SMALL, "--out", tmp_path)
     values = result_of(tmp_path)
     assert code == 130 and "Interrupted during the solving of phase two" in err
     assert values["status"] == "interrupted" and values["certificate"]["status"] == "holds"
-    assert Checkpoint.load(tmp_path / "checkpoint.pt").stage == "switch"
+    assert RunCheckpoint.load(tmp_path / "checkpoint.pt").stage == "switch"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
@@ -324,7 +324,7 @@ def test_control_c_in_phase_one(tmp_path: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in err
     assert "Interrupted during phase one; what was finished is here." in err
     assert result_of(tmp_path)["status"] == "interrupted"
-    assert Checkpoint.load(tmp_path / "checkpoint.pt").stage == "phase one"
+    assert RunCheckpoint.load(tmp_path / "checkpoint.pt").stage == "phase one"
 
 
 def test_a_full_disk_spares_the_old_report(

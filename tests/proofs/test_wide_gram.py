@@ -12,7 +12,8 @@ import torch
 
 import gcfast
 from gcfast import ops, reference
-from gcfast.proofs import full_rank, rounding
+from gcfast.features import FeaturesWithOnes
+from gcfast.proofs import full_rank
 
 
 def layer(n, m, d, dtype=torch.float64, scale=1.0):
@@ -60,7 +61,7 @@ def test_repeats_bit_for_bit_on_any_threads_and_strides():
     gaps[:, :9] = z
     again = gcfast.wide_gram(gaps[:, :9], w.mT.contiguous().mT, b)
     assert torch.equal(first.gram, again.gram) and first.error_bound == again.error_bound
-    panels = rounding.FeaturesWithOnes(gcfast.WideFeatures(z, (w, b)), ones=True)
+    panels = FeaturesWithOnes(gcfast.WideFeatures(z, (w, b)), ones=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -97,7 +98,7 @@ def test_nothing_to_multiply():
 def test_a_proof_needs_no_stored_features(d, n):
     """By the shift where that reaches, by whitening where the features are nearly dependent."""
     args = layer(n, 2 * n, d)
-    panels = rounding.FeaturesWithOnes(gcfast.WideFeatures(args[0], args[1:], beta=4.0))
+    panels = FeaturesWithOnes(gcfast.WideFeatures(args[0], args[1:], beta=4.0))
     proof = full_rank.prove_full_rank(panels)
     same = full_rank.prove_full_rank(stored(args, False, beta=4.0))
     assert proof.proved and (proof.route, proof.sigma_min_lower) == (same.route, same.sigma_min_lower)
