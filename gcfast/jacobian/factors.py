@@ -1,9 +1,9 @@
-"""What a tile of samples knows of the Jacobian of one group of parameters, and the products of two tiles.
+"""The Jacobian of a layer for a tile of samples, held as factors: outer products, embedding rows or itself.
 
 Index letters: i, j samples, c, e outputs, t, s positions (pixels, tokens, uses), J[(i,c), :] a row. An
-:class:`Outer` holds J[(i,c)] = sum_t g[i,c,t] (x) a[i,t], which linear operators and convolutions have, and
-gives the Hadamard form of a Gram as well as blocks of J; a :class:`Lookup` is the same with one-hot a; a
-:class:`Rows` holds J itself.
+:class:`OuterFactor` holds J[(i,c)] = sum_t g[i,c,t] (x) a[i,t], which linear operators and convolutions
+have, and gives the Hadamard form of a Gram as well as blocks of J; an :class:`EmbeddingFactor` is the same
+with one-hot a; a :class:`DenseFactor` holds J itself.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class Outer(Factor):
+class OuterFactor(Factor):
     """J[(i,c)][q] = sum_t g[i,c,t,q] a[i,t,q]^T, q r x s matrices; with ``bias`` also sum_t g.
 
     ``g``: (n, c, T, q, r); ``a``: (n, T, q, s), or what makes it; ``order``: permutes (q, r, s) into the
@@ -123,15 +123,17 @@ class Outer(Factor):
     def a(self) -> Tensor:
         return self._a if isinstance(self._a, Tensor) else self._a()
 
-    def traced(self) -> Outer:
+    def traced(self) -> OuterFactor:
         def g() -> Tensor:
             return self.g().permute(0, 2, 3, 1, 4).flatten(3).unsqueeze(1)
 
         size = Size(self.size.q, self.size.r * self.c, self.size.s, self.size.t, self.size.bias)
-        return Outer(g, self._a, self._kept, self.n, 1, size)
+        return OuterFactor(g, self._a, self._kept, self.n, 1, size)
 
-    def first(self) -> Outer:
-        return Outer(lambda: self.g()[:1], lambda: self.a()[:1], self._kept, 1, self.c, self.size, self.order)
+    def first(self) -> OuterFactor:
+        return OuterFactor(
+            lambda: self.g()[:1], lambda: self.a()[:1], self._kept, 1, self.c, self.size, self.order
+        )
 
     def _blocks(self, width: int) -> Iterator[tuple[slice, slice]]:
         """(q, r): rows of one block, or several blocks."""
@@ -172,7 +174,7 @@ class Outer(Factor):
         return self._bias(self.g())
 
     def hadamard(self, other: Factor, out: Tensor, lower: bool) -> None:
-        assert isinstance(other, Outer)
+        assert isinstance(other, OuterFactor)
         q, r = self.size.q, self.size.r
         g = self.g().flatten(3)
         h = g if other is self else other.g().flatten(3)
@@ -185,7 +187,7 @@ class Outer(Factor):
         ops.jacobian_gram(out, g, h, scale, ends=ends, lower=lower)
 
     def by_rows(self, other: Factor, out: Tensor, lower: bool) -> None:
-        assert isinstance(other, Outer)
+        assert isinstance(other, OuterFactor)
         if self.size.q > 1:  # many small matrices: a block of J is a batch of them
             super().by_rows(other, out, lower)
             return
@@ -215,7 +217,7 @@ class Outer(Factor):
         return out
 
 
-class Lookup(Factor):
+class EmbeddingFactor(Factor):
     """J[(i,c)][v] = sum over the positions that looked v up of g[i,c,t]; ``at``: (n, T), -1 for none."""
 
     def __init__(self, g: Tensor, at: Tensor, rows: int) -> None:
@@ -224,11 +226,11 @@ class Lookup(Factor):
         self.like = g
         self.size = Size(1, d, rows, t)  # the one-hot vectors would have s = rows
 
-    def traced(self) -> Lookup:
-        return Lookup(self._g.transpose(1, 2).flatten(2).unsqueeze(1), self.at, self._rows)
+    def traced(self) -> EmbeddingFactor:
+        return EmbeddingFactor(self._g.transpose(1, 2).flatten(2).unsqueeze(1), self.at, self._rows)
 
-    def first(self) -> Lookup:
-        return Lookup(self._g[:1], self.at[:1], self._rows)
+    def first(self) -> EmbeddingFactor:
+        return EmbeddingFactor(self._g[:1], self.at[:1], self._rows)
 
     def pieces(self, width: int) -> Iterator[Tensor]:
         step = max(1, width // max(1, self.size.r))
@@ -248,7 +250,7 @@ class Lookup(Factor):
         return self._between(0, self._rows)
 
     def hadamard(self, other: Factor, out: Tensor, lower: bool) -> None:
-        assert isinstance(other, Lookup)
+        assert isinstance(other, EmbeddingFactor)
         a, b = self.at.flatten(), other.at.flatten()
         scale = ((a[:, None] == b) & (a[:, None] >= 0)).to(out.dtype)
         ops.jacobian_gram(out, self._g, other._g, scale[None], lower=lower)
@@ -258,7 +260,7 @@ class Lookup(Factor):
         return ((self._g @ self._g.mT) * same[:, None]).sum((2, 3))
 
 
-class Rows(Factor):
+class DenseFactor(Factor):
     """J itself, (n, c, p)."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -266,11 +268,11 @@ class Rows(Factor):
         self.n, self.c = rows.shape[:2]
         self.like = rows
 
-    def traced(self) -> Rows:
-        return Rows(self._rows.flatten(1).unsqueeze(1))
+    def traced(self) -> DenseFactor:
+        return DenseFactor(self._rows.flatten(1).unsqueeze(1))
 
-    def first(self) -> Rows:
-        return Rows(self._rows[:1])
+    def first(self) -> DenseFactor:
+        return DenseFactor(self._rows[:1])
 
     def pieces(self, width: int) -> Iterator[Tensor]:
         yield from self._rows.split(max(1, width), -1)
@@ -289,16 +291,13 @@ def scatter(rows: Tensor, index: Tensor | None, p: int) -> Tensor:
     return out.index_add_(2, index[kept], rows if bool(kept.all()) else rows[:, :, kept])
 
 
-# --- from the cotangents of a site to a factor
-
-
-def joined(factors: Sequence[Outer]) -> Outer:
+def joined(factors: Sequence[OuterFactor]) -> OuterFactor:
     """The factor of one weight that several like operators took: their positions one after the other."""
     first = factors[0]
     t = sum(f.size.t for f in factors)
     size = Size(first.size.q, first.size.r, first.size.s, t, first.size.bias)
     kept = [x for f in factors for x in f._kept]
-    return Outer(
+    return OuterFactor(
         lambda: torch.cat([f.g() for f in factors], 2),
         lambda: torch.cat([f.a() for f in factors], 1),
         kept,

@@ -1,4 +1,4 @@
-"""K = J J^T by tiles of samples and outputs: the empirical neural tangent kernel."""
+"""The empirical neural tangent kernel K = J J^T, added up over layers, by tiles of samples and outputs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from gcfast.jacobian.engine import Engine
-from gcfast.jacobian.factors import Factor, Lookup, Outer
+from gcfast.jacobian.factors import EmbeddingFactor, Factor, OuterFactor
 from gcfast.jacobian.groups import Group, Tile
 from gcfast.jacobian.plan import GroupPlan
 
 
-class _GramJob:
+class GramJob:
     """Adds the factors of tiles to Grams."""
 
     def __init__(
@@ -65,7 +65,7 @@ class _GramJob:
             a = a.traced()
             b = a if same else b.traced()
         form = GroupPlan.of(group, a, b, lower).form
-        if form == "hadamard" and isinstance(a, (Outer, Lookup)):
+        if form == "hadamard" and isinstance(a, (OuterFactor, EmbeddingFactor)):
             a.hadamard(b, block, lower)
         else:
             a.by_rows(b, block, lower)

@@ -1,10 +1,10 @@
-"""Where a forward pass used its parameters, read off the autograd graph.
+"""Where a forward pass used its parameters, read off the autograd graph, and the cotangents arriving there.
 
 The graph holds every use of every parameter: by a module, by a function, by a module that ran twice, under
 two names. :class:`Graph` goes from each parameter up to the operators that took it, through views, and makes
-a :class:`Site` of each one that ``_CONSUMERS`` knows; a parameter that reaches any other operator is listed
-as unknown, for whoever differentiates sample by sample. :func:`locate` finds the axis of a site's cotangent
-along which the samples lie, from exact zeros and never from a shape alone.
+a :class:`Site` of each one that ``CONSUMERS`` knows; a parameter that reaches any other operator is listed
+as unknown, for whoever differentiates sample by sample. :mod:`gcfast.jacobian.sample_axis` finds the axis of
+a site's cotangent along which the samples lie, from exact zeros and never from a shape alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gcfast.jacobian.sites import _CONSUMERS, _VIEWS, Edge, Node, Site, View, shape_of
+from gcfast.jacobian.sites import CONSUMERS, VIEWS, Edge, Node, Site, View, shape_of
 
 # What may move rows by values of the input: samples that were in order for one batch need not be for another.
-_ROUTES = (
+DATA_DEPENDENT_OPS = (
     *("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Take", "Put", "Sort", "Topk"),
     *("RepeatInterleave", "PackPaddedSequence"),
 )
@@ -62,7 +62,7 @@ class Graph:
             for at, (child, number) in enumerate(parent.next_functions):
                 if child is not None:
                     self._above.setdefault(child, []).append((parent, at, number))
-        self.routed = any(node.name().startswith(_ROUTES) for node in self.nodes)
+        self.routed = any(node.name().startswith(DATA_DEPENDENT_OPS) for node in self.nodes)
         self.seen: set[str] = set()
         self.unknown: dict[str, str] = {}
         sites: dict[tuple[int, str], Site] = {}
@@ -82,10 +82,10 @@ class Graph:
         for parent, at, number in self._above.get(node, []):
             here = View(view.parameter, (*view.steps, (node, number))) if leaf else view
             name, place = parent.name(), self.number[parent]
-            if name in _VIEWS or place in self._views:
+            if name in VIEWS or place in self._views:
                 self._follow(parent, here, sites)
                 continue
-            consumer = _CONSUMERS.get(name)
+            consumer = CONSUMERS.get(name)
             known = None if consumer is None else consumer(parent, at)
             if known is None:
                 self.unknown.setdefault(view.parameter, name.removesuffix("Backward0"))
@@ -157,7 +157,7 @@ class Graph:
             )
 
         if batched:
-            with _tapped(passes, deliver, len(u), options):
+            with _Capturing(passes, deliver, len(u), options):
                 # receivers may draw random numbers: one draw for the whole batch
                 found = torch.func.vmap(lambda v: backward(v, True), randomness="same")(u)
             for edge, g in zip(ends, found):
@@ -171,7 +171,7 @@ class Graph:
                     kept[edge] = g.new_zeros((len(u), *g.shape))
                 kept[edge][c] = g
 
-            with _tapped(passes, store, 0, options):
+            with _Capturing(passes, store, 0, options):
                 found = backward(v, False)
             for edge, g in zip(ends, found):
                 store(edge, g)
@@ -180,32 +180,32 @@ class Graph:
                 deliver(edge, kept.pop(edge))
 
 
-_taps: dict[int, Callable[[Tensor], None]] = {}
+_receivers: dict[int, Callable[[Tensor], None]] = {}
 _numbers = itertools.count()
 
 
-@torch.library.custom_op("gcfast::jacobian_tap", mutates_args=())
-def _tap(g: Tensor, key: int) -> Tensor:
+@torch.library.custom_op("gcfast::capture_cotangent", mutates_args=())
+def capture_cotangent(g: Tensor, key: int) -> Tensor:
     """Hands a cotangent over; an op, because vmap gives an op the whole batch."""
-    _taps[key](g)
+    _receivers[key](g)
     return g.new_empty(0)
 
 
-@_tap.register_fake
+@capture_cotangent.register_fake
 def _(g: Tensor, key: int) -> Tensor:
     return g.new_empty(0)
 
 
-def _tap_batch(info: Any, in_dims: tuple[int | None, ...], g: Tensor, key: int) -> tuple[Tensor, None]:
+def _capture_batch(info: Any, in_dims: tuple[int | None, ...], g: Tensor, key: int) -> tuple[Tensor, None]:
     at = in_dims[0]
-    _taps[key](g.expand(info.batch_size, *g.shape) if at is None else g.movedim(at, 0))
+    _receivers[key](g.expand(info.batch_size, *g.shape) if at is None else g.movedim(at, 0))
     return g.new_empty(0), None
 
 
-_tap.register_vmap(_tap_batch)
+capture_cotangent.register_vmap(_capture_batch)
 
 
-class _tapped:
+class _Capturing:
     """Context in which cotangents at edges inside the graph are handed to ``deliver``."""
 
     def __init__(
@@ -223,7 +223,7 @@ class _tapped:
         for edge in self.edges:
             key = next(_numbers)
             self.keys.append(key)
-            _taps[key] = lambda g, edge=edge: self.deliver(edge, g)  # type: ignore[misc]
+            _receivers[key] = lambda g, edge=edge: self.deliver(edge, g)  # type: ignore[misc]
             self.handles.append(edge[0].register_prehook(self._hook(edge, key)))
 
     def _hook(self, edge: Edge, key: int) -> Callable[[tuple[Tensor | None, ...]], None]:
@@ -231,7 +231,7 @@ class _tapped:
             g = grads[edge[1]]
             if g is not None:
                 if self.batch:
-                    _tap(g, key)
+                    capture_cotangent(g, key)
                 else:
                     self.deliver(edge, g)
                 return
@@ -244,4 +244,4 @@ class _tapped:
         for handle in self.handles:
             handle.remove()
         for key in self.keys:
-            _taps.pop(key, None)
+            _receivers.pop(key, None)

@@ -1,14 +1,15 @@
-"""Parameters grouped by layer, with the uses that each group has in a forward pass."""
+"""Groups of parameters, a weight with its bias, and the form in which each group's Jacobian is held."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gcfast.jacobian.factors import Size
+from gcfast.jacobian.forward import log
 from gcfast.jacobian.graph import Graph
 from gcfast.jacobian.sites import View
 
@@ -100,3 +101,73 @@ def _parts(uses: Sequence[Use], p: Tensor) -> list[tuple[Use, ...]]:
             mask, members = mask | other, members + found
         parts.append((mask, (*members, use)))
     return [tuple(sorted(members, key=lambda use: use.site)) for _, members in parts]
+
+
+def _bias_of(
+    graph: Graph,
+    layers: Mapping[str, str],
+    name: str,
+    part: Sequence[Use],
+    parts: Mapping[str, Sequence[Sequence[Use]]],
+) -> str | None:
+    """The bias that the same operators took, and they alone, if it is of the same layer."""
+    first = graph.sites[part[0].site]
+    view = first.roles.get("bias")
+    if view is None or layers[view.parameter] != layers[name] or view.parameter not in parts:
+        return None
+    if first.kind == "convolution" and first.node._saved_transposed:
+        return None
+    mine = [(use.site, "bias") for use in part]
+    found = [[(use.site, use.role) for use in other] for other in parts[view.parameter]]
+    return view.parameter if found == [mine] and view.injective else None
+
+
+def make_groups(
+    graph: Graph, parameters: Mapping[str, nn.Parameter], layers: Mapping[str, str]
+) -> list[Group]:
+    """The groups of a probe's parameters, in the order of ``parameters``; ``layers``: the layer of each.
+
+    Parameters that an unknown operator took, or whose axis of samples no probe told, are differentiated
+    sample by sample, and a line in the log says so.
+    """
+    groups: list[Group] = []
+    unknown = dict(graph.unknown)
+    for site in graph.sites:
+        if site.layout is None:
+            for view in site.roles.values():
+                unknown.setdefault(view.parameter, site.node.name().removesuffix("Backward0"))
+    uses: dict[str, list[Use]] = {}
+    for i, site in enumerate(graph.sites):
+        for role, view in site.roles.items():
+            if view.parameter not in unknown:
+                shape = _view_shape(view, parameters[view.parameter])
+                uses.setdefault(view.parameter, []).append(Use(i, role, view, shape))
+    parts = {name: _parts(found, parameters[name]) for name, found in uses.items()}
+    done: set[tuple[str, int]] = set()
+    for name in uses:  # weights first, which take their biases along
+        for k, part in enumerate(parts[name]):
+            form = "outer" if _alike(graph, part) else "rows" if _is_scale(graph, part) else ""
+            if form:
+                bias = _bias_of(graph, layers, name, part, parts)
+                done |= {(name, k)} if bias is None else {(name, k), (bias, 0)}
+                together = (name,) if bias is None else (name, bias)
+                groups.append(Group(layers[name], together, part, form, bias is not None))
+    for name in uses:
+        for k, part in enumerate(parts[name]):
+            if (name, k) not in done:
+                single = len(part) == 1 and part[0].view.injective
+                lookup = single and graph.sites[part[0].site].kind == "lookup"
+                form = "lookup" if lookup else "rows" if single else "sum"
+                groups.append(Group(layers[name], (name,), part, form))
+    by_layer: dict[str, list[str]] = {}
+    for name in unknown:
+        by_layer.setdefault(layers[name], []).append(name)
+    for layer, names in by_layer.items():
+        groups.append(Group(layer, tuple(names), (), "samples"))
+        log.info(
+            "LayerJacobians: layer %r (%s) is differentiated sample by sample by torch.func: what %s "
+            "does with it has no form of its own",
+            *(layer, ", ".join(names), unknown[names[0]]),
+        )
+    order = {name: i for i, name in enumerate(parameters)}
+    return sorted(groups, key=lambda group: order[group.parameters[0]])

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gcfast.jacobian.engine import Engine
 from gcfast.jacobian.factors import Factor
-from gcfast.jacobian.gram import _GramJob
+from gcfast.jacobian.gram import GramJob
 from gcfast.jacobian.groups import Tile
-from gcfast.jacobian.layers import Layers, _checked_inputs, _owners, _refuse_training, _select
+from gcfast.jacobian.layers import Layers, checked_inputs, owning_layers, refuse_training, select_parameters
 from gcfast.jacobian.plan import JacobianPlan, counted, tiles_of
 from gcfast.model import unwrap
 from gcfast.ops import arguments
@@ -67,10 +67,10 @@ class LayerJacobians:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         self.model = unwrap(model)
         self._max_bytes = max_bytes
-        self._x = _checked_inputs("x", x)
-        _refuse_training(self.model)
-        owners = _owners(self.model)
-        chosen = _select(self.model, owners, layers)
+        self._x = checked_inputs("x", x)
+        refuse_training(self.model)
+        owners = owning_layers(self.model)
+        chosen = select_parameters(self.model, owners, layers)
         dtypes = {p.dtype for p in chosen.values()}
         if dtypes - {torch.float32, torch.float64} or len(dtypes) != 1:
             found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
@@ -94,14 +94,14 @@ class LayerJacobians:
         operator has no forward derivative.
         """
         direction = self.as_dict(v)
-        return torch.cat([self._engine.push(direction, tile) for tile in self._batches()])
+        return torch.cat([self._engine.jvp(direction, tile) for tile in self._batches()])
 
     def vjp(self, u: Tensor) -> dict[str, Tensor]:
         """J^T u by parameter's name, each of its parameter's shape; u: (n, C) or (n C,)."""
         u = self._outputs("u", u)
         total = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         for tile in self._batches():
-            for name, g in self._engine.pull(u[tile.i : tile.j], tile).items():
+            for name, g in self._engine.vjp(u[tile.i : tile.j], tile).items():
                 total[name] += g
         return total
 
@@ -174,12 +174,12 @@ class LayerJacobians:
         wanted = set(self.layers) if layers is None else self._among(layers)
         first, second = self._engine, self._engine
         if other is not None:
-            second = first.on(_checked_inputs("other", other))
+            second = first.on(checked_inputs("other", other))
         rows = (self.n, 1 if trace else self.c), (second.n, 1 if trace else self.c)
         keys = [layer for layer in self.layers if layer in wanted] if per_layer else [""]
         size = (rows[0][0] * rows[0][1], rows[1][0] * rows[1][1])
         out = {key: torch.zeros(size, dtype=first.dtype, device=first.device) for key in keys}
-        job = _GramJob(first, second, out, wanted, per_layer, trace)
+        job = GramJob(first, second, out, wanted, per_layer, trace)
         plan = self._tiles(second if other is not None else first, stored=True, grams=len(keys))
         if other is None:
             job.symmetric(plan)
@@ -252,7 +252,7 @@ class LayerJacobians:
         rest = [item for item in items if item not in named]
         if named and not rest:
             return named
-        chosen = _select(self.model, owners, rest, set(self.layers))
+        chosen = select_parameters(self.model, owners, rest, set(self.layers))
         part = {layer for layer in self.layers if any(name in chosen for name in self.layers[layer])}
         for layer in part:
             if any(name not in chosen for name in self.layers[layer]):

@@ -1,4 +1,4 @@
-"""Which layers are meant by a name, a module or a parameter."""
+"""Selects layers by name, glob pattern or class; checks the samples, and that the model is in eval mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 Layers = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 
 
-def _checked_inputs(name: str, x: Any) -> Any:
+def checked_inputs(name: str, x: Any) -> Any:
     leaves = [v for v in tree_leaves(x) if isinstance(v, Tensor)]
     if not leaves:
         raise TypeError(f"{name} must be a tensor, or a tuple or dict of tensors; got {type(x).__name__}")
@@ -32,7 +32,7 @@ def _checked_inputs(name: str, x: Any) -> Any:
     return x
 
 
-def _refuse_training(model: nn.Module) -> None:
+def refuse_training(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"layer {name!r} ({type(module).__name__})" if name else type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
@@ -54,7 +54,7 @@ def _refuse_training(model: nn.Module) -> None:
             raise ValueError(f"{where} drops at random: call model.eval() first")
 
 
-def _owners(model: nn.Module) -> dict[str, str]:
+def owning_layers(model: nn.Module) -> dict[str, str]:
     """The layer of each parameter, under the first of its names."""
     owners = {}
     for name, _ in model.named_parameters():
@@ -63,7 +63,7 @@ def _owners(model: nn.Module) -> dict[str, str]:
     return owners
 
 
-def _select(
+def select_parameters(
     model: nn.Module, owners: Mapping[str, str], layers: Layers | None, known: set[str] | None = None
 ) -> dict[str, nn.Parameter]:
     """The parameters of the layers that are asked for, in the model's order."""

@@ -1,4 +1,4 @@
-"""By count: the cheaper form of each group's Gram, and tiles of samples and outputs that fit a budget."""
+"""Memory and operations of a Jacobian Gram by count: the cheaper form per layer, tiles that fit a budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gcfast.jacobian.engine import Engine
-from gcfast.jacobian.factors import BLOCK_BYTES, Factor, Lookup, Outer, Size
+from gcfast.jacobian.factors import BLOCK_BYTES, EmbeddingFactor, Factor, OuterFactor, Size
 from gcfast.jacobian.groups import Group, Tile
 
 # Operations in the time of a byte: products at some 150 GFLOP/s and memory at some 15 GB/s on two cores, 60
@@ -31,7 +31,7 @@ class GroupPlan:
 
     @classmethod
     def of(cls, group: Group, a: Factor, b: Factor, lower: bool) -> GroupPlan:
-        if isinstance(a, (Outer, Lookup)) and isinstance(b, (Outer, Lookup)):
+        if isinstance(a, (OuterFactor, EmbeddingFactor)) and isinstance(b, (OuterFactor, EmbeddingFactor)):
             item, device = a.like.element_size(), a.like.device.type
             return choose(group, a.size, b.size, (a.n, a.c), (b.n, b.c), a is b, lower, item, device)
         return _rows_only(group, (a.n, a.c), (b.n, b.c), a is b, lower, a.like.element_size())

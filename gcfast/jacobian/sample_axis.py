@@ -1,4 +1,4 @@
-"""Which axis of each tensor is the sample axis, found from exact zeros of a probe, never from a shape."""
+"""Which axis of each tensor is the batch dimension, by exact zeros of a probe and never by a shape."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def _candidates(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
                 yield Layout(axis, False)
 
 
-def growing(found: Sequence[set[Layout]], graph: Graph, n: int, other: Graph, m: int) -> list[set[Layout]]:
+def layouts_scaling_with_n(
+    found: Sequence[set[Layout]], graph: Graph, n: int, other: Graph, m: int
+) -> list[set[Layout]]:
     """Those layouts of ``graph``, of n samples, whose axis is m / n as long in ``other``, of m samples: where
     an operator's output is made of parameters alone, zeros can look like samples."""
     return [
@@ -48,7 +50,7 @@ def growing(found: Sequence[set[Layout]], graph: Graph, n: int, other: Graph, m:
     ]
 
 
-def live_positions(site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
+def positions_with_gradient(site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
     """A linear operator's positions that cotangents (c, ...) of n = c samples reach, and the others.
 
     None: all or none. A head that reads one token leaves the last block's others without cotangents.
@@ -62,7 +64,9 @@ def live_positions(site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
     )
 
 
-def locate(graph: Graph, cotangents: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[set[Layout]]:
+def infer_sample_axis(
+    graph: Graph, cotangents: Sequence[Tensor], parameters: Mapping[str, Tensor]
+) -> list[set[Layout]]:
     """The layouts that each site's cotangents admit: those of sample i vanish wherever another one lies.
 
     ``cotangents``: of each site, (n, ...), the i-th of an output that is sample i's alone, n >= 2. An empty

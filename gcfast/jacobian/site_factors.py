@@ -1,4 +1,4 @@
-"""The two factors A and G of a parameter's Jacobian at one site: inputs and cotangents."""
+"""The Jacobian of one use of a parameter from inputs and cotangents: linear, convolution, norm, embedding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcfast.jacobian.factors import Lookup, Outer, Size
-from gcfast.jacobian.sites import Layout, Node, Site, View, _padding
+from gcfast.jacobian.factors import EmbeddingFactor, OuterFactor, Size
+from gcfast.jacobian.sites import Layout, Node, Site, View, padding_mask
 
 
 def _patches(x: Tensor, node: Node, out: Sequence[int], kernel: Sequence[int], groups: int) -> Tensor:
@@ -40,7 +40,7 @@ def _patches(x: Tensor, node: Node, out: Sequence[int], kernel: Sequence[int], g
     return windows.reshape(n, groups, s, math.prod(out)).permute(0, 3, 1, 2)
 
 
-def _linear(site: Site, g: Tensor, n: int, bias: bool, transposed: bool) -> Outer:
+def _linear(site: Site, g: Tensor, n: int, bias: bool, transposed: bool) -> OuterFactor:
     layout = site.layout
     assert layout is not None
     g = layout.arrange(g, n, 1)
@@ -56,10 +56,10 @@ def _linear(site: Site, g: Tensor, n: int, bias: bool, transposed: bool) -> Oute
         if same and (g.is_meta or not bool(g.index_select(2, dead).any())):
             g, x = g.index_select(2, live.to(g.device)), x.index_select(1, live)
     size = Size(1, o, x.shape[-1], x.shape[1], bias)
-    return Outer(g, x, (g, x), n, c, size, (0, 1, 2) if transposed else (0, 2, 1))
+    return OuterFactor(g, x, (g, x), n, c, size, (0, 1, 2) if transposed else (0, 2, 1))
 
 
-def _convolution(site: Site, g: Tensor, n: int, bias: bool, shape: Sequence[int]) -> Outer:
+def _convolution(site: Site, g: Tensor, n: int, bias: bool, shape: Sequence[int]) -> OuterFactor:
     node, c = site.node, g.shape[0]
     q = node._saved_groups
     x = node._saved_input.detach()
@@ -77,7 +77,7 @@ def _convolution(site: Site, g: Tensor, n: int, bias: bool, shape: Sequence[int]
 
         s = x.shape[1] // q * math.prod(kernel)
         size = Size(q, o // q, s, k * math.prod(out), bias)
-        return Outer(gg, a, (g, x), n, c, size)
+        return OuterFactor(gg, a, (g, x), n, c, size)
     # The transposed convolution's weight (i, o/q, kernel) meets x[i, t] and what x[i, t] is spread over.
     spread, i = list(x.shape[2:]), x.shape[1]
     o = g.shape[2]
@@ -88,7 +88,7 @@ def _convolution(site: Site, g: Tensor, n: int, bias: bool, shape: Sequence[int]
 
     xx = layout.arrange(x, n).flatten(3).unflatten(2, (q, i // q)).permute(0, 1, 4, 2, 3).flatten(1, 2)
     size = Size(q, o // q * math.prod(kernel), i // q, k * math.prod(spread))
-    return Outer(g_patches, xx, (g, x), n, c, size, (0, 2, 1))
+    return OuterFactor(g_patches, xx, (g, x), n, c, size, (0, 2, 1))
 
 
 def _normalized(site: Site) -> Tensor:
@@ -177,7 +177,7 @@ def vector_rows(site: Site, role: str, g: Tensor, n: int, shape: Sequence[int], 
 
 def matrix_factor(
     site: Site, g: Tensor, n: int, bias: bool, view: View, shape: Sequence[int]
-) -> Outer | Lookup:
+) -> OuterFactor | EmbeddingFactor:
     """The factor of a weight, of which the operator took ``view``, of ``shape``; ``bias``: its bias too."""
     if site.kind == "convolution":
         return _convolution(site, g, n, bias, shape)
@@ -185,7 +185,7 @@ def matrix_factor(
         return _linear(site, g, n, bias, view.transposed)
     node, layout = site.node, site.layout
     assert layout is not None
-    at = node._saved_indices.masked_fill(_padding(node)[..., 0], -1)
+    at = node._saved_indices.masked_fill(padding_mask(node)[..., 0], -1)
     at = layout.arrange(at, n).reshape(n, -1)
     g = layout.arrange(g, n, 1)
-    return Lookup(g.reshape(n, g.shape[1], -1, g.shape[-1]), at, shape[0])
+    return EmbeddingFactor(g.reshape(n, g.shape[1], -1, g.shape[-1]), at, shape[0])

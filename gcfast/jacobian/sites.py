@@ -1,4 +1,4 @@
-"""Where a parameter is used in the autograd graph, and by which operator: one site a use."""
+"""Where a parameter is used in the autograd graph, and by which operator: one site per use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Node = Any  # torch.autograd.graph.Node
 Edge = tuple[Node, int]  # a node and the number of one of its outputs
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Negative numbers that a node has saved come back as unsigned ones."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -29,17 +29,17 @@ def _reshape(x: Tensor, node: Node, number: int) -> Tensor:
 
 
 def _slice(x: Tensor, node: Node, number: int) -> Tensor:
-    start, end = (None if v is None else _signed(v) for v in (node._saved_start, node._saved_end))
-    part: list[slice] = [slice(None)] * (_signed(node._saved_dim) % x.dim())
+    start, end = (None if v is None else signed(v) for v in (node._saved_start, node._saved_end))
+    part: list[slice] = [slice(None)] * (signed(node._saved_dim) % x.dim())
     part.append(slice(start, end, node._saved_step))
     return x[tuple(part)]
 
 
 # A view of a parameter, made again of a tensor of its shape: (tensor, node, number of the node's output).
-_VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
+VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
     "TBackward0": lambda x, f, i: x.t(),
-    "TransposeBackward0": lambda x, f, i: x.transpose(_signed(f._saved_dim0), _signed(f._saved_dim1)),
-    "PermuteBackward0": lambda x, f, i: x.permute([_signed(d) for d in f._saved_dims]),
+    "TransposeBackward0": lambda x, f, i: x.transpose(signed(f._saved_dim0), signed(f._saved_dim1)),
+    "PermuteBackward0": lambda x, f, i: x.permute([signed(d) for d in f._saved_dims]),
     **dict.fromkeys(
         (
             *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0"),
@@ -47,23 +47,23 @@ _VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
         ),
         _reshape,
     ),
-    "SplitBackward0": lambda x, f, i: x.split(f._saved_split_size, _signed(f._saved_dim))[i],
-    "SplitWithSizesBackward0": lambda x, f, i: x.split(list(f._saved_split_sizes), _signed(f._saved_dim))[i],
-    "UnbindBackward0": lambda x, f, i: x.unbind(_signed(f._saved_dim))[i],
-    "SelectBackward0": lambda x, f, i: x.select(_signed(f._saved_dim), _signed(f._saved_index)),
+    "SplitBackward0": lambda x, f, i: x.split(f._saved_split_size, signed(f._saved_dim))[i],
+    "SplitWithSizesBackward0": lambda x, f, i: x.split(list(f._saved_split_sizes), signed(f._saved_dim))[i],
+    "UnbindBackward0": lambda x, f, i: x.unbind(signed(f._saved_dim))[i],
+    "SelectBackward0": lambda x, f, i: x.select(signed(f._saved_dim), signed(f._saved_index)),
     "SliceBackward0": _slice,
 }
 # What may give each sample its own share of a parameter, and is a view of it where it does not.
 _SHARES: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
     "ExpandBackward0": lambda x, f, i: x.expand(shape_of((f, i))),
     "RepeatBackward0": lambda x, f, i: x.repeat(list(f._saved_repeats)),
-    "EmbeddingBackward0": lambda x, f, i: x[f._saved_indices.cpu()].masked_fill(_padding(f).cpu(), -1),
+    "EmbeddingBackward0": lambda x, f, i: x[f._saved_indices.cpu()].masked_fill(padding_mask(f).cpu(), -1),
 }
 
 
-def _padding(node: Node) -> Tensor:
+def padding_mask(node: Node) -> Tensor:
     """Where an embedding's indices ask for the row that has no gradient; (..., 1)."""
-    return (node._saved_indices == _signed(node._saved_padding_idx)).unsqueeze(-1)
+    return (node._saved_indices == signed(node._saved_padding_idx)).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class View:
         """The position in the parameter, of the given shape, of each element; -1 where it has no gradient."""
         out = torch.arange(math.prod(shape)).view(tuple(shape))
         for node, number in self.steps:
-            again = _VIEWS.get(node.name()) or _SHARES[node.name()]
+            again = VIEWS.get(node.name()) or _SHARES[node.name()]
             out = again(out, node, number)
         return out
 
@@ -172,7 +172,7 @@ def _shift(node: Node, at: int) -> Role | None:
 
 
 # What a parameter is to an operator by its place among the arguments; None: that is not known.
-_CONSUMERS: dict[str, Callable[[Node, int], Role | None]] = {
+CONSUMERS: dict[str, Callable[[Node, int], Role | None]] = {
     "AddmmBackward0": _addmm,
     "MmBackward0": lambda node, at: ("linear", "weight", 1.0) if at == 1 else None,
     "BmmBackward0": _bmm,

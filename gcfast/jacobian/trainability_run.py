@@ -86,7 +86,7 @@ def trainability(
     allowed_bytes(max_bytes, torch.device("cpu"))  # before it is halved
     half = None if max_bytes is None else max(1, max_bytes // 2)
     jacobians = LayerJacobians(model, inputs, layers=layers, max_bytes=half)
-    return _Look(jacobians, convex, inputs, max_bytes).run(x, y)
+    return TrainabilityRun(jacobians, convex, inputs, max_bytes).run(x, y)
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -100,7 +100,7 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"model: cannot be copied to {dtype}: {error}; convert it yourself") from error
 
 
-class _Look:
+class TrainabilityRun:
     """One run: Grams in groups as memory allows, each judged and added to the total."""
 
     def __init__(self, jacobians: LayerJacobians, convex: ConvexLoss, x: Any, max_bytes: int | None):
@@ -108,15 +108,15 @@ class _Look:
         self.n, self.c = jacobians.n, jacobians.c
         self.size = self.n * self.c
 
-    def run(self, stored: Any, y: Tensor) -> Trainability:
-        """``stored``: x as it was given, by which equal samples are told."""
+    def run(self, training_set: Any, y: Tensor) -> Trainability:
+        """``training_set``: x as it was given, by which equal samples are told."""
         args, kwargs = call_arguments(self.x)
         with torch.no_grad():
             z = self.jacobians.model(*args, **kwargs)
         self.device = z.device
         self.y = self.convex.prepare(y.detach().to(z.device), self.n, self.c)
         check_convex(self.convex, z.to(torch.float64), self.y)
-        self.copies = equal_samples([v for v in tree_leaves(stored) if isinstance(v, Tensor)])
+        self.duplicate_groups = equal_samples([v for v in tree_leaves(training_set) if isinstance(v, Tensor)])
         inputs = sum(v[0].numel() for v in tree_leaves(self.x) if isinstance(v, Tensor))
         # an entry of J and a product of two of its rows are sums of about so many rounded terms at most
         terms = sum(p.numel() for p in self.jacobians.model.parameters()) + inputs
@@ -130,7 +130,7 @@ class _Look:
         }
         rows, total = self._judged(gradients)
         value = float(self.convex.value(z, self.y).to(torch.float64).sum()) / self.n
-        infimum = infimum_with_copies(self.convex, self.y, self.copies)
+        infimum = infimum_with_copies(self.convex, self.y, self.duplicate_groups)
         return Trainability(
             n=self.n,
             c=self.c,
@@ -142,7 +142,7 @@ class _Look:
             gap=value - infimum,
             residual_norm=float(torch.linalg.vector_norm(residual.to(torch.float64))),
             dtype=str(z.dtype).removeprefix("torch."),
-            copies=self.copies,
+            copies=self.duplicate_groups,
         )
 
     def _judged(self, gradients: dict[str, float]) -> tuple[dict[str, LayerTrainability], LayerTrainability]:
@@ -203,11 +203,11 @@ class _Look:
         least, largest = float(eigenvalues[0]), float(eigenvalues[-1])
         rank = int((eigenvalues > rounding).sum())
         # equal samples make J J^T singular, whatever rounding made of K
-        lower = 0.0 if self.copies or rank < self.size else prove_least_eigenvalue(k)
+        lower = 0.0 if self.duplicate_groups or rank < self.size else prove_least_eigenvalue(k)
         if lower > rounding:
             bounds = (self.size, self.size)
         else:
-            bounds = _rank_bounds(k, rounding)
+            bounds = rank_bounds(k, rounding)
             rank = min(max(rank, bounds[0]), bounds[1])
         margin = max(lower - rounding, 0.0)
         gap = math.inf
@@ -232,14 +232,14 @@ class _Look:
     def _reason(self, margin: float, rank: int) -> str:
         if margin > 0:
             return "could carry a guarantee"
-        if self.copies:
+        if self.duplicate_groups:
             return "no: equal samples"
         if rank < self.size:
             return f"no: rank {rank:,} < n C = {self.size:,} above rounding"
         return "not resolved: lambda_min has no proved bound above rounding"
 
 
-def _rank_bounds(k: Tensor, tolerance: float) -> tuple[int, int]:
+def rank_bounds(k: Tensor, tolerance: float) -> tuple[int, int]:
     """Proved bounds of the number of singular values above ``tolerance`` of symmetric k."""
     if not bool(k.any()):
         return 0, 0

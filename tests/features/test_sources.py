@@ -150,7 +150,7 @@ def test_a_model_whose_features_are_too_large_is_recomputed(monkeypatch):
     assert not any("never stored" in a.reason for a in cert.assumptions)
     from gcfast.features import collection
 
-    monkeypatch.setattr(collection, "limit", lambda max_bytes, device: 3 * small)
+    monkeypatch.setattr(collection, "allowed_bytes", lambda max_bytes, device: 3 * small)
     cert = gcfast.certify(model, (x, y), loss="cross_entropy", route="direct")
     assert cert.status == "holds" and any("never stored" in a.reason for a in cert.assumptions)
     assert cert.loss == pytest.approx(plain.loss) and cert.gap == pytest.approx(plain.gap)

@@ -11,7 +11,7 @@ import torch
 from jacobian_cases import CASES, explicit, rand, select
 
 import gcfast
-from gcfast.jacobian.factors import Factor, Lookup, Outer
+from gcfast.jacobian.factors import EmbeddingFactor, Factor, OuterFactor
 from gcfast.jacobian.groups import Tile
 from gcfast.jacobian.plan import GroupPlan
 
@@ -125,7 +125,7 @@ def test_sketches_have_one_omega(truth):
         assert not null.numel() or float((null.T @ s).abs().max()) < 1e-8 * float(s.abs().max() + 1e-30)
 
 
-FORMS = {"hadamard": (Outer, Lookup), "rows": Factor}
+FORMS = {"hadamard": (OuterFactor, EmbeddingFactor), "rows": Factor}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,7 +14,7 @@ from torch import nn
 
 import gcfast
 from gcfast import LayerJacobians
-from gcfast.jacobian.factors import Factor, Lookup, Outer
+from gcfast.jacobian.factors import EmbeddingFactor, Factor, OuterFactor
 from gcfast.jacobian.groups import Tile
 
 
@@ -238,9 +238,9 @@ def test_a_plan_says_what_gram_does(monkeypatch):
 
         monkeypatch.setattr(cls, name, spied)
 
-    spy("hadamard", Outer, "hadamard")
-    spy("hadamard", Lookup, "hadamard")
-    for kind in (Factor, Outer):
+    spy("hadamard", OuterFactor, "hadamard")
+    spy("hadamard", EmbeddingFactor, "hadamard")
+    for kind in (Factor, OuterFactor):
         spy("rows", kind, "by_rows")
     forms = set()
     for model, x in (

@@ -14,7 +14,7 @@ from torch import nn
 
 import gcfast
 from gcfast.jacobian.layer_jacobians import LayerJacobians
-from gcfast.jacobian.trainability_run import WORK, _rank_bounds
+from gcfast.jacobian.trainability_run import WORK, rank_bounds
 from gcfast.losses import resolve_loss
 from gcfast.proofs.shift import prove_least_eigenvalue
 
@@ -495,9 +495,9 @@ def test_rank_bounds_count_singular_values_of_either_sign():
         k = k.tril() + k.tril(-1).mT
         for tolerance in (0.1, 1e-2, 1e-6):
             count = sum(abs(v) > tolerance for v in values)
-            assert _rank_bounds(k, tolerance) == (count, count)
+            assert rank_bounds(k, tolerance) == (count, count)
     # what lies at the tolerance is left open
-    lower, upper = _rank_bounds(torch.diag(torch.tensor([1.0, 0.1, 0.0], dtype=torch.float64)), 0.1)
+    lower, upper = rank_bounds(torch.diag(torch.tensor([1.0, 0.1, 0.0], dtype=torch.float64)), 0.1)
     assert lower == 1 and upper in (1, 2)
 
 
@@ -505,4 +505,4 @@ def test_ranks_of_larger_grams_are_closed_by_counts():
     a = torch.randn((300, 290), dtype=torch.float64)
     k = a @ a.mT
     k = k.tril() + k.tril(-1).mT
-    assert _rank_bounds(k, 1e-13 * float(k.trace())) == (290, 290)
+    assert rank_bounds(k, 1e-13 * float(k.trace())) == (290, 290)

@@ -294,7 +294,7 @@ def test_the_reference_by_blocks(monkeypatch):
     size = (9, 3, 4, 9, 3, 4, (5, 21))
     out, g, h, scale = inputs(size, dtype=torch.float64)
     want = truth(out, g, h, scale, size[-1])
-    monkeypatch.setattr(reference, "_ROOM", {"cpu": 100})
+    monkeypatch.setattr("gcfast.reference.jacobian._ROOM", {"cpu": 100})
     for lower in (False, True):
         got = out.clone()
         reference.jacobian_gram(got, g, h, scale, ends=size[-1], lower=lower)
