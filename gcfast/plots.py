@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BASE, TWO_PHASE, NEAREST = "#4c8ed9", "#e0782f", "#1f9d6b"
 # Stand-ins for the colours the page decides; matplotlib can write only fixed ones.
-_INK, _GRID = "#010203", "#040506"
+INK, _GRID = "#010203", "#040506"
 
 
 class EigenvalueRow(Protocol):
@@ -38,7 +38,7 @@ class EigenvalueRow(Protocol):
 
 def eigenvalue_ranges(rows: Sequence[EigenvalueRow]) -> str:
     """Estimated range of the eigenvalues of each K_l, the proved bound, and rounding: a file of its own."""
-    figure, axes = _figure(0.9 + 0.3 * len(rows), narrow=False)
+    figure, axes = new_figure(0.9 + 0.3 * len(rows), narrow=False)
     axes.set_xscale("log")
     bars = [row for row in rows if row.lambda_max is not None and row.lambda_max > 0]
     left = min((0.1 * row.rounding for row in bars), default=1.0)  # what is at or below zero begins here
@@ -52,12 +52,12 @@ def eigenvalue_ranges(rows: Sequence[EigenvalueRow]) -> str:
     for at, row in enumerate(rows):
         if row.lambda_min is None or row.lambda_max is None or row.lambda_max <= 0:
             text = "p_l < n C" if row.lambda_min is None else "K_l = 0"
-            axes.annotate(text, (left, at), (4, -3), textcoords="offset points", color=_INK)
+            axes.annotate(text, (left, at), (4, -3), textcoords="offset points", color=INK)
             continue
         colour = NEAREST if row.carries else TWO_PHASE
         label = once("could carry a guarantee" if row.carries else "could not")
         axes.plot([max(row.lambda_min, left), row.lambda_max], [at, at], color=colour, lw=5, label=label)
-        axes.plot([row.rounding] * 2, [at - 0.35, at + 0.35], color=_INK, lw=1.2)
+        axes.plot([row.rounding] * 2, [at - 0.35, at + 0.35], color=INK, lw=1.2)
         if row.lambda_min_lower > 0:
             axes.plot(
                 [row.lambda_min_lower], [at], "|", color=BASE, ms=14, mew=2, label=once("proved: none below")
@@ -65,14 +65,14 @@ def eigenvalue_ranges(rows: Sequence[EigenvalueRow]) -> str:
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("eigenvalues of K_l; black: rounding")
-    _finish(axes, narrow=False)
+    finish(axes, narrow=False)
     longest = max(len(row.name) for row in rows)
     figure.subplots_adjust(left=min(0.5, (0.3 + 0.08 * longest) / 7.6))
-    svg = _svg(figure, "eigenvalues", "Eigenvalue ranges of the Jacobian Grams, layer by layer")
+    svg = svg_text(figure, "eigenvalues", "Eigenvalue ranges of the Jacobian Grams, layer by layer")
     return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="--grid: #ccc"', 1)
 
 
-def _figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, Axes]:
+def new_figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, Axes]:
     """Narrow is for telephones: the same letters on a smaller sheet, so that they stay readable."""
     figure_module = import_optional("matplotlib.figure", "the report's pictures")
     width, height = (4.0, 0.9 * height) if narrow else (7.6, height)
@@ -83,13 +83,13 @@ def _figure(height: float, narrow: bool, legend: bool = True) -> tuple[Figure, A
     return figure, figure.add_subplot()
 
 
-def _finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
+def finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
     ticker = import_optional("matplotlib.ticker", "the report's pictures")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_GRID)
-    axes.tick_params(which="both", color=_GRID, labelcolor=_INK)
+    axes.tick_params(which="both", color=_GRID, labelcolor=INK)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             axis.set_minor_locator(ticker.NullLocator())
@@ -97,7 +97,7 @@ def _finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
     axes.grid(color=_GRID, lw=0.6)
     axes.set_axisbelow(True)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_INK)
+        label.set_color(INK)
     if legend:
         # Above the axes, where no curve can be under it.
         handles, labels = axes.get_legend_handles_labels()
@@ -107,7 +107,7 @@ def _finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
             loc="upper left",
             ncols=1 if narrow else 3,
             frameon=False,
-            labelcolor=_INK,
+            labelcolor=INK,
             fontsize=9,
         )
 
@@ -117,7 +117,7 @@ def _power_of_ten(value: float, _: object) -> str:
     return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _svg(figure: Figure, salt: str, title: str) -> str:
+def svg_text(figure: Figure, salt: str, title: str) -> str:
     matplotlib = import_optional("matplotlib", "the report's pictures")
     buffer = io.StringIO()
     # The salt makes ids of different pictures differ: they share one page.
@@ -135,5 +135,5 @@ def _svg(figure: Figure, salt: str, title: str) -> str:
         text = re.sub(
             rf'(id="|href="#|url\(#){re.escape(identifier)}(?=["\)])', rf"\g<1>{salt}-{identifier}", text
         )
-    text = text.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    text = text.replace(INK, "currentColor").replace(_GRID, "var(--grid)")
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from gcfast.features.cached_head import CachedHead, EntranceTap, output_shape
 from gcfast.features.checks import check_features
-from gcfast.features.collection import _head_by_forward, _same_again
+from gcfast.features.collection import head_by_forward, same_again
 from gcfast.features.frozen_body import BodySnapshot
-from gcfast.features.loader import _batches, _device_of, _tensors, _to_device, count, loader_of
+from gcfast.features.loader import batches_of, count, device_of, loader_of, tensors, to_device
 from gcfast.features.row_buffer import RowBuffer
 from gcfast.model import FeatureTap, Head, hidden_parameters, keeping_random_state, unwrap, wide_activation
 from gcfast.nn import WideLayer
@@ -96,14 +96,14 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
     def _fill(
         self, model: nn.Module, data: Any, head: Any, store: str, device: Any, max_bytes: int | None
     ) -> None:
-        place, loader = _device_of(model), loader_of(data)
-        first = next(iter(_batches(loader)), None)
+        place, loader = device_of(model), loader_of(data)
+        first = next(iter(batches_of(loader)), None)
         if first is None:
             raise ValueError("data: the training set is empty")
         if first[1] is None:
             raise ValueError("data: expected (inputs, targets); there are no targets")
-        x, y = _few(_to_device(first[0], place), first[1])
-        found = _head_by_forward(model, x, head)
+        x, y = _few(to_device(first[0], place), first[1])
+        found = head_by_forward(model, x, head)
         _check_frozen(model, found)
         wide = None if store == "features" else _wide_below(model, found, x)
         if store == "below" and wide is None:
@@ -120,10 +120,10 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         rows = RowBuffer(
             count(loader), torch.device(device or place), max_bytes, _way_out(found, wide, store)
         )
-        for inputs, targets in _batches(loader):
-            inputs = _to_device(inputs, place)
+        for inputs, targets in batches_of(loader):
+            inputs = to_device(inputs, place)
             if not rows.used:  # before anything large is held
-                _same_again(model, found, (x, y), _few(inputs, targets), h)
+                same_again(model, found, (x, y), _few(inputs, targets), h)
             with EntranceTap(model, wide or found) as tap:
                 z, _ = tap(inputs)
             if targets is None or len(targets) != len(z):
@@ -228,7 +228,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
 def _few(inputs: Any, targets: Tensor | None) -> tuple[Any, Tensor | None]:
     """The first samples of a batch, enough to look at a model with; all of it where samples are not rows."""
     n = None if targets is None else len(targets)
-    if targets is None or any(t.dim() == 0 or len(t) != n for t in _tensors(inputs)):
+    if targets is None or any(t.dim() == 0 or len(t) != n for t in tensors(inputs)):
         return inputs, targets
     return tree_map(lambda t: t[:_FEW] if isinstance(t, Tensor) else t, inputs), targets[:_FEW]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gcfast.features.checks import check_features
 from gcfast.features.duplicates import RowKeys
-from gcfast.features.loader import _batches, _device_of, _tensors, _to_device, loader_of, sample_count
+from gcfast.features.loader import batches_of, device_of, loader_of, sample_count, tensors, to_device
 from gcfast.features.matrix import Features, StoredFeatures
 from gcfast.features.wide import WideFeatures
 from gcfast.model import FeatureTap, Head, WideLayerFound, find_head, wide_activation
@@ -54,7 +54,7 @@ def collect(
     Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or
     the features are not finite; HeadError where the model has no head.
     """
-    device = _device_of(model)
+    device = device_of(model)
     loader = loader_of(data)
     first: Any = None
     features: list[Tensor] = []
@@ -66,11 +66,11 @@ def collect(
     layer: nn.Module | None = None
     recomputed = False
     tapped: Any = None
-    for x, y in _batches(loader):
-        x = _to_device(x, device)
+    for x, y in batches_of(loader):
+        x = to_device(x, device)
         if first is None:
             first = (x, y)
-            head = _head_by_forward(model, x, head)
+            head = head_by_forward(model, x, head)
             wide = wide_activation(model, head, x)
             layer = wide.module if wide is not None and type(wide.module) is WideLayer else None
             recomputed = layer is not None and streams(sample_count(loader), head.module.weight, max_bytes)
@@ -84,7 +84,7 @@ def collect(
         features.append(h)
         outputs.append(out.detach().reshape(-1, head.out_features))
         if inspect:
-            keys.add([t.detach().cpu() for t in _tensors(x)])
+            keys.add([t.detach().cpu() for t in tensors(x)])
         if y is not None:
             if len(y) != len(h):
                 raise ValueError(f"data: a batch of {len(h)} inputs came with {len(y)} targets")
@@ -94,8 +94,8 @@ def collect(
     h = torch.cat(features)
     del features
     check_features(h, "what enters the wide layer" if recomputed else "features")
-    again, y = next(iter(_batches(loader)))
-    _same_again(model, tapped, first, (_to_device(again, device), y), h)
+    again, y = next(iter(batches_of(loader)))
+    same_again(model, tapped, first, (to_device(again, device), y), h)
     found: Features
     if recomputed:
         assert layer is not None
@@ -109,7 +109,7 @@ def collect(
         head=head,
         wide=wide if inspect else None,
         below=torch.cat(below) if below else None,
-        duplicate_groups=keys.confirm(_tensors(x) for x, _ in _batches(loader)) if inspect else [],
+        duplicate_groups=keys.confirm(tensors(x) for x, _ in batches_of(loader)) if inspect else [],
         first_batch=first[0],
     )
 
@@ -121,11 +121,11 @@ def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:
     return n is None or (most is not None and n * size > most // 4)
 
 
-def _head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
+def head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
     try:
         return find_head(model, x, head)
     except RuntimeError as error:
-        given = {t.dtype for t in _tensors(x) if t.is_floating_point()}
+        given = {t.dtype for t in tensors(x) if t.is_floating_point()}
         expected = {p.dtype for p in model.parameters() if p.is_floating_point()}
         if given and expected and not given & expected:
             names = " and ".join(", ".join(sorted(map(str, dtypes))) for dtypes in (given, expected))
@@ -133,13 +133,13 @@ def _head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
         raise
 
 
-def _same_again(model: nn.Module, head: Any, first: Any, again: Any, features: Tensor) -> None:
+def same_again(model: nn.Module, head: Any, first: Any, again: Any, features: Tensor) -> None:
     (x, y), (x2, y2) = first, again
-    same = len(_tensors(x)) == len(_tensors(x2)) and all(
+    same = len(tensors(x)) == len(tensors(x2)) and all(
         a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
         if a.is_floating_point()
         else torch.equal(a, b)
-        for a, b in zip(_tensors(x), _tensors(x2), strict=True)
+        for a, b in zip(tensors(x), tensors(x2), strict=True)
     )
     if not same or (y is not None and not torch.equal(y, y2)):
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 BATCH = 512
 
 
-def _batches(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
+def batches_of(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
     for batch in loader:
         yield _pair(batch)
 
@@ -67,22 +67,22 @@ def loader_of(data: Any) -> Any:
     raise TypeError(f"data: expected (inputs, targets), a Dataset or a DataLoader; got {type(data).__name__}")
 
 
-def _to_device(x: Any, device: torch.device) -> Any:
+def to_device(x: Any, device: torch.device) -> Any:
     if isinstance(x, Tensor):
         return x.to(device)
     if isinstance(x, (tuple, list)):
-        return type(x)(_to_device(t, device) for t in x)
+        return type(x)(to_device(t, device) for t in x)
     if isinstance(x, dict):
-        return {k: _to_device(v, device) for k, v in x.items()}
+        return {k: to_device(v, device) for k, v in x.items()}
     return x
 
 
-def _tensors(x: Any) -> list[Tensor]:
+def tensors(x: Any) -> list[Tensor]:
     if isinstance(x, Tensor):
         return [x]
     if isinstance(x, dict):
         x = list(x.values())
-    return [t for part in x for t in _tensors(part)] if isinstance(x, (tuple, list)) else []
+    return [t for part in x for t in tensors(part)] if isinstance(x, (tuple, list)) else []
 
 
 def sample_count(loader: Any) -> int | None:
@@ -95,7 +95,7 @@ def sample_count(loader: Any) -> int | None:
         return None
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     places = {p.device: name for name, p in model.named_parameters()}
     if len(places) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in places.items())

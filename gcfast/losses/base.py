@@ -91,7 +91,7 @@ class ConvexLoss(ABC):
         return f"<{type(self).__name__} {self.name}>"
 
 
-def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean of y (n, C) in each group and the number of members."""
     y = y.to(torch.float64)
     count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
@@ -101,7 +101,7 @@ def _group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return total / count.clamp(min=1).unsqueeze(1), count
 
 
-def _log_excess(u: float) -> float:
+def log_excess(u: float) -> float:
     """A k with -log(1 - v) <= v + k v^2 for all v <= u, inf for u >= 1: (-log(1 - u) - u) / u^2, rounded up.
 
     For (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v.
@@ -111,7 +111,7 @@ def _log_excess(u: float) -> float:
     return 0.5 + 0.5 * u if u < 1e-3 else (-math.log1p(-u) - u) / u**2 * (1 + 1e-9)
 
 
-def _finite(y: Tensor) -> None:
+def finite(y: Tensor) -> None:
     bad = (~torch.isfinite(y)).nonzero()
     if len(bad):
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast.losses.base import ConvexLoss, _finite, _group_mean, _log_excess
+from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess
 
 
 class CrossEntropy(ConvexLoss):
@@ -26,7 +26,7 @@ class CrossEntropy(ConvexLoss):
             if tuple(y.shape) != (n, c):
                 raise ValueError(f"targets: probabilities must have shape ({n}, {c}); got {tuple(y.shape)}")
             y = y.to(torch.float64)
-            _finite(y)
+            finite(y)
             bad = ((y < 0).any(1) | ((y.sum(1) - 1).abs() > 1e-4)).nonzero()
             if len(bad):
                 i = int(bad[0])
@@ -94,7 +94,7 @@ class CrossEntropy(ConvexLoss):
 
         With d = y - p = -residual_i the excess is KL(y || p) = sum_(y_c > 0) -y_c log(1 - d_c / y_c). As d
         sums to zero, |d_c| <= sqrt((C-1)/C) |d|; let u bound d_c / y_c. Then the excess is at most
-        q + k(u) sum_(y_c > 0) d_c^2 / y_c with k of _log_excess and q the sum of d over the support of y,
+        q + k(u) sum_(y_c > 0) d_c^2 / y_c with k of log_excess and q the sum of d over the support of y,
         which is that of p over its z zeros: q <= sqrt(z (C-z) / C) |d|, by the norms of the two parts of d.
         Cauchy and Schwarz sum q over the samples.
         """
@@ -107,7 +107,7 @@ class CrossEntropy(ConvexLoss):
             zeros = (y == 0).sum(1).to(torch.float64)
             least = torch.where(y > 0, y, math.inf).amin(1)
         share = (c - 1) / c
-        excess = _log_excess(math.sqrt(share) * residual_norm / float(least.amin()))
+        excess = log_excess(math.sqrt(share) * residual_norm / float(least.amin()))
         outside = math.sqrt(float((zeros * (c - zeros) / c).sum())) * residual_norm
         weight = float((torch.where(zeros == c - 1, share, 1.0) / least).amax())
         return (outside + excess * weight * residual_norm**2) / len(y) if excess < math.inf else math.inf
@@ -124,7 +124,7 @@ class CrossEntropy(ConvexLoss):
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         if y.dim() == 2:
-            mean, count = _group_mean(y, group, groups)
+            mean, count = group_mean(y, group, groups)
             return -count * torch.xlogy(mean, mean).sum(1)
         # count the pairs (group, class) that occur: a table of all would be groups x classes
         classes = int(y.max()) + 1 if len(y) else 1

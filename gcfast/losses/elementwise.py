@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.losses.base import ConvexLoss, _finite, _group_mean, _log_excess
+from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess
 
 
 class _Elementwise(ConvexLoss):
@@ -24,7 +24,7 @@ class _Elementwise(ConvexLoss):
         if tuple(y.shape) != (n, c):
             raise ValueError(f"targets: expected shape ({n}, {c}); got {tuple(y.shape)}")
         y = y.to(torch.float64)
-        _finite(y)
+        finite(y)
         return y
 
 
@@ -62,7 +62,7 @@ class MSE(_Elementwise):
         return 4.0 / c  # |2 t / C|^2 over t^2 / C
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        mean, _ = _group_mean(y, group, groups)
+        mean, _ = group_mean(y, group, groups)
         total = torch.zeros(groups, dtype=torch.float64, device=y.device)
         return total.index_add_(0, group, ((y - mean[group]) ** 2).mean(1))
 
@@ -122,13 +122,13 @@ class BCEWithLogits(_Elementwise):
         least = float(torch.where(hard, 1.0, torch.minimum(y, 1 - y)).amin())
         weight = float(torch.where(hard, 1.0, 1 / (y * (1 - y))).amax())
         norm = c * residual_norm
-        excess = _log_excess(norm / least)
+        excess = log_excess(norm / least)
         if excess == math.inf:
             return math.inf
         return (math.sqrt(int(hard.sum())) * norm + excess * weight * norm**2) / y.numel()
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        mean, count = _group_mean(y, group, groups)
+        mean, count = group_mean(y, group, groups)
         return count * self.infimum(mean)
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
@@ -182,7 +182,7 @@ class Huber(_Elementwise):
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         # The slope in each output is increasing and piecewise linear: Newton for its zero, in all groups and
         # outputs at once, from their means, and bisection where Newton leaves what is known to hold the zero.
-        q, count = _group_mean(y, group, groups)
+        q, count = group_mean(y, group, groups)
         index = group[:, None].expand_as(y)
         low = torch.zeros_like(q).scatter_reduce(0, index, y, "amin", include_self=False)
         high = torch.zeros_like(q).scatter_reduce(0, index, y, "amax", include_self=False)

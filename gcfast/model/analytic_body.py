@@ -47,7 +47,7 @@ def analyticity(model: nn.Module, head: Head | nn.Module | str | None, inputs: A
 
     `head=None` finds the head from the same pass.
     """
-    record, call = _trace_to_head(model, head, inputs)
+    record, call = trace_to_head(model, head, inputs)
     return _findings(record.ops[: call.start])
 
 
@@ -63,7 +63,7 @@ def _findings(ops: list[OpCall]) -> list[Finding]:
     return list(found.values())
 
 
-def _trace_to_head(
+def trace_to_head(
     model: nn.Module,
     head: Head | nn.Module | str | None,
     inputs: Any,

@@ -17,19 +17,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gcfast.model.analytic_tables import (
-    _ALIASES,
-    _ANALYTIC,
-    _BATCH_NORMS,
-    _COMPARISONS,
-    _CONSTANTS,
-    _KINKS,
-    _NORMS,
-    _OPEN_DOMAIN,
-    _POSITIVE_DOMAIN,
-    _RANDOM,
-    _SIGN_KEPT,
-    _TIES,
     ACTIVATIONS,
+    ALIASES,
+    ANALYTIC,
+    BATCH_NORMS,
+    COMPARISONS,
+    CONSTANTS,
+    KINKS,
+    NORMS,
+    OPEN_DOMAIN,
+    POSITIVE_DOMAIN,
+    RANDOM,
+    SIGN_KEPT,
+    TIES,
 )
 
 Verdict = Literal["analytic", "not analytic", "ties", "unknown"]
@@ -38,7 +38,7 @@ Verdict = Literal["analytic", "not analytic", "ties", "unknown"]
 def activation_verdict(name: str) -> tuple[Verdict, str]:
     """The verdict on an elementwise activation given by name, whatever its case."""
     key = name.lower().lstrip("_").rstrip("_").removeprefix("nn.")
-    key = _ALIASES.get(key, key)
+    key = ALIASES.get(key, key)
     if key not in ACTIVATIONS:
         return "unknown", f"no rule for the activation {name!r}"
     analytic, why = ACTIVATIONS[key]
@@ -106,7 +106,7 @@ def _new_sign(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], marks: S
     if name == "add" and len(args) > 1 and kwargs.get("alpha", 1) > 0:
         low, high = sorted((marks.sign(args[0]), marks.sign(args[1])))
         return high if low > 0 else 0
-    return marks.sign(first) if name in _SIGN_KEPT else 0
+    return marks.sign(first) if name in SIGN_KEPT else 0
 
 
 def _base_name(func: Any) -> tuple[str, str]:
@@ -122,7 +122,7 @@ def classify(
     verdict = _verdict(namespace, name, args, kwargs, marks)
     sign = _new_sign(name, args, kwargs, marks)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    constant = name in _CONSTANTS or name in ("lift", "lift_fresh")
+    constant = name in CONSTANTS or name in ("lift", "lift_fresh")
     marks.note(func, out, sign, not constant and any(marks.depends(t) for t in tensors), constant)
     return verdict
 
@@ -137,11 +137,11 @@ def _verdict(
         return _own_op(name, args, kwargs)
     if namespace not in ("aten", "prims", "_c10d_functional"):
         return "unknown", f"no rule for operators of {namespace!r}"
-    if name in _RANDOM:
+    if name in RANDOM:
         return "unknown", "draws random numbers, so the features are not a function of the weights"
     if name in ("_local_scalar_dense", "item", "is_nonzero") and any(marks.depends(t) for t in reals):
         return "unknown", "reads a number out of a tensor, and what is made of it is not seen"
-    if name in _CONSTANTS:
+    if name in CONSTANTS:
         return "analytic", "a constant"
     if not any(marks.depends(t) for t in tensors):
         return "analytic", "acts on the data alone, not on anything computed from weights"
@@ -169,23 +169,23 @@ def _real_verdict(
         threshold = args[2] if len(args) > 2 else kwargs.get("threshold", 20)
         if threshold < 20:
             return "not analytic", f"softplus is replaced by the identity above threshold {threshold}"
-    if name in _ANALYTIC:
+    if name in ANALYTIC:
         return "analytic", "real analytic in all its arguments"
-    key = _ALIASES.get(name.lstrip("_"), name.lstrip("_"))
+    key = ALIASES.get(name.lstrip("_"), name.lstrip("_"))
     if key in ACTIVATIONS:
         return activation_verdict(key)
-    if name in _KINKS:
-        return "not analytic", f"{name} {_KINKS[name]}"
-    if name in _TIES:
-        return "ties", _TIES[name]
-    if name in _COMPARISONS:
+    if name in KINKS:
+        return "not analytic", f"{name} {KINKS[name]}"
+    if name in TIES:
+        return "ties", TIES[name]
+    if name in COMPARISONS:
         return "not analytic", "compares real numbers"
-    if name in _NORMS:
-        eps = args[_NORMS[name]] if len(args) > _NORMS[name] else kwargs.get("eps")
+    if name in NORMS:
+        eps = args[NORMS[name]] if len(args) > NORMS[name] else kwargs.get("eps")
         if isinstance(eps, (int, float)) and eps <= 0:
             return "ties", "eps = 0: analytic only where the variance is not 0"
         return "analytic", "eps > 0 keeps the square root away from 0"
-    if name in _BATCH_NORMS:
+    if name in BATCH_NORMS:
         # the flag `training`, sixth in the older operators; *_no_training and *_no_update carry none
         flag = False if name.endswith(("no_training", "no_update")) else _training_flag(name, args)
         if flag:
@@ -194,7 +194,7 @@ def _real_verdict(
                 "normalises by the statistics of the batch, so features depend on the batch they come in",
             )
         return "analytic", "statistics are fixed"
-    if name in _POSITIVE_DOMAIN:
+    if name in POSITIVE_DOMAIN:
         if marks.sign(args[0]) == 2:
             return "analytic", "its argument is positive"
         return "ties", "analytic only where its argument is positive"
@@ -211,7 +211,7 @@ def _real_verdict(
         if marks.sign(args[0]) == 2:
             return "analytic", "its argument is positive"
         return "ties", "analytic only where its argument is positive"
-    if name in _OPEN_DOMAIN:
+    if name in OPEN_DOMAIN:
         if name == "log1p" and marks.sign(args[0]) >= 1:
             return "analytic", "its argument is at least 0"
         return "ties", "analytic only inside its domain (away from 0, or from the ends of the interval)"

@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, tuple[bool, str]] = {
     "threshold": (False, "jumps at the threshold"),
 }
 
-_ALIASES = {
+ALIASES = {
     "gelu_tanh": "gelu",
     "log_sigmoid_forward": "log_sigmoid",
     "logsigmoid": "log_sigmoid",
@@ -52,7 +52,7 @@ _ALIASES = {
     "none": "identity",
 }
 
-_KINKS = {
+KINKS = {
     "abs": "has a kink at 0",
     "clamp": "is cut off",
     "clamp_min": "is cut off",
@@ -84,7 +84,7 @@ names(
 ), "contains relu"),
 }  # fmt: skip
 
-_TIES = dict.fromkeys(
+TIES = dict.fromkeys(
 names(
     """
     max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
@@ -97,7 +97,7 @@ names(
 )  # fmt: skip
 
 # analytic everywhere in all real arguments
-_ANALYTIC = names(
+ANALYTIC = names(
     """
     linear mm addmm bmm baddbmm addbmm addmv addr matmul mv dot vdot inner outer einsum tensordot kron
     bilinear _trilinear convolution _convolution conv1d conv2d conv3d
@@ -130,7 +130,7 @@ _ANALYTIC = names(
 )
 
 # no function of real arguments at all: fresh constants, shapes, index arithmetic
-_CONSTANTS = names(
+CONSTANTS = names(
     """
     zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like new_zeros
     new_ones new_empty new_full empty_strided new_empty_strided scalar_tensor tril_indices triu_indices
@@ -139,38 +139,38 @@ _CONSTANTS = names(
     """
 )
 
-_COMPARISONS = names(
+COMPARISONS = names(
     "eq ne lt le gt ge equal isclose isfinite isinf isnan signbit greater less greater_equal less_equal"
 )
-_RANDOM = names(
+RANDOM = names(
     """
     native_dropout dropout feature_dropout bernoulli rand randn rand_like randn_like normal uniform
     randint randperm multinomial exponential
     """
 )
-_NORMS = {
+NORMS = {
     "layer_norm": 4,
     "native_layer_norm": 4,
     "group_norm": 4,
     "native_group_norm": 7,
     "_fused_rms_norm": 3,
 }
-_BATCH_NORMS = names(
+BATCH_NORMS = names(
     """
     batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_no_update
     _batch_norm_with_update _native_batch_norm_legit_no_training _native_batch_norm_legit
     _native_batch_norm_legit_functional
     """
 )
-_POSITIVE_DOMAIN = names("sqrt rsqrt log log2 log10 reciprocal digamma lgamma")
-_OPEN_DOMAIN = names(
+POSITIVE_DOMAIN = names("sqrt rsqrt log log2 log10 reciprocal digamma lgamma")
+OPEN_DOMAIN = names(
     """
     linalg_vector_norm norm linalg_norm std std_mean _cdist_forward cdist atan2 acosh acos asin atanh tan
     log1p logit cosine_similarity addcdiv _weight_norm_interface _pairwise_distance
     """
 )
 
-_SIGN_KEPT = names(
+SIGN_KEPT = names(
     """
     view _unsafe_view reshape squeeze unsqueeze expand permute t transpose alias detach clone contiguous
     _to_copy slice select split chunk unbind flatten repeat sum mean cumsum sqrt index gather

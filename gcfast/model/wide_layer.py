@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast.model.analytic_body import _trace_to_head
+from gcfast.model.analytic_body import trace_to_head
 from gcfast.model.analytic_ops import activation_verdict
 from gcfast.model.analytic_tables import ACTIVATIONS
 from gcfast.model.head import VIEW_OPS, Head, describe_module
@@ -62,7 +62,7 @@ def wide_activation(
     then recomputed and compared with what entered the head.
     """
     wide = _wide_layer_class()
-    record, call = _trace_to_head(model, head, inputs, (nn.Linear, wide) if wide else (nn.Linear,))
+    record, call = trace_to_head(model, head, inputs, (nn.Linear, wide) if wide else (nn.Linear,))
     below = [c for c in record.calls if c.end <= call.start and c is not call]
     h = call.input
     if not below or not isinstance(below[-1].input, Tensor) or below[-1].input.dim() != 2:

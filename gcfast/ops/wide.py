@@ -12,14 +12,14 @@ from gcfast import reference
 from gcfast.ops import arguments
 from gcfast.ops.activations import ACTIVATION_CODES, activation_op, activation_out_op
 from gcfast.ops.wide_calls import (
-    _backend,
-    _bf16,
-    _cpu,
-    _layer,
-    _library_products,
-    _triton,
-    _working,
+    chosen_backend,
     chosen_precision,
+    cpu,
+    layer_arguments,
+    library_products,
+    triton,
+    uses_bf16,
+    working,
 )
 from gcfast.ops.wide_products import wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
 
@@ -37,22 +37,22 @@ def wide_forward_op(
 ) -> Tensor:
     """z (n, d) to (n, C)."""
     precision = chosen_precision(precision, z)
-    backend = _backend("wide_forward", z, weight, head_weight)
+    backend = chosen_backend("wide_forward", z, weight, head_weight)
     if backend == "reference":
         return reference.wide_forward(
             z, weight, bias, head_weight, head_bias, activation=activation, beta=beta
         )
     if backend == "triton":
         layer = (z, weight, bias, head_weight, head_bias, ACTIVATION_CODES[activation], beta, precision)
-        with _library_products(precision):
-            out: Tensor = _triton("wide_forward")(*layer)
+        with library_products(precision):
+            out: Tensor = triton("wide_forward")(*layer)
         return out
-    x, w, b, h, hb = _working(z, weight, bias, head_weight, head_bias)
+    x, w, b, h, hb = working(z, weight, bias, head_weight, head_bias)
     assert x is not None and w is not None and b is not None and h is not None
     out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
-    layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
+    layer = layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision))
     head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
-    _cpu("wide_forward", x.dtype)(*layer, *head)
+    cpu("wide_forward", x.dtype)(*layer, *head)
     return out.to(z.dtype)
 
 
@@ -72,7 +72,7 @@ def wide_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of z, weight, bias and head_weight; the ones not needed are empty."""
     precision = chosen_precision(precision, z)
-    backend = _backend("wide_forward", z, weight, head_weight)
+    backend = chosen_backend("wide_forward", z, weight, head_weight)
     needs = (need_z, need_hidden, need_hidden, need_head)
     if backend == "reference":
         grads = reference.wide_backward(g, z, weight, bias, head_weight, activation=activation, beta=beta)
@@ -80,16 +80,16 @@ def wide_backward_op(
         return dz, dw, db, dh
     if backend == "triton":
         layer = (z, weight, bias, head_weight, ACTIVATION_CODES[activation], beta, precision)
-        with _library_products(precision):
-            dz, dw, db, dh = _triton("wide_backward")(g, *layer, need_z, need_hidden, need_head)
+        with library_products(precision):
+            dz, dw, db, dh = triton("wide_backward")(g, *layer, need_z, need_hidden, need_head)
         return dz, dw, db, dh
-    u, x, w, b, h = _working(g, z, weight, bias, head_weight)
+    u, x, w, b, h = working(g, z, weight, bias, head_weight)
     assert u is not None and x is not None and w is not None and b is not None and h is not None
     shapes = (x.shape, w.shape, b.shape, h.shape)
     outs = [torch.empty(s if need else 0, dtype=x.dtype) for s, need in zip(shapes, needs)]
     pointers = (o.data_ptr() if need else 0 for o, need in zip(outs, needs))
-    _cpu("wide_backward", x.dtype)(
-        *_layer(x, w, b, activation, beta, _bf16(z, precision)),
+    cpu("wide_backward", x.dtype)(
+        *layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision)),
         *(u.data_ptr(), h.data_ptr(), *pointers, h.shape[0], u.stride(0), h.stride(0)),
     )
     dz, dw, db, dh = (o.to(z.dtype) for o in outs)

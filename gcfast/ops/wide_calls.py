@@ -28,24 +28,24 @@ def chosen_precision(precision: str | None, z: Tensor) -> str:
     return allowed if allowed in ("tf32", "bf16") else "ieee"
 
 
-def _backend(op: str, *tensors: Tensor) -> str:
+def chosen_backend(op: str, *tensors: Tensor) -> str:
     """The backend of a call; the reference where a size is zero, which no kernel is asked to serve."""
     backend = dispatch.choose(op, tensors[0])
     return backend if all(t.numel() for t in tensors) else "reference"
 
 
-def _working(*tensors: Tensor | None) -> list[Tensor | None]:
+def working(*tensors: Tensor | None) -> list[Tensor | None]:
     """What the CPU's kernels take: half precision in float32, unit column strides."""
     wide = [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
     return [t if t is None else as_rows(t) if t.dim() == 2 else t.contiguous() for t in wide]
 
 
-def _cpu(name: str, dtype: torch.dtype) -> Any:
+def cpu(name: str, dtype: torch.dtype) -> Any:
     assert native.cpu is not None
     return getattr(native.cpu, f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
 
 
-def _layer(
+def layer_arguments(
     z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, bf16: bool = False
 ) -> tuple[Any, ...]:
     """What every CPU kernel of the wide layer takes first."""
@@ -54,16 +54,16 @@ def _layer(
     return (*pointers, *sizes, ACTIVATION_CODES[activation], beta, bf16, torch.get_num_threads())
 
 
-def _bf16(z: Tensor, precision: str) -> bool:
+def uses_bf16(z: Tensor, precision: str) -> bool:
     return precision == "bf16" or z.dtype == torch.bfloat16
 
 
-def _triton(name: str) -> Any:
+def triton(name: str) -> Any:
     return getattr(importlib.import_module(f"gcfast.triton_kernels.{name}"), name)
 
 
 @contextmanager
-def _library_products(precision: str) -> Iterator[None]:
+def library_products(precision: str) -> Iterator[None]:
     """Torch's own float32 products on panels no less exact than what the caller asked for."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision

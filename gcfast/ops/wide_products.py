@@ -10,14 +10,14 @@ from gcfast.ops import arguments, native
 from gcfast.ops.activations import ACTIVATION_CODES
 from gcfast.ops.arguments import as_rows
 from gcfast.ops.wide_calls import (
-    _backend,
-    _bf16,
-    _cpu,
-    _layer,
-    _library_products,
-    _triton,
-    _working,
+    chosen_backend,
     chosen_precision,
+    cpu,
+    layer_arguments,
+    library_products,
+    triton,
+    uses_bf16,
+    working,
 )
 
 
@@ -134,22 +134,20 @@ def _with_right_hand_sides(
 ) -> Tensor:
     """An op on the layer and right-hand sides (n, C), with a result of `shape`, on the chosen backend."""
     precision = chosen_precision(precision, z)
-    backend = _backend(op, z, weight, right_hand_sides)
+    backend = chosen_backend(op, z, weight, right_hand_sides)
     if backend == "reference":
         out: Tensor = getattr(reference, op)(
             z, weight, bias, right_hand_sides, activation=activation, beta=beta
         )
     elif backend == "triton":
-        with _library_products(precision):
-            out = _triton(op)(
-                z, weight, bias, right_hand_sides, ACTIVATION_CODES[activation], beta, precision
-            )
+        with library_products(precision):
+            out = triton(op)(z, weight, bias, right_hand_sides, ACTIVATION_CODES[activation], beta, precision)
     else:
-        x, w, b, r = _working(z, weight, bias, right_hand_sides)
+        x, w, b, r = working(z, weight, bias, right_hand_sides)
         assert x is not None and w is not None and b is not None and r is not None
         out = torch.empty(shape, dtype=x.dtype)
-        layer = _layer(x, w, b, activation, beta, _bf16(z, precision))
-        _cpu(op, x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
+        layer = layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision))
+        cpu(op, x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
     return out.to(z.dtype)
 
 
@@ -190,15 +188,17 @@ def wide_panel_out_op(
     z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor
 ) -> None:
     """Phi (n, m) into out; all float64, out with a unit column stride."""
-    backend = _backend("wide_panel", z, weight)
+    backend = chosen_backend("wide_panel", z, weight)
     if backend == "reference" or out.numel() == 0:
         out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))
     elif backend == "triton":
-        _triton("wide_panel")(z, weight, bias, ACTIVATION_CODES[activation], beta, out)
+        triton("wide_panel")(z, weight, bias, ACTIVATION_CODES[activation], beta, out)
     else:
         x, w, b = as_rows(z), as_rows(weight), bias.contiguous()
         if backend == "cpu":
-            _cpu("wide_panel", x.dtype)(*_layer(x, w, b, activation, beta), out.data_ptr(), out.stride(0))
+            cpu("wide_panel", x.dtype)(
+                *layer_arguments(x, w, b, activation, beta), out.data_ptr(), out.stride(0)
+            )
             return
         assert native.cuda is not None
         pointers = (x.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gcfast.features import FeaturesWithOnes
-from gcfast.proofs.rank_proof import ProofProgress, RankProof, _panel_bytes
+from gcfast.proofs.rank_proof import ProofProgress, RankProof, panel_bytes
 from gcfast.proofs.rounding import UNIT, check_products, exact_products, gamma, round_up
 from gcfast.proofs.shift import GramSweep, ShiftProof, prove_by_shift
 from gcfast.proofs.tiles import Tiles, compose_
@@ -89,7 +89,7 @@ class _Proof:
         self.h1, self.sharp, self.checkpoint = h1, sharp, checkpoint
         self.progress = ProofProgress(on_progress, h1.n, h1.columns)
         free = max_bytes if max_bytes is not None else available(h1.device)
-        self.room = math.inf if free is None else free - _panel_bytes(h1.n, h1.columns)
+        self.room = math.inf if free is None else free - panel_bytes(h1.n, h1.columns)
         if h1.device.type != "cpu":
             self.room = math.inf
         self.least = 11.0 * (h1.n + h1.columns) * UNIT[torch.float64]

@@ -30,7 +30,7 @@ class RankProof:
     route: Literal["shift", "whitening"] | None = None
 
 
-def _panel_bytes(n: int, m: int) -> int:
+def panel_bytes(n: int, m: int) -> int:
     # a panel, its product with the witness, and in a doubled product their parts; tiles and sums
     return 8 * n * 6 * min(PANEL, m + 1) + (1 << 25)
 
@@ -39,7 +39,7 @@ def proof_bytes(n: int, m: int, *, disk: bool = False, sharp: bool = False) -> i
     """Peak bytes of :func:`prove_full_rank` beyond the features; ``disk``: where its tiles are in files."""
     # Gram or witness, the next factor, where whitening is repeated the witness so far; a sharp bound keeps
     # the best witness besides
-    return _panel_bytes(n, m) + (0 if disk else (4 if sharp else 3) * 8 * Tiles.count(n))
+    return panel_bytes(n, m) + (0 if disk else (4 if sharp else 3) * 8 * Tiles.count(n))
 
 
 def proof_flops(n: int, m: int) -> float:

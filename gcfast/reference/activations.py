@@ -92,7 +92,7 @@ _FUNCTIONS = {
 }
 
 
-def _working(x: Tensor) -> Tensor:
+def working(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -109,13 +109,10 @@ def activation(
 
     softplus is log(1 + exp(beta x)) / beta; the others take no beta. relu's first derivative at 0 is 0.
     """
-    work = _working(x)
+    work = working(x)
     if bias is not None:
-        work = work + _working(bias)
+        work = work + working(bias)
     out = _softplus(work, beta, order) if activation == "softplus" else _FUNCTIONS[activation](work, order)
     if grad is not None:
-        out = out * _working(grad)
+        out = out * working(grad)
     return out.to(x.dtype)
-
-
-_activation = activation  # below, `activation` is also a parameter's name

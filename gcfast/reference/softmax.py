@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gcfast.reference.activations import _working
+from gcfast.reference.activations import working
 
 
 def softmax_residual(
@@ -20,7 +20,7 @@ def softmax_residual(
     from sums of terms of one sign, so they keep their relative accuracy when they are tiny. 0 log 0 = 0.
     Nothing is read back from the device: a label outside [0, C) gives NaN in all three.
     """
-    work = _working(logits)
+    work = working(logits)
     c = work.shape[-1]
     keep, spread = 1.0 - label_smoothing, label_smoothing / c
     top, k = work.max(dim=-1, keepdim=True)
@@ -36,7 +36,7 @@ def softmax_residual(
     neg_entropy = (e * a.clamp(min=-1e4)).sum(dim=-1, keepdim=True) * inverse - log_sum
     p = e * inverse
     if target.is_floating_point():
-        y = _working(target)
+        y = working(target)
         q = keep * y + spread
         weighted = torch.where(q == 0, 0.0, q * a).sum(dim=-1, keepdim=True)
         loss = q.sum(dim=-1, keepdim=True) * log_sum - weighted
@@ -60,11 +60,11 @@ def softmax_curvature(logits: Tensor, v: Tensor) -> Tensor:
     With k the first maximum, w_c = v_c - v_k and mu = the sum of p_c w_c over c != k: p_c (w_c - mu) for
     c != k, and -p_k mu, so that nothing near 1 - p_k is formed where p is nearly one-hot.
     """
-    work = _working(logits)
+    work = working(logits)
     top, k = work.max(dim=-1, keepdim=True)
     e = torch.exp(work - top)
     inverse = 1.0 / (1.0 + e.scatter(-1, k, 0.0).sum(dim=-1, keepdim=True) + (top - top))
     p = e * inverse
-    w = _working(v)
+    w = working(v)
     w = w - w.gather(-1, k)  # 0 at k
     return (p * (w - (p * w).sum(dim=-1, keepdim=True))).to(logits.dtype)

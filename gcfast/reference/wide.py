@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast.reference.activations import _activation
+from gcfast.reference import activations
 
 
 def wide_features(
     z: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "softplus", beta: float = 1.0
 ) -> Tensor:
     """act(z weight^T + bias): z (..., d), weight (m, d), bias (m,) to (..., m)."""
-    return _activation(z @ weight.mT, bias, activation=activation, beta=beta)
+    return activations.activation(z @ weight.mT, bias, activation=activation, beta=beta)
 
 
 def wide_forward(
@@ -56,8 +56,8 @@ def wide_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of wide_forward in z, weight, bias and head_weight; g (n, C): that of its output."""
     pre = z @ weight.mT
-    slope = _activation(pre, bias, activation=activation, beta=beta, order=1, grad=g @ head_weight)
-    phi = _activation(pre, bias, activation=activation, beta=beta)
+    slope = activations.activation(pre, bias, activation=activation, beta=beta, order=1, grad=g @ head_weight)
+    phi = activations.activation(pre, bias, activation=activation, beta=beta)
     return slope @ weight, slope.mT @ z, slope.sum(dim=0), g.mT @ phi
 
 

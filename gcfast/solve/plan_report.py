@@ -43,13 +43,13 @@ class Plan:
         layer = f"recomputed from {self.d} inputs" if self.d is not None else "stored"
         lines = [
             f"n = {self.n:,} samples, m = {self.m:,} features ({layer}), C = {self.c:,}; "
-            f"memory allowed {_size(self.room) if self.room is not None else 'unknown'}"
+            f"memory allowed {size(self.room) if self.room is not None else 'unknown'}"
         ]
         for s in self.stages:
             verdict = "" if s.fits else "  DOES NOT FIT"
             lines.append(
-                f"  {s.name:<8} {s.form:<58} {_size(s.bytes):>9} {s.flops / 1e12:>10.3g} TFLOP "
-                f"{_duration(s.seconds):>9}{verdict}"
+                f"  {s.name:<8} {s.form:<58} {size(s.bytes):>9} {s.flops / 1e12:>10.3g} TFLOP "
+                f"{duration(s.seconds):>9}{verdict}"
             )
             lines += [f"           not {text}" for text in s.rejected]
         r = self.rates
@@ -87,16 +87,16 @@ class Sharding:
         return "\n".join(
             (
                 f"  over {self.devices} devices, {self.rows:,} rows of Z each; a device holds "
-                f"{_size(self.held_solve)} to solve, {_size(self.held_certify)} to certify, and sends",
-                f"    {_size(self.product_bytes)} for a product with K ({_duration(self.product_seconds)} of "
+                f"{size(self.held_solve)} to solve, {size(self.held_certify)} to certify, and sends",
+                f"    {size(self.product_bytes)} for a product with K ({duration(self.product_seconds)} of "
                 "arithmetic),",
-                f"    {_size(self.gram_bytes)} for the Gram ({_duration(self.gram_seconds)}),",
-                f"    {_size(self.factor_bytes)} for a Cholesky factor ({_duration(self.factor_seconds)})",
+                f"    {size(self.gram_bytes)} for the Gram ({duration(self.gram_seconds)}),",
+                f"    {size(self.factor_bytes)} for a Cholesky factor ({duration(self.factor_seconds)})",
             )
         )
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.3g} {unit}"
@@ -104,7 +104,7 @@ def _size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s"
     if seconds < 6000:

@@ -16,7 +16,7 @@ from gcfast.model import find_head
 from gcfast.proofs import Tiles, exact_products, proof_bytes, proof_flops
 from gcfast.solve import gram_forms
 from gcfast.solve.gram_forms import GramForm, Rates, Sizes
-from gcfast.solve.plan_report import Plan, Sharding, Stage, _duration, _size
+from gcfast.solve.plan_report import Plan, Sharding, Stage, duration, size
 from gcfast.storage import allowed_bytes
 
 # Not measured by gcfast: nominal figures of the card, of which half is assumed to be reached.
@@ -113,9 +113,9 @@ def _certify(s: Sizes, room: int | None, rates: Rates) -> Stage:
         return Stage("certify", f"rank n = {s.n:,} needs m >= n - 1: fails at once", 0, 0.0, 0.0, True)
     if room is None or inside <= room:
         return Stage("certify", "lower triangles of n x n in memory", inside, flops, seconds, True)
-    text = f"n x n in memory: {_size(inside)}"
+    text = f"n x n in memory: {size(inside)}"
     fits = outside <= room and s.device.type == "cpu"
-    form = f"lower triangles of n x n on disk, {_size(3 * 8 * Tiles.count(s.n))}"
+    form = f"lower triangles of n x n on disk, {size(3 * 8 * Tiles.count(s.n))}"
     return Stage("certify", form, outside, flops, 2.0 * seconds, fits, [text])
 
 
@@ -134,8 +134,8 @@ def _solve(
 
 def _reason(o: GramForm, best: GramForm, room: int | None) -> str:
     if room is not None and o.bytes > room:
-        return f"{_size(o.bytes)} do not fit"
-    return f"{_duration(o.seconds)}, {_size(o.bytes)}"
+        return f"{size(o.bytes)} do not fit"
+    return f"{duration(o.seconds)}, {size(o.bytes)}"
 
 
 def _sharding(s: Sizes, p: int, rates: Rates) -> Sharding:

@@ -29,7 +29,15 @@ from gcfast.storage.digest import (
     pieces_of,
     pool,
 )
-from gcfast.storage.file_format import _ALIGN, SavedState, _check_values, _head, _order, _read_header, _refuse
+from gcfast.storage.file_format import (
+    ALIGN,
+    SavedState,
+    axis_order,
+    check_values,
+    header_bytes,
+    read_header,
+    refuse,
+)
 from gcfast.storage.lock import FileLock, LockHeld
 
 
@@ -72,16 +80,16 @@ class StateFile:
             self._checked = True
             return None
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            _refuse(self.path, "it is not a regular file", "Give another path")
+            refuse(self.path, "it is not a regular file", "Give another path")
         stream = open(self._target, "rb")  # noqa: SIM115  (the SavedState owns it)
         try:
-            start, header = _read_header(self.path, stream)
+            start, header = read_header(self.path, stream)
             if header["kind"] != self.kind:
-                _refuse(self.path, f"it is a checkpoint of {header['kind']!r}, not of {self.kind!r}")
+                refuse(self.path, f"it is a checkpoint of {header['kind']!r}, not of {self.kind!r}")
             if header["fingerprint"] != self.fingerprint:
                 theirs, ours = header["fingerprint"][:12], self.fingerprint[:12]
                 what = f"it was made from other data, weights or settings (fingerprint {theirs}, here {ours})"
-                _refuse(self.path, what)
+                refuse(self.path, what)
         except BaseException:
             stream.close()
             raise
@@ -103,7 +111,7 @@ class StateFile:
         """
         pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
         header, size = self._header(values, pairs)
-        start = len(_head(header))
+        start = len(header_bytes(header))
         self._own()
         needed = start + size
         temporary = self._temporary(os.getpid())
@@ -116,12 +124,12 @@ class StateFile:
                 stream.seek(start)
                 for entry, (_, tensor) in zip(header["tensors"], pairs):
                     root = hash_pieces(pieces_of(tensor.permute(entry["order"])), workers, stream.write)
-                    padding = bytes(-entry["bytes"] % _ALIGN)
+                    padding = bytes(-entry["bytes"] % ALIGN)
                     stream.write(padding)
                     root.update(padding)
                     entry["digest"] = root.hexdigest()
                 stream.seek(0)
-                stream.write(_head(header))
+                stream.write(header_bytes(header))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, self._target)
@@ -163,16 +171,16 @@ class StateFile:
 
     def _header(self, values: dict[str, Any], pairs: list[tuple[str, Tensor]]) -> tuple[dict[str, Any], int]:
         """The header, with zeros for the digests, and the bytes of the tensors behind it."""
-        _check_values(values, "values")
+        check_values(values, "values")
         table: list[dict[str, Any]] = []
         offset = 0
         for name, tensor in pairs:
             check_tensor(tensor, f"tensors[{name!r}]")
             size = tensor.numel() * tensor.element_size()
             dtype = str(tensor.dtype).removeprefix("torch.")
-            entry = {"name": name, "dtype": dtype, "shape": list(tensor.shape), "order": _order(tensor)}
+            entry = {"name": name, "dtype": dtype, "shape": list(tensor.shape), "order": axis_order(tensor)}
             table.append({**entry, "offset": offset, "bytes": size, "digest": "0" * 2 * DIGEST})
-            offset += size + -size % _ALIGN
+            offset += size + -size % ALIGN
         names = [name for name, _ in pairs]
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             raise ValueError(f"tensors: expected distinct strings as names; got {names}")
@@ -199,7 +207,7 @@ class StateFile:
             mine = held.holder == str(os.getpid())
             who = "this process itself" if mine else f"another process (pid {held.holder})"
             way_out = "Close its first StateFile" if mine else "Wait for it, stop it"
-            _refuse(self.path, f"{who} is using it", f"{way_out} or give another path")
+            refuse(self.path, f"{who} is using it", f"{way_out} or give another path")
         except OSError as error:
             what = f"checkpoint {self.path}: its lock file {path} cannot be opened ({error.strerror})"
             raise OSError(error.errno, what) from error

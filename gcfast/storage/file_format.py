@@ -26,7 +26,7 @@ from gcfast.storage.digest import (
 _MAGIC = b"gcfast\x00state\r\n\x1a\n"
 _VERSION = 1
 _PREAMBLE = struct.Struct("<16sIQ")
-_ALIGN = 64
+ALIGN = 64
 _WAY_OUT = "Delete the file or give another path"
 
 
@@ -59,7 +59,7 @@ class SavedState:
         dtype = getattr(torch, entry["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             what = f"its tensor {name!r} has dtype {entry['dtype']}, which torch {torch.__version__} lacks"
-            _refuse(self._path, what, "Update torch, or give another path")
+            refuse(self._path, what, "Update torch, or give another path")
         order = entry["order"]
         result = torch.empty([entry["shape"][axis] for axis in order], dtype=dtype, device="cpu")
         raw = raw_bytes(result)
@@ -69,14 +69,14 @@ class SavedState:
             for begin in range(0, len(raw), PIECE):
                 piece = raw[begin : begin + PIECE]
                 if self._stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-                    _refuse(self._path, f"it is truncated within tensor {name!r}")
+                    refuse(self._path, f"it is truncated within tensor {name!r}")
                 yield piece
 
         with pool() as workers:
             root = hash_pieces(pieces(), workers)
-        root.update(self._stream.read(-len(raw) % _ALIGN))
+        root.update(self._stream.read(-len(raw) % ALIGN))
         if root.hexdigest() != entry["digest"]:
-            _refuse(self._path, f"it is corrupt: tensor {name!r} does not match its digest")
+            refuse(self._path, f"it is corrupt: tensor {name!r} does not match its digest")
         return result.permute([order.index(axis) for axis in range(len(order))])
 
     def close(self) -> None:
@@ -89,66 +89,66 @@ class SavedState:
         self.close()
 
 
-def _head(header: Mapping[str, Any]) -> bytes:
-    """Everything before the tensors, a multiple of ``_ALIGN`` bytes."""
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """Everything before the tensors, a multiple of ``ALIGN`` bytes."""
     text = json.dumps(header).encode("ascii")
-    text += b" " * (-(_PREAMBLE.size + len(text) + DIGEST) % _ALIGN)
+    text += b" " * (-(_PREAMBLE.size + len(text) + DIGEST) % ALIGN)
     head = _PREAMBLE.pack(_MAGIC, _VERSION, len(text)) + text
     return head + digest_of(np.frombuffer(head, np.uint8))
 
 
-def _read_header(path: Path, stream: BinaryIO) -> tuple[int, dict[str, Any]]:
+def read_header(path: Path, stream: BinaryIO) -> tuple[int, dict[str, Any]]:
     """Where the tensors start, and the header."""
     size = os.fstat(stream.fileno()).st_size
     head = stream.read(_PREAMBLE.size)
     if not head.startswith(_MAGIC[: len(head)]):
-        _refuse(path, "it is not a checkpoint of gcfast")
+        refuse(path, "it is not a checkpoint of gcfast")
     if len(head) < _PREAMBLE.size:
-        _refuse(path, f"it is truncated after {size} bytes")
+        refuse(path, f"it is truncated after {size} bytes")
     _, version, length = _PREAMBLE.unpack(head)
     if version != _VERSION:
         age = "newer" if version > _VERSION else "older"
         what = (
             f"it has format version {version}, {age} than {_VERSION}, the one that gcfast {__version__} reads"
         )
-        _refuse(path, what, "Use the gcfast that wrote it, delete the file or give another path")
+        refuse(path, what, "Use the gcfast that wrote it, delete the file or give another path")
     start = _PREAMBLE.size + length + DIGEST
     if start > size:
-        _refuse(
+        refuse(
             path,
             f"it is truncated, or its header corrupt: {size:,} bytes, its header alone ends at {start:,}",
         )
     text, digest = stream.read(length), stream.read(DIGEST)
     if digest_of(np.frombuffer(head + text, np.uint8)) != digest:
-        _refuse(path, "it is corrupt: its header does not match its digest")
+        refuse(path, "it is corrupt: its header does not match its digest")
     header: dict[str, Any] = json.loads(text)
-    end = start + sum(entry["bytes"] + -entry["bytes"] % _ALIGN for entry in header["tensors"])
+    end = start + sum(entry["bytes"] + -entry["bytes"] % ALIGN for entry in header["tensors"])
     if end != size:
         state = "truncated" if size < end else "corrupt"
-        _refuse(path, f"it is {state}: {size:,} bytes of {end:,}")
+        refuse(path, f"it is {state}: {size:,} bytes of {end:,}")
     return start, header
 
 
-def _refuse(path: Path, what: str, way_out: str = _WAY_OUT) -> NoReturn:
+def refuse(path: Path, what: str, way_out: str = _WAY_OUT) -> NoReturn:
     raise CheckpointError(f"checkpoint {path}: {what}. {way_out}.")
 
 
-def _order(tensor: Tensor) -> list[int]:
+def axis_order(tensor: Tensor) -> list[int]:
     """Axes from the slowest in memory to the fastest: so a factor from LAPACK need not be transposed."""
     plain, strides = list(range(tensor.dim())), tensor.stride()
     order = sorted(plain, key=lambda axis: strides[axis], reverse=True)
     return order if not tensor.is_contiguous() and tensor.permute(order).is_contiguous() else plain
 
 
-def _check_values(value: object, where: str) -> None:
+def check_values(value: object, where: str) -> None:
     """JSON would turn other keys into strings without a word, and its own error does not say where."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"{where}: expected strings as keys; got {key!r}")
-            _check_values(item, f"{where}[{key!r}]")
+            check_values(item, f"{where}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _check_values(item, f"{where}[{index}]")
+            check_values(item, f"{where}[{index}]")
     elif value is not None and not isinstance(value, (bool, int, float, str)):
         raise TypeError(f"{where}: expected numbers, strings, lists, dicts or None; got {type(value)}")

@@ -142,8 +142,8 @@ def test_phase_two_from_the_cache_is_phase_two(name, base, device):
 @pytest.mark.parametrize("many", [False, True])
 def test_large_batches_do_not_store_features(many, monkeypatch):
     calls = []
-    real = gcfast.nn.wide_forward
-    monkeypatch.setattr(gcfast.nn, "wide_forward", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = gcfast.ops.wide_forward
+    monkeypatch.setattr(gcfast.ops, "wide_forward", lambda *a, **k: calls.append(1) or real(*a, **k))
     model, _ = in_phase_two("wide")
     cache = gcfast.FeatureCache(model, data())
     monkeypatch.setattr(cached_head, "_KEPT_BYTES", N * 41 * 4 - many)

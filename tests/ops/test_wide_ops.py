@@ -187,13 +187,13 @@ def test_an_infinite_unit_makes_no_nan_of_rows_that_are_not_there(op, target):
 
 def test_library_products_are_as_exact_as_asked():
     """Panels meet torch's own products, which the user may have allowed TF32."""
-    from gcfast.ops.wide_calls import _library_products
+    from gcfast.ops.wide_calls import library_products
 
     switch = torch.backends.cuda.matmul
     before, switch.fp32_precision = switch.fp32_precision, "tf32"
     try:
         for precision, inside in (("ieee", "ieee"), ("tf32x3", "ieee"), ("tf32", "tf32"), ("bf16", "tf32")):
-            with _library_products(precision):
+            with library_products(precision):
                 assert switch.fp32_precision == inside
             assert switch.fp32_precision == "tf32"
     finally:

@@ -187,7 +187,9 @@ def test_the_working_set_finds_what_all_samples_give(monkeypatch):
 
     h, y = _many()
     fast = gcfast.solve_head(h, y, target_gap=1e-4)
-    monkeypatch.setattr(head_solver, "follow_working_set", lambda *_: None)  # all samples at once, Gram in float64
+    monkeypatch.setattr(
+        head_solver, "follow_working_set", lambda *_: None
+    )  # all samples at once, Gram in float64
     slow = gcfast.solve_head(h, y, target_gap=1e-4)
     assert fast.converged and slow.converged
 

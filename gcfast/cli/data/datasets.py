@@ -37,7 +37,7 @@ from gcfast.cli.data.formats import (
     read_svhn,
 )
 from gcfast.cli.data.image_tree import ImageTree
-from gcfast.cli.data.split import DataSplit, _Raw, _standardise
+from gcfast.cli.data.split import DataSplit, Raw, standardise
 from gcfast.errors import UserError, import_optional
 
 DATASETS = ("digits", "mnist", "kmnist", "semeion", "cifar10", "cifar100", "svhn", "folder")
@@ -89,7 +89,7 @@ def load_dataset(
             raw = _svhn(folder)
         else:
             raw = _folder(folder, limit, test_limit, seed, image_size)
-    return _standardise(name, raw, limit, test_limit, statistics)
+    return standardise(name, raw, limit, test_limit, statistics)
 
 
 def _existing_root(name: str, root: str | Path | None) -> Path:
@@ -129,7 +129,7 @@ def _numbers(classes: int) -> tuple[str, ...]:
     return tuple(str(digit) for digit in range(classes))
 
 
-def _digits(seed: int) -> _Raw:
+def _digits(seed: int) -> Raw:
     load_digits = import_optional("sklearn.datasets", "the digits data set").load_digits
     split = import_optional("sklearn.model_selection", "the digits data set").train_test_split
     bunch = load_digits()
@@ -139,7 +139,7 @@ def _digits(seed: int) -> _Raw:
         images, labels, test_size=_TEST_SHARE, stratify=labels, random_state=seed
     )
     source = "scikit-learn's load_digits"
-    return _Raw(Images(x_train, y_train), Images(x_test, y_test), _numbers(10), 16.0, source)
+    return Raw(Images(x_train, y_train), Images(x_test, y_test), _numbers(10), 16.0, source)
 
 
 def _files(
@@ -161,7 +161,7 @@ def _files(
     return []
 
 
-def _mnist(root: Path) -> _Raw:
+def _mnist(root: Path) -> Raw:
     archive = root if root.is_file() else root / "mnist.npz"
     if archive.is_file():
         keys = ("train_images", "train_labels", "test_images", "test_labels")
@@ -171,7 +171,7 @@ def _mnist(root: Path) -> _Raw:
     return _grey28([read_idx(path) for path in files], _numbers(10), str(files[0].parent))
 
 
-def _kmnist(root: Path) -> _Raw:
+def _kmnist(root: Path) -> Raw:
     stems = [f"kmnist-{part}-{kind}.npz" for part in ("train", "test") for kind in ("imgs", "labels")]
     files = _files("kmnist", [root], stems)
     if files:
@@ -195,13 +195,13 @@ def _idx_files(name: str, root: Path, other: Path) -> list[Path]:
     return files
 
 
-def _grey28(arrays: Sequence[NDArray[Any]], class_names: tuple[str, ...], source: str) -> _Raw:
+def _grey28(arrays: Sequence[NDArray[Any]], class_names: tuple[str, ...], source: str) -> Raw:
     """Training images and labels, test images and labels, as MNIST and its namesakes have them."""
     train, test = (
         Images(_images(images, (28, 28), source), _labels(labels, source))
         for images, labels in (arrays[:2], arrays[2:])
     )
-    return _Raw(train, test, class_names, 255.0, source)
+    return Raw(train, test, class_names, 255.0, source)
 
 
 def _images(array: NDArray[Any], size: tuple[int, int], where: str) -> NDArray[np.uint8]:
@@ -220,7 +220,7 @@ def _labels(array: NDArray[Any], where: str) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _semeion(root: Path, seed: int) -> _Raw:
+def _semeion(root: Path, seed: int) -> Raw:
     candidates = (root,) if root.is_file() else (root / "semeion.npz", root / "semeion.data")
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
@@ -234,7 +234,7 @@ def _semeion(root: Path, seed: int) -> _Raw:
     train_part, test_part = (
         Images(whole.images[chosen], whole.labels[chosen]) for chosen in _stratified(whole.labels, seed)
     )
-    return _Raw(train_part, test_part, _numbers(10), 255.0, str(path))
+    return Raw(train_part, test_part, _numbers(10), 255.0, str(path))
 
 
 def _stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -248,7 +248,7 @@ def _stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64]
     return order[~test[order]], order[test[order]]
 
 
-def _cifar10(root: Path, limit: int | None, test_limit: int | None, seed: int) -> _Raw:
+def _cifar10(root: Path, limit: int | None, test_limit: int | None, seed: int) -> Raw:
     jpegs = root if root.is_file() else root / "cifar10_jpeg_24k.zip"
     folders = (root / "cifar-10-batches-py", root)
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -266,13 +266,13 @@ def _cifar10(root: Path, limit: int | None, test_limit: int | None, seed: int) -
     train = Images(
         np.concatenate([part.images for part in batches]), np.concatenate([part.labels for part in batches])
     )
-    return _Raw(train, test, _CIFAR10_CLASSES, 255.0, str(files[0].parent))
+    return Raw(train, test, _CIFAR10_CLASSES, 255.0, str(files[0].parent))
 
 
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _cifar100(root: Path) -> _Raw:
+def _cifar100(root: Path) -> Raw:
     folders = (root / "cifar-100-python", root)
     files = _files("cifar100", folders, ("train", "test", "meta"))
     if not files:
@@ -282,19 +282,19 @@ def _cifar100(root: Path) -> _Raw:
     if len(names) != 100:
         raise UserError(f"{meta}: expected 100 class names, found {len(names)}")
     train, test = (read_cifar_batch(path, "fine_labels").check(str(path), 100) for path in parts)
-    return _Raw(train, test, names, 255.0, str(meta.parent))
+    return Raw(train, test, names, 255.0, str(meta.parent))
 
 
-def _svhn(root: Path) -> _Raw:
+def _svhn(root: Path) -> Raw:
     stems = ("train_32x32.mat", "test_32x32.mat")
     files = _files("svhn", [root], stems)
     if not files:
         raise _not_found("svhn", [root / stem for stem in stems])
     train, test = (read_svhn(path).check(str(path), 10) for path in files)
-    return _Raw(train, test, _numbers(10), 255.0, str(root))
+    return Raw(train, test, _numbers(10), 255.0, str(root))
 
 
-def _folder(root: Path, limit: int | None, test_limit: int | None, seed: int, size: int | None) -> _Raw:
+def _folder(root: Path, limit: int | None, test_limit: int | None, seed: int, size: int | None) -> Raw:
     tree = ImageTree(root)
     try:
         train, test = tree.pick("train", limit, seed), tree.pick("test", test_limit, seed)
@@ -303,7 +303,7 @@ def _folder(root: Path, limit: int | None, test_limit: int | None, seed: int, si
     finally:
         tree.close()
     cut = len(train)
-    return _Raw(
+    return Raw(
         Images(images[:cut], labels[:cut]),
         Images(images[cut:], labels[cut:]),
         tuple(tree.classes),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gcfast.cli.data.mat import _read_mat
+from gcfast.cli.data.mat import read_mat
 from gcfast.errors import UserError
 
 
@@ -147,7 +147,7 @@ def read_cifar_names(path: Path, key: str) -> tuple[str, ...]:
 
 def read_svhn(path: Path) -> Images:
     """``train_32x32.mat`` or its like: ``X`` of 32x32x3xn and ``y`` of nx1, where 10 is the digit 0."""
-    arrays = _read_mat(path, ("X", "y"))
+    arrays = read_mat(path, ("X", "y"))
     pixels, labels = arrays["X"], arrays["y"]
     if pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
         raise UserError(f"{path}: expected 'X' of 32x32x3xn, got {_times(pixels)}")

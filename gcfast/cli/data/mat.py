@@ -17,7 +17,7 @@ _MI_INT8, _MI_UINT8, _MI_INT32, _MI_UINT32, _MI_MATRIX, _MI_COMPRESSED = 1, 2, 5
 _MX_UINT8 = 9
 
 
-def _read_mat(path: Path, keys: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
+def read_mat(path: Path, keys: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
     """The named uint8 arrays of a MATLAB 5 file (MathWorks, "MAT-File Format").
 
     Not by scipy.io.loadmat: a wrong byte in an element's type can end the process there (scipy 1.17).

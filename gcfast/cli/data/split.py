@@ -56,7 +56,7 @@ class DataSplit:
 
 
 @dataclass(frozen=True)
-class _Raw:
+class Raw:
     """What a reader found, before any normalisation."""
 
     train: Images
@@ -66,9 +66,9 @@ class _Raw:
     source: str
 
 
-def _standardise(
+def standardise(
     name: str,
-    raw: _Raw,
+    raw: Raw,
     limit: int | None,
     test_limit: int | None,
     statistics: tuple[Sequence[float], Sequence[float]] | None,

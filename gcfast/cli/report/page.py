@@ -10,8 +10,8 @@ from typing import Any
 
 from gcfast.cli.progress import format_seconds
 from gcfast.cli.report.pictures import lambda_path, legend_colours, loss_curves, singular_values
-from gcfast.cli.report.style import _STYLE
-from gcfast.cli.report.verdicts import _sentence, verdict
+from gcfast.cli.report.style import STYLE
+from gcfast.cli.report.verdicts import sentence, verdict
 from gcfast.storage import write_text
 
 
@@ -39,7 +39,7 @@ def render(values: Mapping[str, Any]) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>gcfast: {escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        f"<title>gcfast: {escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -187,7 +187,7 @@ def _certificate(values: Mapping[str, Any]) -> str:
             " the Gaussian step at tau lands on such a setting with probability one.</p>"
         )
     else:
-        parts.append(f"<p>{_prose(_sentence(str(details.get('reason', ''))))}</p>")
+        parts.append(f"<p>{_prose(sentence(str(details.get('reason', ''))))}</p>")
     assumptions = details.get("assumptions") or []
     if assumptions:
         parts.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #5c6470; --page: #fff; --box: #f4f5f7;
   --grid: #d5d9df; --good: #1f7d54; --goodbox: #e7f5ee; --partial: #8a5a00; --partialbox: #fdf3df;
   --bad: #b3261e; --badbox: #fdeceb }

@@ -27,7 +27,7 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
                 "partial",
                 f"The loss is within {gap:.1e} of the global minimum, though the condition "
                 + ("fails" if status == "fails" else "is not proved"),
-                f"{_sentence(reason)} The loss reached, {loss['final']:.3g}, was measured against"
+                f"{sentence(reason)} The loss reached, {loss['final']:.3g}, was measured against"
                 f" L* = {loss['infimum']:.3g}, which no network can beat on this data.",
             )
         reached = "" if gap is None else f" The loss reached is {gap:.1e} above L* = {loss['infimum']:.3g}."
@@ -36,7 +36,7 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
             if status == "fails"
             else "Not decided: the condition is neither proved nor disproved"
         )
-        return Verdict("bad" if status == "fails" else "partial", headline, _sentence(reason) + reached)
+        return Verdict("bad" if status == "fails" else "partial", headline, sentence(reason) + reached)
     if gap is None:
         return Verdict(
             "partial",
@@ -60,7 +60,7 @@ def verdict(values: Mapping[str, Any]) -> Verdict:
     )
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
