@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import children
 import launches
 import pytest
 import torch
@@ -110,8 +110,7 @@ needs_compiler = pytest.mark.skipif(bool(_tools_missing()), reason=_tools_missin
 
 def aot(*args: object) -> subprocess.CompletedProcess[str]:
     """The tool as a user starts it; the interpreter, on for the tests, must not hinder it."""
-    command = [sys.executable, str(ROOT / "bench" / "aot.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120)
+    return children.run([sys.executable, ROOT / "bench" / "aot.py", *args], cwd=ROOT, timeout=120)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
+import children
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ def test_core(mode):
     if not (ROOT / "csrc" / "core").is_dir() or shutil.which("bash") is None:
         pytest.skip("needs bash and the source tree")
     run = ["bash", str(ROOT / "tests" / "core" / "run.sh"), mode]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = children.run(run, timeout=1800)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr

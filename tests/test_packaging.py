@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from importlib import metadata, resources
 from pathlib import Path
 
+import children
 import pytest
 
 from gcfast import _native
@@ -49,13 +50,7 @@ def test_cuda_status_is_honest():
 
 
 def setup_py(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "setup.py", *args],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
+    return children.run([sys.executable, "setup.py", *args], cwd=ROOT, env={**os.environ, **env})
 
 
 @needs_source
@@ -83,7 +78,7 @@ def test_without_nvcc(mode, code, tmp_path):
         "print('outputs', build.get_outputs())\n"
     )
     env = {**os.environ, "GCFAST_CUDA": mode, "CUDACXX": "/nonexistent/nvcc"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = children.run([sys.executable, "-c", script], cwd=ROOT, env=env)
     assert (done.returncode != 0) == bool(code), done.stderr
     assert "nvcc not found (looked in CUDACXX=/nonexistent/nvcc)" in done.stderr
     if not code:

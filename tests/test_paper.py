@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing.util
 import pickle
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -174,8 +176,8 @@ def late(params, context):
 def test_finished_cells_stay_failed_ones_are_told_and_absent_data_are_passed_over(
     tmp_path, capsys, monkeypatch
 ):
-    real = problem.available
-
+    real, start = problem.available, multiprocessing.util.spawnv_passfds
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", lambda *given: children.adopt(start(*given)))
     monkeypatch.setattr(problem, "available", lambda name: "not here" if name == "svhn" else real(name))
     size = Times("digits", "mlp", (40,), 0)
     good = suite.Cell("times-good", times, size, 1.0, True)
