@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from gcfast.triton_kernels._launch import Launch, Specialization
 
+pytestmark = pytest.mark.tools
+
 
 @triton.jit
 def fine_kernel(x, y, n, SCALED: tl.constexpr, BLOCK: tl.constexpr):

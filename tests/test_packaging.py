@@ -15,6 +15,8 @@ import pytest
 from gcfast import _native
 from gcfast._version import __version__
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parent.parent
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
 

@@ -21,6 +21,8 @@ from torch import nn
 
 import gcfast
 
+pytestmark = pytest.mark.tools
+
 RUN = generalisation.Run("digits", 150, "mlp", "adam", 1e-3, 4, 3, (0.4, 0.8), (0.4,))
 
 
