@@ -13,14 +13,13 @@ import launches
 import pytest
 import torch
 
+pytestmark = pytest.mark.tools
 ROOT = Path(__file__).resolve().parent.parent
 
 KERNELS = """
 import triton
 import triton.language as tl
 from gcfast.triton_kernels._launch import Launch, Specialization
-
-pytestmark = pytest.mark.tools
 
 
 @triton.jit

@@ -403,6 +403,7 @@ SAVES_FROM_FORKS = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(path: Path) -> None:
     """The state is one that was saved, whole, and never older than one seen before."""
     done = run(SAVES_FROM_FORKS, path, 60)
@@ -557,6 +558,7 @@ FILLS_THE_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(path: Path) -> None:
     done = run(FILLS_THE_DISK, path, 1 << 16, 9 << 20, (20 << 20) + 100)
     assert done.returncode == 0, done.stderr
@@ -577,6 +579,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         assert children.run(["umount", folder]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny_disk: Path) -> None:
     """Seen beforehand, and where the system reports more room than there is."""
     done = run(FILLS_THE_DISK, tiny_disk / "state.ck", -1, 0)
@@ -728,6 +731,7 @@ def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch
 # Cost
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(path: Path) -> None:
     """A tensor of 300 MB, transposed, raises the peak by a few pieces only; so does a contiguous one."""
     program = """

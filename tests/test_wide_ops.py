@@ -307,6 +307,7 @@ print((peak() - before) / (n * m * 4))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     "op, low, high",
