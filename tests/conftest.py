@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Two workers that take two threads each would wait for one another, and so would the processes they start.
-if "PYTEST_XDIST_WORKER" in os.environ:
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"
 # What a shell runs in the background ignores the interrupt, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -83,7 +84,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """All the CPU's tests run in workers where pytest-xdist is, unless files, -n or --pdb were given."""
     option = config.option
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not option.usepdb
-    if whole and not GPU and getattr(option, "numprocesses", 0) is None:
+    if whole and not GPU and not IN_WORKER and getattr(option, "numprocesses", 0) is None:
         option.numprocesses, option.dist = WORKERS, "worksteal"
 
 
