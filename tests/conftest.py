@@ -1,13 +1,18 @@
-"""Shared fixtures: one suite over a device list, fixed seeds, poisoned memory."""
+"""Shared fixtures: one suite over a device list, fixed seeds, poisoned memory, no process left behind."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Two workers that take two threads each would wait for one another, and so would the processes they start.
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import children
 import launches
 
 import gcfast
@@ -25,15 +31,21 @@ from gcfast.ops import dispatch
 
 launches.watch()
 
-NEEDS_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
+GPU = torch.cuda.is_available()
+NEEDS_GPU = pytest.mark.gpu
 NEEDS_INTERPRETER = pytest.mark.skipif(
     not dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
 )
 ANALYTIC = tuple(name for name in reference.ACTIVATIONS if name != "relu")
-DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+WORKERS = 2
+
+
+def on_gpu(*values: object, **options: Any) -> list[Any]:
+    """One parameter of a test, where there is a GPU."""
+    return [pytest.param(*values, **options, marks=NEEDS_GPU)] if GPU else []
+
+
+DEVICES = ["cpu", *on_gpu("cuda")]
 
 
 class Target(NamedTuple):
@@ -52,8 +64,8 @@ TARGETS = [
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("triton", "cpu"), id="triton-interpreted", marks=NEEDS_INTERPRETER),
-    pytest.param(("triton", "cuda"), id="triton", marks=NEEDS_GPU),
-    pytest.param(("cuda", "cuda"), id="cuda", marks=NEEDS_GPU),
+    *on_gpu(("triton", "cuda"), id="triton"),
+    *on_gpu(("cuda", "cuda"), id="cuda"),
 ]
 RANK_TARGETS = [p for p in TARGETS if "batched_rank" in dispatch._KERNELS[p.values[0][0]]]
 
@@ -66,17 +78,39 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield Target(backend, torch.device(device))
 
 
-def pytest_report_header() -> str:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All the CPU's tests run in workers where pytest-xdist is, unless files, -n or --pdb were given."""
+    option = config.option
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not option.usepdb
+    if whole and not GPU and not IN_WORKER and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist = WORKERS, "worksteal"
+
+
+def pytest_configure() -> None:
+    # What a shell runs in the background ignores the interrupt, and so would all that tests start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> list[str]:
     """Which gcfast is tested: the installed one, or a source tree that shadows it."""
-    return f"gcfast {gcfast.__version__} from {Path(gcfast.__file__).parent}"
+    found = [f"gcfast {gcfast.__version__} from {Path(gcfast.__file__).parent}"]
+    return found if GPU else [*found, "torch sees no CUDA device: no test of one is collected"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A million matrices take minutes: on request only."""
-    if os.environ.get("GCFAST_SOUNDNESS", "0") in ("", "0") and "soundness" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("soundness"):
-                item.add_marker(pytest.mark.skip(reason="minutes: GCFAST_SOUNDNESS=1 or -m soundness"))
+    """Tests that need a GPU as a whole are left out without one, as the parameters of others are."""
+    left_out = [] if GPU else [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    yield
+    children.end()
 
 
 @pytest.fixture(params=DEVICES)

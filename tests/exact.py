@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import mpmath as mp
@@ -31,6 +32,7 @@ def _gated(x, v, dv, ddv, order):
     return s * r * (2 * dv + x * ddv - x * dv * dv * mp.tanh(v / 2))
 
 
+@functools.cache
 def activation(name: str, x: float, order: int, beta: float = 1.0):
     """The order-th derivative of the activation at the float x, as an mpmath number."""
     with mp.workdps(DIGITS):

@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 from image_files import folder_images, write_mnist_raw, write_tree
@@ -312,7 +312,7 @@ def test_interruption_of_the_solver_keeps_what_was_finished(
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_control_c_in_phase_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gcfast", *SMALL[:-1], "1000000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = children.start(command)
     try:
         assert process.stdout is not None
         assert "120 training" in process.stdout.readline()

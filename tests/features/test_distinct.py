@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -211,8 +211,8 @@ def test_keys_are_these():
         "import torch; from gcfast.features.duplicates import _keys; "
         "print(_keys([torch.arange(6, dtype=torch.float32).reshape(2, 3)]).tolist())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == str(real_keys([rows]).tolist())
+    out = children.run([sys.executable, "-c", code])
+    assert out.returncode == 0 and out.stdout.strip() == str(real_keys([rows]).tolist())
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def traced(k, c):
     return torch.einsum("icjc->ij", k.view(k.shape[0] // c, c, -1, c))
 
 
-@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-").replace(",", ""))
+def label(name):
+    return name.replace(" ", "-").replace(",", "")
+
+
+@pytest.fixture(params=CASES, ids=label)
 def truth(request):
     return Truth(request.param)
 
@@ -126,9 +130,22 @@ def test_sketches_have_one_omega(truth):
 
 
 FORMS = {"hadamard": (OuterFactor, EmbeddingFactor), "rows": Factor}
+# Of every kind of factor that has two forms one case or more: its blocks, positions, order and bias.
+TWO_FORMS = [
+    *("linear", "linear, 3-d", "linear, no bias", "linear, strided 4-d", "linear, one output"),
+    *("x @ w", "w @ x", "einsum, heads", "lora", "attention, cross", "first token only"),
+    *("conv1d, same, groups", "conv1d, dilated, strided", "conv2d", "conv2d, no bias", "conv2d, 1 x 1"),
+    *("conv2d, all at once", "conv2d, depthwise", "conv3d, groups, padded"),
+    *("transposed 1d", "transposed 2d", "transposed 2d, no bias"),
+    *("embedding", "embedding, repeated", "embedding, one a sample"),
+    *("used twice", "tied weights, own biases", "residual network"),
+]
+FORMED = [(name, "chosen") for name in CASES] + [(name, form) for name in TWO_FORMS for form in FORMS]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("truth", "form"), FORMED, indirect=["truth"], ids=[f"{form}-{label(name)}" for name, form in FORMED]
+)
 def test_both_forms_and_all_tiles(truth, form, monkeypatch):
     plan = GroupPlan.of
 
@@ -136,7 +153,8 @@ def test_both_forms_and_all_tiles(truth, form, monkeypatch):
         kind = form if isinstance(a, FORMS[form]) and isinstance(b, FORMS[form]) else "rows"
         return dataclasses.replace(plan(group, a, b, lower), form=kind)
 
-    monkeypatch.setattr(GroupPlan, "of", forced)
+    if form != "chosen":
+        monkeypatch.setattr(GroupPlan, "of", forced)
     jac, n, c = truth.jac, truth.n, truth.c
     k = truth.full @ truth.full.T
     assert far(jac.gram(), k) < CLOSE and far(jac.gram(trace=True), traced(k, c)) < CLOSE

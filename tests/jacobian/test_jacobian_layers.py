@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
+import children
 import pytest
 import torch
 from jacobian_cases import CASES, explicit, rand, read
@@ -304,7 +304,7 @@ print(peak() - before, 4 * n * c * p, plan.tiles, plan.bytes)
 def test_memory_is_that_of_a_tile(budget, call, tmp_path):
     # Elsewhere than in the source tree, which would shadow the installed package.
     code = MEMORY.format(budget=budget, call=call)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = children.run([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     grown, stored, tiles, planned = map(int, done.stdout.split())
     assert stored > 7e9  # the Jacobian

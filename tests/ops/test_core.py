@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
 from pathlib import Path
 
+import children
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("mode", ["plain", "native", "sanitized", "nvcc", "threads"])
-def test_core(mode):
+PROGRAMS = {source.stem: source.read_text() for source in sorted((ROOT / "tests" / "core").glob("*.cpp"))}
+CASES = [
+    pytest.param(mode, name, marks=[] if mode == "native" else pytest.mark.tools)
+    for mode in ("native", "plain", "sanitized", "nvcc", "threads")
+    for name, text in PROGRAMS.items()
+    if mode != "threads" or '"team.h"' in text
+]
+
+
+@pytest.mark.parametrize(("mode", "name"), CASES)
+def test_core(mode, name):
     if not (ROOT / "csrc" / "core").is_dir() or shutil.which("bash") is None:
         pytest.skip("needs bash and the source tree")
-    run = ["bash", str(ROOT / "tests" / "core" / "run.sh"), mode]
-    done = subprocess.run(run, capture_output=True, text=True)
+    run = ["bash", str(ROOT / "tests" / "core" / "run.sh"), mode, name]
+    done = children.run(run, timeout=1800, env={**os.environ, "CXXFLAGS": "-Werror"})
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
-    sources = (ROOT / "tests" / "core").glob("*.cpp")
-    programs = sum(mode != "threads" or '"team.h"' in source.read_text() for source in sources)
-    assert programs > 0 and done.stdout.count(f"passed {mode}") == programs
+    assert done.stdout.splitlines()[-1] == f"passed {mode} {name}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import conftest
 import pytest
 import torch
@@ -187,6 +187,6 @@ def test_sanitizer_program():
     if not program.is_file():
         pytest.skip("needs the source tree")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=env)
+    done = children.run([sys.executable, program], env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "triton: done" in done.stdout and "cuda: done" in done.stdout

@@ -57,7 +57,9 @@ def test_whole_numbers_are_exact(target, dtype, poison):
     if not serves(target, dtype):
         pytest.skip("float32 and float64 only")
     few = target.interpreted and dtype != torch.float32
-    for n, m in SHAPES[:-3] if few else SHAPES:
+    for n, m in SHAPES:
+        if few and n * m > 500:
+            continue
         h, left, right = whole_numbers(n, m), whole_numbers(n).abs(), whole_numbers(m).abs()
         a = h.abs()
         h, left_d, right_d = h.to(target.device, dtype), left.to(target.device), right.to(target.device)
@@ -65,12 +67,13 @@ def test_whole_numbers_are_exact(target, dtype, poison):
         assert got.dtype == torch.float64 and got.device == h.device
         assert torch.equal(got.cpu(), a @ a.sum(0)), (n, m)
         assert ops.last_backend("gram_error_bound") == target.backend
-        for weights, want in (
+        cases = [
+            ((left_d, right_d), (a @ right, left @ a)),
             ((None, None), (a.sum(1), a.sum(0))),
             ((left_d, None), (a.sum(1), left @ a)),
             ((None, right_d), (a @ right, a.sum(0))),
-            ((left_d, right_d), (a @ right, left @ a)),
-        ):
+        ]
+        for weights, want in cases[:1] if target.interpreted and n * m > 2000 else cases:
             rows, columns = ops.abs_products(h, *weights)
             assert rows.dtype == columns.dtype == torch.float64
             assert torch.equal(rows.cpu(), want[0]) and torch.equal(columns.cpu(), want[1]), (n, m)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-import subprocess
 import sys
 import threading
 
+import children
 import pytest
 import torch
 from conftest import ANALYTIC
@@ -377,7 +377,7 @@ def test_missing_module_is_told_with_its_fix():
         "    with ops.backend('cpu'): ops.activation(torch.randn(3))\n"
         "except ops.BackendError as error: print('refused:', error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = children.run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("reference")
     assert "refused: backend 'cpu' was asked for but cannot run activation" in done.stdout

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 from torch.utils import backend_registration
 
@@ -28,7 +28,7 @@ def flow_names() -> list[str]:
 def outcome() -> dict[str, str]:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot register a device from Python")
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300)
+    done = children.run([sys.executable, SCRIPT])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

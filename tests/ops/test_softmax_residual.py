@@ -15,7 +15,7 @@ from gcfast import ops, reference
 
 DTYPES = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
-CLASSES = [1, 2, 10, 31, 33, 63, 64, 65, 252, 507]
+CLASSES = [1, 2, 33, 65, 507]  # at the edges of the kernels' blocks, and beyond them
 OURS = [t for t in TARGETS if t.values[0][0] in ("cpu", "reference", "triton")]
 KERNELS = [t for t in OURS if t.values[0][0] != "reference"]
 on = pytest.mark.parametrize("target", OURS, indirect=True)
@@ -310,8 +310,9 @@ def test_threads_do_not_change_the_result():
     threads = torch.get_num_threads()
     for c in (10, 300):
         f, y, v = torch.randn(3001, c), torch.randint(0, c, (3001,)), torch.randn(3001, c)
-        many = (*ops.softmax_residual(f, y), ops.softmax_curvature(f, v))
         try:
+            torch.set_num_threads(max(2, threads))
+            many = (*ops.softmax_residual(f, y), ops.softmax_curvature(f, v))
             torch.set_num_threads(1)
             for a, b in zip(many, (*ops.softmax_residual(f, y), ops.softmax_curvature(f, v))):
                 assert torch.equal(a, b)

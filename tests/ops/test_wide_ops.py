@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
+import children
 import pytest
 import torch
 from conftest import TARGETS
@@ -308,6 +308,7 @@ print((peak() - before) / (n * m * 4))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     "op, low, high",
@@ -321,6 +322,6 @@ print((peak() - before) / (n * m * 4))
 )
 def test_memory_as_a_share_of_the_features(op, low, high, tmp_path):
     # Elsewhere than in the source tree, which would shadow the installed package.
-    done = subprocess.run([sys.executable, "-c", MEMORY, op], capture_output=True, text=True, cwd=tmp_path)
+    done = children.run([sys.executable, "-c", MEMORY, op], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert low <= float(done.stdout) <= high

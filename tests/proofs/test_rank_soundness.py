@@ -11,6 +11,7 @@ from rank_cases import (
     FAMILIES,
     Spectrum,
     biased_sums,
+    combination,
     exact_rank,
     integers,
     product,
@@ -30,6 +31,7 @@ st = hypothesis.strategies
 DTYPES = [torch.float32, torch.float64]
 SMALL = [(2, 2), (2, 5), (3, 3), (4, 7), (5, 5), (7, 4), (8, 8), (9, 13)]
 LARGE = [(17, 16), (24, 40), (40, 40), (64, 128), (128, 128)]
+IN_LARGE = [product, combination, repeated_columns]
 on_each = pytest.mark.parametrize("target", RANK_TARGETS, indirect=True)
 names = [f.__name__ for f in FAMILIES]
 LEVELS = {"double": 2.0**-53, "double-double": 2.0**-106}
@@ -92,7 +94,7 @@ def test_no_rank_above_the_exact_one_is_proved(target, family, dtype, generator)
     deficient = 0
     for n, m in SMALL:
         deficient += int((check_ranks(target, family(generator, 64, n, m, dtype)) < min(n, m)).sum())
-    for n, m in LARGE:
+    for n, m in LARGE if family in IN_LARGE else ():
         check_ranks(target, family(generator, 1 if n > 40 else 3, n, m, dtype))
     # each matters: the deficient ones, and those of full rank by a hair
     assert deficient > 64 if "one_ulp" not in family.__name__ else deficient == 0
@@ -102,7 +104,7 @@ def test_no_rank_above_the_exact_one_is_proved(target, family, dtype, generator)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES, ids=names)
 def test_a_million_matrices(family, dtype, generator):
-    """GCFAST_SOUNDNESS=1, or -m soundness: 13 families, two dtypes, 40,000 matrices each."""
+    """By hand, with -m soundness: 13 families, two dtypes, 40,000 matrices each."""
     with ops.backend("cpu"):
         for _ in range(5):
             for n, m in SMALL:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from fractions import Fraction
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -66,9 +66,12 @@ def test_repeats_bit_for_bit_on_any_threads_and_strides():
     try:
         torch.set_num_threads(1)
         one = torch.cat(list(panels.panels()), 1)
+        alone = gcfast.wide_gram(z, w, b)
+        torch.set_num_threads(max(2, before))
+        assert torch.equal(one, torch.cat(list(panels.panels(width=500)), 1))
+        assert torch.equal(alone.gram, gcfast.wide_gram(z, w, b).gram)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one, torch.cat(list(panels.panels(width=500)), 1))
     assert torch.equal(one, stored((z, w, b), True))
 
 
@@ -123,6 +126,6 @@ print((peak() - before - 8 * n * n) / (8 * n * 1024))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_beside_the_result_is_a_few_panels(tmp_path):
     # Elsewhere than in the source tree, which would shadow the installed package.
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=tmp_path)
+    done = children.run([sys.executable, "-c", MEMORY], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 4  # a second n x n matrix would be 4.9 panels, the features 5.9

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
+import children
 import exact
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_imports_neither_triton_nor_compiled_modules():
         "assert not new, new\n"
         "print('checked', len(before))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, reference.__file__], capture_output=True, text=True)
+    done = children.run([sys.executable, "-c", code, reference.__file__])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("checked")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 import time
 
+import children
 import pytest
 import torch
 
@@ -48,10 +48,9 @@ print(json.dumps([s.converged, s.loss, float(s.weight.norm()), s.distance_bound]
 
 
 def _start(program, arguments, tmp_path):
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )  # elsewhere than in the source tree, which would shadow the installed package
+    command = [sys.executable, "-c", program, *arguments]
+    # Elsewhere than in the source tree, which would shadow the installed package.
+    return children.start(command, cwd=tmp_path)
 
 
 def _through_kills(program, arguments, tmp_path, kills, longest):
@@ -199,7 +198,7 @@ print((peak() - before) / proof_bytes(n, m))
 
 @pytest.mark.slow
 def test_a_proof_holds_what_it_says(tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=tmp_path)
+    done = children.run([sys.executable, "-c", MEMORY], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.1
 

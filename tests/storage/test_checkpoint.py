@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
 from conftest import DEVICES
@@ -67,13 +68,11 @@ def random_bits(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
 
 
 def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return children.run([sys.executable, "-c", textwrap.dedent(program), *arguments], timeout=100)
 
 
-def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start(program: str, *arguments: object) -> children.Child:
+    return children.start([sys.executable, "-c", textwrap.dedent(program), *arguments], stderr=None)
 
 
 # What comes back
@@ -406,6 +405,7 @@ SAVES_FROM_FORKS = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(path: Path) -> None:
     """The state is one that was saved, whole, and never older than one seen before."""
     done = run(SAVES_FROM_FORKS, path, 60)
@@ -438,9 +438,9 @@ def test_killed_from_outside_and_continued(path: Path) -> None:
 
 
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(path: Path) -> None:
-    with subprocess.Popen(["true"]) as ended:
+    with children.start(["true"]) as ended:
         dead = ended.pid
-    with subprocess.Popen(["sleep", "60"]) as living:
+    with children.start(["sleep", "60"]) as living:
         kept = [f".{path.name}.{living.pid}.tmp", ".other.ck.1.tmp", f".{path.name}.x.tmp", f".{path.name}.9"]
         gone = [f".{path.name}.{dead}.tmp", f".{path.name}.{os.getpid()}.tmp", f".{path.name}.{10**30}.tmp"]
         with StateFile(path, "certify", "0123") as checkpoint:
@@ -560,6 +560,7 @@ FILLS_THE_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(path: Path) -> None:
     done = run(FILLS_THE_DISK, path, 1 << 16, 9 << 20, (20 << 20) + 100)
     assert done.returncode == 0, done.stderr
@@ -571,15 +572,16 @@ def test_a_limit_on_the_size_of_files(path: Path) -> None:
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True)
+    mounted = children.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder])
     if mounted.returncode:
         pytest.skip("a file system cannot be mounted here")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        assert children.run(["umount", folder]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny_disk: Path) -> None:
     """Seen beforehand, and where the system reports more room than there is."""
     done = run(FILLS_THE_DISK, tiny_disk / "state.ck", -1, 0)
@@ -732,6 +734,7 @@ def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch
 # Cost
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(path: Path) -> None:
     """A tensor of 300 MB, transposed, raises the peak by a few pieces only; so does a contiguous one."""
     program = """

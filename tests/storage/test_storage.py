@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
+import children
 import pytest
 import torch
 
@@ -67,9 +67,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         "except (OSError, RuntimeError) as error:\n"
         "    print('refused:', error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = children.run([sys.executable, "-c", program, path])
     assert "refused:" in done.stdout, done.stderr
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
     assert torch.equal(torch.load(path, weights_only=True)["weight"], torch.zeros(3))

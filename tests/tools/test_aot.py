@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import children
 import launches
 import pytest
 import torch
 
+pytestmark = pytest.mark.tools
 ROOT = Path(__file__).resolve().parents[2]
 
 KERNELS = """
@@ -111,8 +112,7 @@ needs_compiler = pytest.mark.skipif(bool(_tools_missing()), reason=_tools_missin
 
 def aot(*args: object) -> subprocess.CompletedProcess[str]:
     """The tool as a user starts it; the interpreter, on for the tests, must not hinder it."""
-    command = [sys.executable, str(ROOT / "tools" / "aot.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120)
+    return children.run([sys.executable, ROOT / "tools" / "aot.py", *args], cwd=ROOT, timeout=120)
 
 
 @pytest.fixture(scope="module")

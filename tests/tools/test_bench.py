@@ -19,6 +19,8 @@ from scaling import page as scaling_page
 
 from gcfast import ops
 
+pytestmark = pytest.mark.tools
+
 
 class Clock:
     """Time that only the candidates spend."""
@@ -115,9 +117,9 @@ def test_what_ran_is_seen():
     assert auto.backends == {"activation": "cpu"}
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
-def test_events_and_memory_on_the_gpu(device):
-    a = torch.rand(1 << 26, device=device)
+@NEEDS_GPU
+def test_events_and_memory_on_the_gpu():
+    a = torch.rand(1 << 26, device="cuda")
     copy, twice = _compare.compare({"copy": a.clone, "twice": lambda: (a.clone(), a.clone())}, repeats=5)
     assert copy.device == "cuda" and copy.peak_bytes == a.nbytes and twice.peak_bytes == 2 * a.nbytes
     assert 2 * a.nbytes / 20e12 < copy.best < 0.1 and 1.5 < twice.median / copy.median < 3

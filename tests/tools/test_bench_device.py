@@ -12,9 +12,12 @@ from pathlib import Path
 
 import _build
 import _session
+import children
 import device
 import pytest
 import torch
+
+pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "device.sh"
@@ -23,12 +26,8 @@ GPU = {"name": "A GPU", "torch": "2.11", "cuda": "13.0", "capability": (9, 0)}
 
 
 def device_sh(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *args],
-        env={**os.environ, "PYTHON": sys.executable, **env},
-        capture_output=True,
-        text=True,
-        timeout=150,
+    return children.run(
+        ["bash", SCRIPT, *args], env={**os.environ, "PYTHON": sys.executable, **env}, timeout=150
     )
 
 
@@ -112,6 +111,7 @@ def test_shares_add_up_and_unused_time_goes_on():
 @pytest.fixture
 def session(tmp_path, monkeypatch) -> device.Session:
     monkeypatch.setattr(_build.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(_session.subprocess, "Popen", children.Child)
     return device.Session(tmp_path / "out", 100.0, GPU)
 
 

@@ -10,10 +10,13 @@ from fnmatch import fnmatch
 from importlib import metadata, resources
 from pathlib import Path
 
+import children
 import pytest
 
 from gcfast._version import __version__
 from gcfast.ops import native
+
+pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
@@ -55,13 +58,7 @@ def needs_build_system() -> None:
 
 
 def setup_py(*args: str, tree: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "setup.py", *args],
-        cwd=tree,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
+    return children.run([sys.executable, "setup.py", *args], cwd=ROOT, env={**os.environ, **env})
 
 
 @needs_source
@@ -89,7 +86,7 @@ def test_without_nvcc(mode, code, tmp_path):
         "print('outputs', build.get_outputs())\n"
     )
     env = {**os.environ, "GCFAST_CUDA": mode, "CUDACXX": "/nonexistent/nvcc"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = children.run([sys.executable, "-c", script], cwd=ROOT, env=env)
     assert (done.returncode != 0) == bool(code), done.stderr
     assert "nvcc not found (looked in CUDACXX=/nonexistent/nvcc)" in done.stderr
     if not code:

@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing.util
 import pickle
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from paper.expressivity import Times, times
 from torch import nn
 
 import gcfast
+
+pytestmark = pytest.mark.tools
 
 RUN = generalisation.Run("digits", 150, "mlp", "adam", 1e-3, 4, 3, (0.4, 0.8), (0.4,))
 
@@ -174,8 +178,8 @@ def late(params, context):
 def test_finished_cells_stay_failed_ones_are_told_and_absent_data_are_passed_over(
     tmp_path, capsys, monkeypatch
 ):
-    real = problem.available
-
+    real, start = problem.available, multiprocessing.util.spawnv_passfds
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", lambda *given: children.adopt(start(*given)))
     monkeypatch.setattr(problem, "available", lambda name: "not here" if name == "svhn" else real(name))
     size = Times("digits", "mlp", (40,), 0)
     good = suite.Cell("times-good", times, size, 1.0, True)
