@@ -31,7 +31,7 @@ def mutants(monkeypatch):
 
 def test_every_fault_has_one_place(mutants):
     listed = mutants.read_list(TOOL.with_suffix(".toml"))
-    assert len(listed) >= 60
+    assert len({m["id"] for m in listed}) == len(listed) >= 60
     assert {m["room"] for m in listed} == ROOMS
     sources = mutants.source_texts(ROOT)
     for mutant in listed:

@@ -4,8 +4,7 @@ The faults are listed in tools/mutants.toml, each with the room (the folder of t
 find it. Its place is found by its text, which occurs exactly once in the sources, so files may be moved. The
 user's own tree is only read; the copy is restored after every fault. Changed C++ is built anew.
 
-    python tools/mutants.py                         every fault, by the default tier of tests
-    python tools/mutants.py --room proofs --tier all
+    python tools/mutants.py --room proofs --tier all                    all of a room, by all its tests
     python tools/mutants.py --sample 5 --seed $(date +%F) --no-check    a handful, another one each day
 
 The exit status is 1 if a fault survives of which the list does not say so, 2 if a fault could not be tried.
@@ -34,14 +33,12 @@ from xml.etree import ElementTree
 import tomllib
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("gcfast", "csrc", "triton_kernels")
 CPP = (".cpp", ".h")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "venv", "shared")
 TIERS = {"default": [], "all": ["-m", "not soundness"]}  # soundness takes minutes a run
 NEEDED = ("id", "room", "why", "find", "replace")
 FIELDS = (*NEEDED, "found_by", "survived", "survives")
 Mutant = dict[str, Any]
-Outcome = tuple[str, float]  # what found it: a test, a crash, the time limit, or ""; seconds
 
 
 class CannotTry(Exception):
@@ -54,8 +51,6 @@ def read_list(path: Path) -> list[Mutant]:
     for mutant in mutants:
         if set(NEEDED) - mutant.keys() or mutant.keys() - set(FIELDS):
             raise SystemExit(f"{path}: {mutant.get('id')}: expected {FIELDS}; got {tuple(mutant)}")
-    if len({mutant["id"] for mutant in mutants}) < len(mutants):
-        raise SystemExit(f"{path}: two mutants of one id")
     return mutants
 
 
@@ -63,14 +58,16 @@ def write_list(path: Path, mutants: list[Mutant]) -> None:
     """The list again, what stands before the first mutant kept."""
     text = path.read_text(encoding="utf-8").split("[[mutant]]")[0]
     for mutant in mutants:
-        lines = [f"{key} = {json.dumps(mutant[key], ensure_ascii=False)}" for key in FIELDS if key in mutant]
+        keys = [key for key in FIELDS if key in NEEDED or mutant.get(key)]
+        lines = [f"{key} = {json.dumps(mutant[key], ensure_ascii=False)}" for key in keys]
         text += "\n".join(["[[mutant]]", *lines, "", ""])
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def source_texts(root: Path) -> dict[Path, str]:
     """The sources that faults are planted in; a link to triton_kernels is no second copy of it."""
-    found = {p.resolve() for folder in SOURCES for p in (root / folder).rglob("*") if p.is_file()}
+    folders = (root / name for name in ("gcfast", "csrc", "triton_kernels"))
+    found = {path.resolve() for folder in folders for path in folder.rglob("*") if path.is_file()}
     return {p: p.read_text(encoding="utf-8") for p in sorted(found) if p.suffix in (".py", ".cu", *CPP)}
 
 
@@ -89,7 +86,7 @@ def place_of(sources: dict[Path, str], mutant: Mutant) -> tuple[Path, str]:
 
 def run(command: list[str], folder: Path, limit: float) -> tuple[int | None, str]:
     """Exit status (None: stopped at the time limit) and output of a command and all that it started."""
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     # no stale byte code; and no fault is planted in CUDA code, which need not be built
     env = {"GCFAST_CUDA": "0", **os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as out:
@@ -127,23 +124,21 @@ class Scratch:
         if status != 0:
             raise CannotTry(f"the build failed:\n{output[-3000:]}")
 
-    def test(self, room: str, limit: float, seconds: dict[str, float]) -> Outcome:
-        """A room's tests until one fails, quick files first; ``seconds`` of each file are filled in."""
-        found = (self.folder / "tests" / room).rglob("test_*.py")
-        files = sorted(str(path.relative_to(self.folder)) for path in found)
-        if not files:
-            raise CannotTry(f"there are no tests in tests/{room}")
-        files.sort(key=lambda name: seconds.get(name, 0.0))
+    def test(self, room: str, limit: float, seconds: dict[str, float]) -> tuple[str, float]:
+        """What a room's tests fail by ("": nothing) and after how long; files of few ``seconds`` first."""
+        tests = (self.folder / "tests" / room).rglob("test_*.py")
+        files = [str(path.relative_to(self.folder)) for path in sorted(tests)]
+        files = sorted(files, key=lambda name: seconds.get(name, 0.0)) or [f"tests/{room}"]
         report = self.saved / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-        command += ["-o", "junit_family=xunit1", f"--junitxml={report}", *TIERS[self.tier], *files]
+        options = ["-x", "-q", "-rfE", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+        options += [f"--junitxml={report}", *TIERS[self.tier]]
+        command = [sys.executable, "-m", "pytest", *options, *files]
         began = time.monotonic()
         status, output = run(command, self.folder, limit)
         took = round(time.monotonic() - began, 1)
-        if status is None:
-            return f"the time limit of {limit:.0f} s (it hangs, or is slow)", took
-        if status < 0 or status > 128:
-            return f"a crash (exit status {status})", took
+        if status is None or status < 0 or status > 128:
+            what = f"the time limit of {limit:.0f} s" if status is None else f"a crash (exit status {status})"
+            return what, took
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         if status in (1, 2) and failed:
             return failed[1], took
@@ -155,8 +150,8 @@ class Scratch:
             seconds[name] = round(seconds.get(name, 0.0) + float(case.get("time", 0.0)), 3)
         return "", took
 
-    def plant(self, mutant: Mutant, limit: float, seconds: dict[str, float]) -> Outcome:
-        """The outcome of one fault; afterwards the copy is as it was."""
+    def plant(self, mutant: Mutant, limit: float, seconds: dict[str, float]) -> tuple[str, float]:
+        """What finds a fault ("": nothing) and after how long; afterwards the copy is as it was."""
         sources = source_texts(self.folder)
         path, changed = place_of(sources, mutant)
         try:
@@ -172,7 +167,7 @@ class Scratch:
 
 def digest(root: Path) -> str:
     """Of sources and tests: results of others are not taken over."""
-    tests = (path.read_text(encoding="utf-8") for path in sorted((root / "tests").rglob("*.py")))
+    tests = (path.read_text() for path in sorted((root / "tests").rglob("*.py")))
     return hashlib.sha256("\0".join((*source_texts(root).values(), *tests)).encode()).hexdigest()
 
 
@@ -192,8 +187,7 @@ def chosen(mutants: list[Mutant], args: argparse.Namespace) -> list[Mutant]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--root", type=Path, default=HERE.parent, help="the tree (default: this one)")
     add("--list", type=Path, default=HERE / "mutants.toml", help="the list of faults")
@@ -203,7 +197,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", default="0", metavar="DAY", help="a date such as 2026-01-31, or a number")
     add("--tier", choices=TIERS, default="default", help="all: every marker but soundness")
     add("--limit", type=float, default=600, help="seconds a fault; at least twice its room's")
-    add("--results", type=Path, help="file to go on from (default: build/mutants-TIER.json)")
     add("--no-check", action="store_true", help="do not test the rooms without a fault first")
     add("--record", action="store_true", help="write found_by and survived into the list")
     return parser.parse_args(argv)
@@ -212,31 +205,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     mutants = read_list(args.list)
-    results = args.results or args.root / "build" / f"mutants-{args.tier}.json"
+    results = args.root / "build" / f"mutants-{args.tier}.json"  # to go on from
     results.parent.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"tree": digest(args.root), "rooms": {}, "mutants": {}}
-    if results.is_file() and (before := json.loads(results.read_text()))["tree"] == state["tree"]:
-        state = before
-    ends: dict[str, list[str]] = {"found": [], "survived": [], "error": []}
-    news: list[str] = []
+    if results.is_file() and (earlier := json.loads(results.read_text()))["tree"] == state["tree"]:
+        state = earlier
+    ends: dict[str, list[str]] = {"found": [], "survived": [], "unexpected": [], "error": []}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         scratch = Scratch(args.root.resolve(), Path(folder), args.tier)
         for mutant in chosen(mutants, args):
-            key, room = mutant["id"], mutant["room"]
-            fault = f"{mutant['find']} -> {mutant['replace']}"
+            key, room, fault = mutant["id"], mutant["room"], f"{mutant['find']} -> {mutant['replace']}"
             known = state["rooms"].setdefault(room, {"seconds": 0.0, "files": {}})
             try:
                 if not args.no_check and not known["seconds"]:
-                    by, seconds = scratch.test(room, 7200, known["files"])
+                    by, known["seconds"] = scratch.test(room, 7200, known["files"])
                     if by:
                         raise SystemExit(f"tests/{room} fails without a fault, by {by}")
-                    known["seconds"] = seconds
-                    print(f"passes   {seconds:>7.1f} s  tests/{room}, without a fault", flush=True)
                 entry = state["mutants"].get(key, {})
                 if entry.get("fault") != fault:
                     by, seconds = scratch.plant(mutant, max(args.limit, 2 * known["seconds"]), known["files"])
-                    entry = {"by": by, "seconds": seconds, "fault": fault}
-                    state["mutants"][key] = entry
+                    state["mutants"][key] = entry = {"by": by, "seconds": seconds, "fault": fault}
                     results.write_text(json.dumps(state, indent=1, ensure_ascii=False))
             except CannotTry as error:
                 print(f"error               {key}: {error}", flush=True)
@@ -246,17 +234,15 @@ def main(argv: list[str] | None = None) -> int:
             ends[how].append(key)
             print(f"{how:<8} {entry['seconds']:>7.1f} s  {key}: {entry['by'] or mutant['why']}", flush=True)
             if not (entry["by"] or mutant.get("survived") or mutant.get("survives")):
-                news.append(key)
+                ends["unexpected"].append(key)
             if args.record:
-                kept = {k: v for k, v in mutant.items() if k not in ("found_by", "survived")}
-                end = {"found_by": entry["by"]} if entry["by"] else {"survived": True}
-                mutants[mutants.index(mutant)] = {**kept, **end}
+                mutant |= {"found_by": entry["by"], "survived": not entry["by"]}
                 write_list(args.list, mutants)
-    found, alive = ends["found"], ends["survived"]
-    print(f"{len(found)} of {len(found + alive)} found; survived: {', '.join(alive) or 'none'}")
-    if news:
-        print(f"survived although the list did not say so: {', '.join(news)}")
-    return 2 if ends["error"] else 1 if news else 0
+    total = len(ends["found"] + ends["survived"])
+    print(f"{len(ends['found'])} of {total} found; survived: {', '.join(ends['survived']) or 'none'}")
+    if ends["unexpected"]:
+        print(f"survived although the list did not say so: {', '.join(ends['unexpected'])}")
+    return 2 if ends["error"] else 1 if ends["unexpected"] else 0
 
 
 if __name__ == "__main__":
