@@ -203,9 +203,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background ignores it; tests do not
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup ignores, but tests send
     args = arguments(argv)
     mutants = read_list(args.list)
     results = args.root / "build" / f"mutants-{args.tier}.json"  # to go on from
@@ -241,8 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.record:
                 mutant |= {"found_by": entry["by"], "survived": not entry["by"]}
                 write_list(args.list, mutants)
-    counts = f"{len(ends['found'])} of {len(ends['found'] + ends['survived'])} found"
-    print(f"{counts}; survived: {', '.join(ends['survived']) or 'none'}")
+    print(f"{len(ends['found'])} found; survived: {', '.join(ends['survived']) or 'none'}")
     if ends["unexpected"]:
         print(f"survived although the list did not say so: {', '.join(ends['unexpected'])}")
     return 2 if ends["error"] else 1 if ends["unexpected"] else 0
