@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Two workers that take two threads each would wait for one another, and so would the processes they start.
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if IN_WORKER:
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -83,7 +82,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """All the CPU's tests run in workers where pytest-xdist is, unless files, -n or --pdb were given."""
     option = config.option
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not option.usepdb
-    if whole and not GPU and not IN_WORKER and getattr(option, "numprocesses", 0) is None:
+    if (
+        whole
+        and not GPU
+        and "PYTEST_XDIST_WORKER" not in os.environ
+        and getattr(option, "numprocesses", 0) is None
+    ):
         option.numprocesses, option.dist = WORKERS, "worksteal"
 
 

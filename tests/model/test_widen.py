@@ -53,7 +53,7 @@ def test_widened_model_through_both_phases_and_the_solver():
     assert gcfast.find_head(model, x).name == "classify.head"
     found = gcfast.model.wide_layer.wide_activation(model, None, x)
     assert found.module is pair.wide and found.analytic
-    with gcfast.model.wide_layer.FeatureTap(model, "classify.head") as tap:
+    with gcfast.model.FeatureTap(model, "classify.head") as tap:
         h, out = tap(x)
     torch.testing.assert_close(h, pair.wide(model.body(x)))
     torch.testing.assert_close(out, pair.head(h))

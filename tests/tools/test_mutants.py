@@ -1,0 +1,117 @@
+"""tools/mutants.py: its list fits the sources; it tells faults that tests find from those that they miss."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+TOOL = ROOT / "tools" / "mutants.py"
+ROOMS = {"reference", "storage", "ops", "losses", "nn", "model", "optim", "features", "proofs"}
+ROOMS |= {"certificate", "solve", "jacobian", "cli"}
+
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(not TOOL.is_file() or sys.version_info < (3, 11), reason="needs tools/, Python 3.11"),
+]
+
+
+@pytest.fixture
+def mutants(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import mutants
+
+    return mutants
+
+
+def test_every_fault_has_one_place(mutants):
+    listed = mutants.read_list(TOOL.with_suffix(".toml"))
+    assert len({m["id"] for m in listed}) == len(listed) >= 60
+    assert {m["room"] for m in listed} == ROOMS
+    sources = mutants.source_texts(ROOT)
+    for mutant in listed:
+        mutants.place_of(sources, mutant)  # raises where there is none, or another one, or it changes nothing
+        assert not ("found_by" in mutant and mutant.get("survived"))
+
+
+GOOD = """
+[[mutant]]
+id = "sign"
+room = "numbers"
+why = "the sign of a sum"
+find = "return a + b"
+replace = "return a - b"
+"""
+MISSED = """
+[[mutant]]
+id = "largest"
+room = "numbers"
+why = "an off-by-one"
+find = "range(n)"
+replace = "range(n + 1)"
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A package of two functions, of which tests look at one."""
+    for folder in ("gcfast", "tests/numbers"):
+        (tmp_path / folder).mkdir(parents=True)
+    code = "def add(a, b):\n    return a + b\n\n\ndef upto(n):\n    return list(range(n))\n"
+    (tmp_path / "gcfast" / "__init__.py").write_text(code)
+    test = "from gcfast import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n"
+    (tmp_path / "tests" / "numbers" / "test_add.py").write_text(test)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return tmp_path
+
+
+def run(tree: Path, mutants: str, *options: str) -> subprocess.CompletedProcess[str]:
+    listed = tree / "mutants.toml"
+    listed.write_text("# kept\n" + mutants)
+    command = [sys.executable, str(TOOL), "--root", str(tree), "--list", str(listed), *options]
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_a_found_fault_and_a_survivor(tree, mutants):
+    before = (tree / "gcfast" / "__init__.py").read_text()
+    done = run(tree, GOOD + MISSED)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "sign: tests/numbers/test_add.py::test_add" in done.stdout
+    assert "1 found; survived: largest" in done.stdout
+    assert (tree / "gcfast" / "__init__.py").read_text() == before
+    results = json.loads((tree / "build" / "mutants-default.json").read_text())["mutants"]
+    assert results["sign"]["by"] and not results["largest"]["by"]
+
+    done = run(tree, GOOD + MISSED, "--record")  # goes on from the results
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert (tree / "mutants.toml").read_text().startswith("# kept\n")
+    sign, largest = mutants.read_list(tree / "mutants.toml")
+    assert sign["found_by"] == "tests/numbers/test_add.py::test_add" and largest["survived"]
+    assert run(tree, GOOD + MISSED.strip() + '\nsurvives = "nobody calls it"\n').returncode == 0
+
+
+def test_a_fault_that_no_longer_has_its_place(tree):
+    done = run(tree, GOOD.replace("return a + b", "return a * b"), "--no-check")
+    assert done.returncode == 2 and "occurs 0 times" in done.stdout
+
+
+def test_a_hang_is_found(tree):
+    endless = GOOD.replace("return a - b", "while True: pass")
+    done = run(tree, endless, "--no-check", "--limit", "5")
+    assert done.returncode == 0 and "the time limit of 5 s" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_sample_goes_through_the_list(mutants):
+    listed = [{"id": str(k), "room": "numbers"} for k in range(10)]
+    seen: set[str] = set()
+    for day in range(4):
+        part = mutants.chosen(listed, mutants.arguments(["--sample", "3", "--seed", str(day)]))
+        assert len(part) == 3
+        seen |= {m["id"] for m in part}
+    assert len(seen) == 10

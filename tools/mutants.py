@@ -1,0 +1,249 @@
+"""Plants small faults in a copy of the code, one after the other, and says which of them the tests find.
+
+The faults are listed in tools/mutants.toml, each with the room (the folder of tests/) whose tests ought to
+find it. Its place is found by its text, which occurs exactly once in the sources, so files may be moved. The
+user's own tree is only read; the copy is restored after every fault. Changed C++ is built anew.
+
+    python tools/mutants.py --room proofs --tier all                    all of a room, by all its tests
+    python tools/mutants.py --sample 5 --seed $(date +%F) --no-check    a handful, another one each day
+
+The exit status is 1 if a fault survives of which the list does not say so, 2 if a fault could not be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import tomllib
+
+HERE = Path(__file__).resolve().parent
+CPP = (".cpp", ".h")
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "venv", "shared")
+TIERS = {"default": [], "all": ["-m", "not soundness"]}  # soundness takes minutes a run
+NEEDED = ("id", "room", "why", "find", "replace")
+FIELDS = (*NEEDED, "found_by", "survived", "survives")
+Mutant = dict[str, Any]
+
+
+class CannotTry(Exception):
+    """A fault that could not be planted, built or tested; the message says why."""
+
+
+def read_list(path: Path) -> list[Mutant]:
+    """The mutants of a list, checked for what every one needs."""
+    mutants: list[Mutant] = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
+    for mutant in mutants:
+        if set(NEEDED) - mutant.keys() or mutant.keys() - set(FIELDS):
+            raise SystemExit(f"{path}: {mutant.get('id')}: expected {FIELDS}; got {tuple(mutant)}")
+    return mutants
+
+
+def write_list(path: Path, mutants: list[Mutant]) -> None:
+    """The list again, what stands before the first mutant kept."""
+    text = path.read_text(encoding="utf-8").split("[[mutant]]")[0]
+    for mutant in mutants:
+        keys = [key for key in FIELDS if key in NEEDED or mutant.get(key)]
+        lines = [f"{key} = {json.dumps(mutant[key], ensure_ascii=False)}" for key in keys]
+        text += "\n".join(["[[mutant]]", *lines, "", ""])
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def source_texts(root: Path) -> dict[Path, str]:
+    """The sources that faults are planted in; a link to triton_kernels is no second copy of it."""
+    folders = (root / name for name in ("gcfast", "csrc", "triton_kernels"))
+    found = {path.resolve() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return {p: p.read_text(encoding="utf-8") for p in sorted(found) if p.suffix in (".py", ".cu", *CPP)}
+
+
+def place_of(sources: dict[Path, str], mutant: Mutant) -> tuple[Path, str]:
+    """The file that a mutant changes, and its text with the fault in it."""
+    find, replace = mutant["find"], mutant["replace"]
+    hits = [path for path, text in sources.items() for _ in range(text.count(find))]
+    if len(hits) != 1 or find == replace:
+        where = ", ".join(path.name for path in hits) or "nowhere"
+        raise CannotTry(f"its text must occur once and change; it occurs {len(hits)} times ({where})")
+    changed = sources[hits[0]].replace(find, replace)
+    if hits[0].suffix == ".py":
+        compile(changed, str(hits[0]), "exec")  # a SyntaxError would be found by any test
+    return hits[0], changed
+
+
+def run(command: list[str], folder: Path, limit: float) -> tuple[int | None, str]:
+    """Exit status (None: stopped at the time limit) and output of a command and all that it started."""
+    path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    # no stale byte code; and no fault is planted in CUDA code, which need not be built
+    env = {"GCFAST_CUDA": "0", **os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        options: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, cwd=folder, env=env, **options)
+        status: int | None = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        return status, out.read()
+
+
+class Scratch:
+    """A copy of the tree, its compiled modules included, or built where there are none."""
+
+    def __init__(self, root: Path, folder: Path, tier: str) -> None:
+        self.folder, self.saved, self.tier = folder / "tree", folder / "modules", tier
+        shutil.copytree(root, self.folder, symlinks=True, ignore=NOT_COPIED)
+        link = self.folder / "gcfast" / "triton_kernels"
+        if (self.folder / "triton_kernels").is_dir() and not link.exists():
+            link.symlink_to(Path("..", "triton_kernels"))
+        if (self.folder / "setup.py").is_file() and not list((self.folder / "gcfast").glob("*.so")):
+            self.build()
+        self.saved.mkdir()
+        for module in (self.folder / "gcfast").glob("*.so"):
+            shutil.copy(module, self.saved)
+
+    def build(self) -> None:
+        status, output = run([sys.executable, "setup.py", "build_ext", "--inplace"], self.folder, 3600)
+        if status != 0:
+            raise CannotTry(f"the build failed:\n{output[-3000:]}")
+
+    def test(self, room: str, limit: float, seconds: dict[str, float]) -> tuple[str, float]:
+        """What a room's tests fail by ("": nothing) and after how long; files of few ``seconds`` first."""
+        tests = (self.folder / "tests" / room).rglob("test_*.py")
+        files = [str(path.relative_to(self.folder)) for path in sorted(tests)]
+        files = sorted(files, key=lambda name: seconds.get(name, 0.0)) or [f"tests/{room}"]
+        report = self.saved / "report.xml"
+        options = ["-x", "-q", "-rfE", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+        options += [f"--junitxml={report}", *TIERS[self.tier]]
+        command = [sys.executable, "-m", "pytest", *options, *files]
+        began = time.monotonic()
+        status, output = run(command, self.folder, limit)
+        took = round(time.monotonic() - began, 1)
+        if status is None or status < 0 or status > 128:
+            what = f"the time limit of {limit:.0f} s" if status is None else f"a crash (exit status {status})"
+            return what, took
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+        if status in (1, 2) and failed:
+            return failed[1], took
+        if status != 0:
+            raise CannotTry(f"pytest ended with status {status}:\n{output[-3000:]}")
+        seconds.clear()
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = str(case.get("file"))
+            seconds[name] = round(seconds.get(name, 0.0) + float(case.get("time", 0.0)), 3)
+        return "", took
+
+    def plant(self, mutant: Mutant, limit: float, seconds: dict[str, float]) -> tuple[str, float]:
+        """What finds a fault ("": nothing) and after how long; afterwards the copy is as it was."""
+        sources = source_texts(self.folder)
+        path, changed = place_of(sources, mutant)
+        try:
+            path.write_text(changed, encoding="utf-8")
+            if path.suffix in CPP:
+                self.build()
+            return self.test(mutant["room"], limit, dict(seconds))
+        finally:
+            path.write_text(sources[path], encoding="utf-8")  # newer than its object, which is then made anew
+            for module in self.saved.glob("*.so") if path.suffix in CPP else ():
+                shutil.copy(module, self.folder / "gcfast")
+
+
+def digest(root: Path) -> str:
+    """Of sources and tests: results of others are not taken over."""
+    tests = (path.read_text() for path in sorted((root / "tests").rglob("*.py")))
+    return hashlib.sha256("\0".join((*source_texts(root).values(), *tests)).encode()).hexdigest()
+
+
+def chosen(mutants: list[Mutant], args: argparse.Namespace) -> list[Mutant]:
+    """The mutants asked for, by rooms. A sample goes through the whole list in as many days as that takes."""
+    ids = args.only.split(",") if args.only else [m["id"] for m in mutants]
+    rooms = args.room.split(",") if args.room else sorted({m["room"] for m in mutants})
+    if unknown := set(ids) - {m["id"] for m in mutants}:
+        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}")
+    mutants = [m for m in mutants if m["id"] in ids and m["room"] in rooms]
+    if args.sample:
+        day = int(args.seed) if args.seed.isdigit() else datetime.date.fromisoformat(args.seed).toordinal()
+        mutants = random.Random(0).sample(mutants, len(mutants))
+        count = min(args.sample, len(mutants))
+        mutants = [mutants[(day * count + k) % len(mutants)] for k in range(count)]
+    return sorted(mutants, key=lambda m: rooms.index(m["room"]))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--root", type=Path, default=HERE.parent, help="the tree (default: this one)")
+    add("--list", type=Path, default=HERE / "mutants.toml", help="the list of faults")
+    add("--only", metavar="IDS", help="ids, separated by commas")
+    add("--room", metavar="ROOMS", help="rooms, separated by commas, tried in this order")
+    add("--sample", type=int, metavar="K", help="K faults; --seed says which")
+    add("--seed", default="0", metavar="DAY", help="a date such as 2026-01-31, or a number")
+    add("--tier", choices=TIERS, default="default", help="all: every marker but soundness")
+    add("--limit", type=float, default=600, help="seconds a fault; at least twice its room's")
+    add("--no-check", action="store_true", help="do not test the rooms without a fault first")
+    add("--record", action="store_true", help="write found_by and survived into the list")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup ignores, but tests send
+    args = arguments(argv)
+    mutants = read_list(args.list)
+    results = args.root / "build" / f"mutants-{args.tier}.json"  # to go on from
+    results.parent.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {"tree": digest(args.root), "rooms": {}, "mutants": {}}
+    if results.is_file() and (earlier := json.loads(results.read_text()))["tree"] == state["tree"]:
+        state = earlier
+    ends: dict[str, list[str]] = {"found": [], "survived": [], "unexpected": [], "error": []}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        scratch = Scratch(args.root.resolve(), Path(folder), args.tier)
+        for mutant in chosen(mutants, args):
+            key, room, fault = mutant["id"], mutant["room"], f"{mutant['find']} -> {mutant['replace']}"
+            known = state["rooms"].setdefault(room, {"seconds": 0.0, "files": {}})
+            try:
+                if not args.no_check and not known["seconds"]:
+                    by, known["seconds"] = scratch.test(room, 7200, known["files"])
+                    if by:
+                        raise SystemExit(f"tests/{room} fails without a fault, by {by}")
+                entry = state["mutants"].get(key, {})
+                if entry.get("fault") != fault:
+                    by, seconds = scratch.plant(mutant, max(args.limit, 2 * known["seconds"]), known["files"])
+                    state["mutants"][key] = entry = {"by": by, "seconds": seconds, "fault": fault}
+                    results.write_text(json.dumps(state, indent=1, ensure_ascii=False))
+            except CannotTry as error:
+                print(f"error               {key}: {error}", flush=True)
+                ends["error"].append(key)
+                continue
+            how = "found" if entry["by"] else "survived"
+            ends[how].append(key)
+            print(f"{how:<8} {entry['seconds']:>7.1f} s  {key}: {entry['by'] or mutant['why']}", flush=True)
+            if not (entry["by"] or mutant.get("survived") or mutant.get("survives")):
+                ends["unexpected"].append(key)
+            if args.record:
+                mutant |= {"found_by": entry["by"], "survived": not entry["by"]}
+                write_list(args.list, mutants)
+    print(f"{len(ends['found'])} found; survived: {', '.join(ends['survived']) or 'none'}")
+    if ends["unexpected"]:
+        print(f"survived although the list did not say so: {', '.join(ends['unexpected'])}")
+    return 2 if ends["error"] else 1 if ends["unexpected"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
