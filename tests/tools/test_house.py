@@ -171,7 +171,7 @@ def small(tmp_path) -> Path:
         '__all__ = ["add"]\n',
         "gcfast/ops/sums.py": '"""Sums, one after the other."""\ndef add(): ...\ndef _carry(): ...\n',
         "gcfast/ops/arguments.py": '"""Checks of arguments for everyone."""\n',
-        "gcfast/solve/__init__.py": '"""Solves what users have."""\nfrom gcfast.solve.head import solve_head\n'
+        "gcfast/solve/__init__.py": '"""Solves it all well."""\nfrom gcfast.solve.head import solve_head\n'
         '__all__ = ["solve_head"]\n',
         "gcfast/solve/head.py": '"""The head, and its solution."""\nfrom gcfast.ops import add, arguments\n'
         "from gcfast.nn import big\ndef solve_head(): ...\n",
