@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gcfast.triton_kernels._launch import (
     ARCHITECTURES,
     TRITON_TYPES,
@@ -29,7 +31,6 @@ from gcfast.triton_kernels._launch import (
     multiprocessors,
     run,
 )
-from torch import Tensor
 
 # 8 elements a thread: 8 to 2 KB in flight a program (float64 to half) and its tile of column sums in 16
 # registers of 40 to 96, so that five to ten programs fit a multiprocessor: 10 to 80 KB in flight, where
