@@ -312,16 +312,16 @@ def test_interruption_of_the_solver_keeps_what_was_finished(
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_control_c_in_phase_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gcfast", *SMALL[:-1], "1000000", "--out", str(tmp_path)]
-    process = children.start(command)
-    try:
+    for seconds in (3, 10, 40):  # a busy machine may take long to begin
+        process = children.start(command)
         assert process.stdout is not None
         assert "120 training" in process.stdout.readline()
-        time.sleep(3)
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in err
+        assert process.returncode == 130 and "Traceback" not in err
+        if "during the start" not in err:
+            break
     assert "Interrupted during phase one; what was finished is here." in err
     assert result_of(tmp_path)["status"] == "interrupted"
     assert RunCheckpoint.load(tmp_path / "checkpoint.pt").stage == "phase one"
