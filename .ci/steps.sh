@@ -51,10 +51,11 @@ today() { echo $(($(date +%s) / 86400)); } # a number that grows by one a day
 summary() { # the verdicts once more; exits with what they amount to
   printf '\n== summary, %d s in all\n' "$SECONDS"
   printf '%s\n' "${results[@]}"
-  # pytest's own closing line once more
-  if [ -f "$tmp/pytest.log" ]; then
-    sed 's/\x1b\[[0-9;]*m//g' "$tmp/pytest.log" | grep -E '^=* ?[0-9]+ [a-z]+.* in [0-9.]+s' | tail -n 1 || true
-  fi
+  local log
+  for log in "$tmp"/*.log; do # pytest's own closing lines once more
+    [ ! -f "$log" ] ||
+      sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E '^=* ?[0-9]+ [a-z]+.* in [0-9.]+s' | tail -n 1 || true
+  done
   if [ "$failed" -eq 0 ]; then echo "all passed"; else echo "FAILED"; fi
   exit "$failed"
 }
