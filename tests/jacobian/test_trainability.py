@@ -241,7 +241,7 @@ def test_equal_samples_never_leave_a_positive_bound():
     loss, y = _task("cross_entropy", 8, 3)
     y[2], y[5] = 0, 1
     found = gcfast.trainability(net, x, y, loss)
-    assert found.duplicate_groups == [[2, 5]] and found.carriers == []
+    assert found.copies == [[2, 5]] and found.carriers == []
     for row in [*found.rows, found.total]:
         assert (row.lambda_min_lower, row.margin, row.pl, row.gap_bound) == (0.0, 0.0, 0.0, math.inf)
         assert row.rank == 21 and row.rank_lower <= 21 <= row.rank_upper and row.condition == math.inf
@@ -256,7 +256,7 @@ def test_equal_samples_outweigh_what_is_proved_of_the_stored_gram(monkeypatch):
     module = importlib.import_module("gcfast.jacobian.trainability_run")
     monkeypatch.setattr(module, "prove_least_eigenvalue", lambda k: 1.0)
     found = gcfast.trainability(net, x, torch.zeros(8, 3), "mse")
-    assert found.duplicate_groups == [[2, 5]] and found.carriers == [] and found.total.lambda_min_lower == 0.0
+    assert found.copies == [[2, 5]] and found.carriers == [] and found.total.lambda_min_lower == 0.0
 
 
 def test_rows_that_depend_in_exact_arithmetic_never_leave_a_positive_bound():
@@ -336,10 +336,10 @@ def test_several_inputs_and_a_parameter_used_twice():
     net, left, right = Two().double(), _inputs(6, 1), _inputs(6, 2)
     right[4], left[4] = right[1], left[1]
     loss, y = _task("mse", 6, 2)
-    assert gcfast.trainability(net, (left, right), y, loss).duplicate_groups == [[1, 4]]
+    assert gcfast.trainability(net, (left, right), y, loss).copies == [[1, 4]]
     left[4, 0] += 0.5  # one input alike, the other not
     found = gcfast.trainability(net, {"left": left, "right": right}, y, loss)
-    assert found.duplicate_groups == [] and found.carriers == ["shared", "head"]
+    assert found.copies == [] and found.carriers == ["shared", "head"]
     jacobian = torch.stack(
         [
             torch.cat(
