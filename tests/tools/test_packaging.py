@@ -13,6 +13,7 @@ from pathlib import Path
 import children
 import pytest
 
+import gcfast
 from gcfast._version import __version__
 from gcfast.ops import native
 
@@ -31,6 +32,14 @@ def test_triton_kernels_live_inside_the_package():
     import gcfast.triton_kernels
 
     assert gcfast.triton_kernels.__doc__
+
+
+@needs_source
+def test_every_room_is_installed():
+    installed = Path(gcfast.__file__).parent
+    files = {p.relative_to(ROOT / "gcfast") for p in (ROOT / "gcfast").rglob("*.py")}
+    assert len(files) > 100
+    assert not [str(p) for p in sorted(files) if not (installed / p).is_file()]
 
 
 def test_console_script():
