@@ -18,7 +18,7 @@ from typing import Any
 import _record
 import torch
 
-from gcfast.cli.progress import Progress, format_seconds
+from gcfast.cli.progress import ProgressBar, format_seconds
 
 from . import problem
 from .context import Context, OutOfTime
@@ -103,7 +103,7 @@ def run(
     failed: dict[str, str] = {}
     if missing:
         print(f"{len(missing)} to run, very roughly {format_seconds(total)}", flush=True)
-    with Progress(f"{len(missing)} cells", 1000) as progress:
+    with ProgressBar(f"{len(missing)} cells", 1000) as progress:
         bar = _Bar(missing, progress, messages)
         threads = torch.get_num_threads() if device != "cpu" else 1
         batches = [(together, side, threads)] + [([c], 1, torch.get_num_threads()) for c in alone]
