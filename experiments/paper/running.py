@@ -124,7 +124,7 @@ def run(
 class _Bar:
     """What is done, weighed by what it was thought to cost."""
 
-    def __init__(self, cells: Sequence[Cell], progress: Progress, messages: Any) -> None:
+    def __init__(self, cells: Sequence[Cell], progress: ProgressBar, messages: Any) -> None:
         self.cost = {c.name: c.cost for c in cells}
         self.share = dict.fromkeys(self.cost, 0.0)
         self.progress, self.messages = progress, messages
