@@ -245,5 +245,5 @@ def test_a_failed_build_leaves_what_it_can(session, monkeypatch, working):
     assert not good and modes[:2] == ["1", "0"]
     assert ("_cuda" in note) == (working == "0")
     if working is None:
-        assert (session.work / "site/gcfast/ops.py").is_file()
+        assert (session.work / "site/gcfast/ops/__init__.py").is_file()
         assert (session.work / "site/gcfast/triton_kernels/_launch.py").is_file()
