@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Two workers that take two threads each would wait for one another, and so would the processes they start.
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if IN_WORKER:
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # What a shell runs in the background ignores the interrupt, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -39,6 +38,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
     not _dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
 )
 WORKERS = 2
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # or in a process that a test started there
 
 
 def on_gpu(*values: object, **options: Any) -> list[Any]:
