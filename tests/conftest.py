@@ -37,6 +37,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
 )
 ANALYTIC = tuple(name for name in reference.ACTIVATIONS if name != "relu")
 WORKERS = 2
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # or in a process that a test started there
 
 
 def on_gpu(*values: object, **options: Any) -> list[Any]:

@@ -140,7 +140,8 @@ TWO_FORMS = [
     *("embedding", "embedding, repeated", "embedding, one a sample"),
     *("used twice", "tied weights, own biases", "residual network"),
 ]
-FORMED = [(name, "chosen") for name in CASES] + [(name, form) for name in TWO_FORMS for form in FORMS]
+FORMED = [(name, form) for name in TWO_FORMS for form in FORMS]
+FORMED += [(name, "chosen") for name in CASES if name not in TWO_FORMS]
 
 
 @pytest.mark.parametrize(
@@ -166,10 +167,11 @@ def test_both_forms_and_all_tiles(truth, form, monkeypatch):
     found = jac.gram()
     assert far(found, k) < CLOSE and torch.equal(found, found.T)
     assert far(jac.gram(trace=True), traced(k, c)) < CLOSE
-    assert far(jac.gram(other=truth.x), k) < CLOSE
-    assert far(jac.gram(other=truth.x, trace=True), traced(k, c)) < CLOSE
     assert far(jac.diag().flatten(), k.diagonal()) < CLOSE
     assert far(jac.sketch(3), sketch) < CLOSE
+    if form != "chosen":
+        assert far(jac.gram(other=truth.x), k) < CLOSE
+        assert far(jac.gram(other=truth.x, trace=True), traced(k, c)) < CLOSE
     jac._engine._batched = False
     assert far(jac.gram(), k) < CLOSE and far(jac.diag().flatten(), k.diagonal()) < CLOSE
 
