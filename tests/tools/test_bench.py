@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import _compare
 import _record
+import children
 import pytest
 import table
 import torch
@@ -86,7 +86,7 @@ def test_the_smallest_sizes_run_once(clock, monkeypatch):
 def test_the_smallest_sizes_are_not_recorded(tmp_path):
     command = [sys.executable, "-m", "pytest", str(table.ROOT / "bench"), "--smallest", "--collect-only"]
     env = {**os.environ, _record.OUT: str(tmp_path / "run.json")}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = children.run(command, env=env, cwd=tmp_path, timeout=120)
     assert done.returncode == 4
     assert f"--smallest measures nothing: {_record.OUT} must not be set" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import children
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +250,7 @@ def linted(tmp_path_factory):
         place.write_text(f"{before or ''}\n{line}\n")
         code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
         try:
-            return subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+            return children.run([sys.executable, "-c", code], cwd=tree)
         finally:
             place.unlink() if before is None else place.write_text(before)
 

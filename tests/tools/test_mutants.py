@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
@@ -75,7 +76,7 @@ def run(tree: Path, mutants: str, *options: str) -> subprocess.CompletedProcess[
     listed.write_text("# kept\n" + mutants)
     command = [sys.executable, str(TOOL), "--root", str(tree), "--list", str(listed), *options]
     env = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return children.run(command, env=env)
 
 
 def test_a_found_fault_and_a_survivor(tree, mutants):

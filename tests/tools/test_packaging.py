@@ -67,7 +67,7 @@ def needs_build_system() -> None:
 
 
 def setup_py(*args: str, tree: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    return children.run([sys.executable, "setup.py", *args], cwd=ROOT, env={**os.environ, **env})
+    return children.run([sys.executable, "setup.py", *args], cwd=tree, env={**os.environ, **env})
 
 
 @needs_source
