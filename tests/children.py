@@ -28,6 +28,7 @@ for pid in living:
             pass
 """
 
+Popen = subprocess.Popen  # as it is, whatever a test puts in its place
 _children: list[Child] = []
 _watchers: list[subprocess.Popen[str]] = []  # one, once there was a child
 
@@ -84,7 +85,7 @@ def adopt(pid: int) -> int:
 def _tell(line: str) -> None:
     if not _watchers:
         command = [sys.executable, "-S", "-c", WATCHER]
-        _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True))
+        _watchers.append(Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True))
     pipe = _watchers[0].stdin
     assert pipe is not None
     pipe.write(f"{line}\n")
