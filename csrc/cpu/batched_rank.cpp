@@ -14,33 +14,99 @@
 #include <stdexcept>
 #include <vector>
 
-#include "deflation.h"
-#include "lanes.h"
+#include "batched_rank_passes.h"
+
+#if defined(__clang__)
+#define GCFAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GCFAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bits{__VA_ARGS__})
+#endif
 
 namespace gcfast::cpu {
 namespace {
 
+template <class T>
+__attribute__((always_inline)) inline void load8(const T* p, Doubles& v) {
+  for (int k = 0; k < kLanes; ++k) v[k] = static_cast<double>(p[k]);
+}
+
+__attribute__((always_inline)) inline void transpose8(Doubles* v) {
+  Doubles t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = GCFAST_SHUFFLE(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    t[i + 1] = GCFAST_SHUFFLE(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      v[i + j] = GCFAST_SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      v[i + j + 2] = GCFAST_SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int j = 0; j < 4; ++j) {
+    t[j] = GCFAST_SHUFFLE(v[j], v[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    t[j + 4] = GCFAST_SHUFFLE(v[j], v[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+
+// out[i * outer_step + k * inner_step] for i < outer, k < inner: the elements at base + i * outer_stride + k, in lanes.
+template <class T>
+__attribute__((always_inline)) inline void pack_rows(const Group<T>& g, int64_t offset, int outer, int64_t outer_stride,
+                                                     int inner, Doubles* out, int outer_step, int inner_step) {
+  for (int i = 0; i < outer; ++i) {
+    const int64_t at = offset + i * outer_stride;
+    int k = 0;
+    for (; k + 8 <= inner; k += 8) {
+      Doubles v[8];
+      for (int l = 0; l < kLanes; ++l) load8(g.base[l] + at + k, v[l]);
+      transpose8(v);
+      for (int q = 0; q < 8; ++q) out[i * outer_step + (k + q) * inner_step] = v[q] * g.scale;
+    }
+    for (; k < inner; ++k) {
+      Doubles v;
+      for (int l = 0; l < kLanes; ++l) v[l] = static_cast<double>(g.base[l][at + k]);
+      out[i * outer_step + k * inner_step] = v * g.scale;
+    }
+  }
+}
+
+template <class T>
+__attribute__((always_inline)) inline void pack(const Group<T>& g, int n, int padded, int64_t k0, int columns,
+                                                Doubles* panel) {
+  const int64_t at = k0 * g.column_stride;
+  if (g.row_stride == 1) {
+    pack_rows(g, at, columns, g.column_stride, n, panel, padded, 1);
+  } else if (g.column_stride == 1) {
+    pack_rows(g, at, n, g.row_stride, columns, panel, 1, padded);
+  } else {
+    for (int k = 0; k < columns; ++k)
+      for (int i = 0; i < n; ++i) {
+        Doubles v;
+        for (int l = 0; l < kLanes; ++l)
+          v[l] = static_cast<double>(g.base[l][at + k * g.column_stride + i * g.row_stride]);
+        panel[k * padded + i] = v * g.scale;
+      }
+  }
+  for (int k = 0; k < columns; ++k)
+    for (int i = n; i < padded; ++i) panel[k * padded + i] = Doubles{};
+}
+
+GCFAST_CLONES void pack_f32(const Group<float>& g, int n, int padded, int64_t k0, int columns, Doubles* panel) {
+  pack(g, n, padded, k0, columns, panel);
+}
+GCFAST_CLONES void pack_f64(const Group<double>& g, int n, int padded, int64_t k0, int columns, Doubles* panel) {
+  pack(g, n, padded, k0, columns, panel);
+}
+
+GCFAST_CLONES void add_panel(const Single& e, const Doubles* panel, int columns, bool first) {
+  for (int j0 = 0; j0 < e.padded; j0 += kTile)
+    for (int i0 = j0; i0 < e.padded; i0 += kTile) add_tile(e, panel, columns, first, i0, j0);
+}
 GCFAST_CLONES void examine(const Single& e, int64_t m, const RankOptions* options, RankBounds* bounds,
                            RankVerdict* verdict) {
   const Doubles trace = e.trace(Alone());
   Doubles error;
   for (int l = 0; l < kLanes; ++l) error[l] = gram_error_double(m, trace[l]);
   e.examine(Alone(), m, error, options, bounds, verdict);
-}
-GCFAST_CLONES void measure(const Single& e, Doubles& trace, Doubles& quotient) {
-  trace = e.trace(Alone());
-  quotient = e.rayleigh(Alone(), 1.0 / trace);
-}
-GCFAST_CLONES void examine(const Double& e, int64_t m, const Doubles& error, const RankOptions* options,
-                           RankVerdict* verdict) {
-  RankBounds bounds[kLanes];
-  e.examine(Alone(), m, error, options, bounds, verdict);
-}
-
-// Columns a panel: of double it stays in the first cache with the rows of a tile, of double-double it is long enough
-// for the sums to be worth their ends.
-int panel_columns(int padded, bool doubled) {
-  return doubled ? ProductSum<Doubles>::kTerms : std::clamp((32 << 10) / (64 * padded), 8, 64);
 }
 
 // Vectors of memory that a group needs.
@@ -49,50 +115,6 @@ int64_t vectors_of(int n, bool doubled) {
   const int width = panel_columns(static_cast<int>(padded), doubled);
   const int64_t panel = padded * (width + 1);
   return panel + (doubled ? 2 * Double::numbers(n) : Single::numbers(n) + deflation_vectors(padded, width));
-}
-
-// Bounds ranks from above where the tolerance is beyond double's Gram.
-template <class T>
-void deflate(const Group<T>& g, const Single& e, int64_t m, Doubles* panel, int width, RankBounds* bounds,
-             RankVerdict* verdict) {
-  int low[kLanes], count[kLanes];
-  double tolerance[kLanes] = {};
-  bool tiles[kLargest / kTile], whole[kLargest / kTile], any = false;
-  for (int l = 0; l < kLanes; ++l) any = any || verdict[l].rank < 0;
-  if (!any) return;
-  any = false;
-  Doubles traces, quotient;
-  measure(e, traces, quotient);
-  Doubles shift = traces;
-  const Doubles least = traces * 0x1p-206;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = -1;
-    if (verdict[l].rank >= 0 || !(verdict[l].sigma_max_upper < HUGE_VAL) || !(verdict[l].lower > 0)) continue;
-    bounds[l].rayleigh(quotient[l]);
-    if (bounds[l].resolves()) continue;
-    tolerance[l] = bounds[l].least_tolerance();
-    shift[l] = bounds[l].shift_above();
-    low[l] = static_cast<int>(verdict[l].lower);
-    any = true;
-  }
-  if (!any) return;
-  Deflation d;
-  d.t = panel + static_cast<int64_t>(width) * e.padded;
-  d.leading = d.t + static_cast<int64_t>(e.padded) * e.padded;
-  d.unit = d.leading + static_cast<int64_t>(e.padded) * e.padded;
-  d.changed = d.unit + e.padded;
-  d.b_leading = d.changed + e.padded;
-  d.tiles = tiles;
-  d.whole = whole;
-  find_combinations(e, shift, least, low, d);
-  for (int64_t k0 = 0; k0 < m; k0 += width) {
-    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
-    pack_panel(g, e.n, e.padded, k0, columns, panel);
-    add_deflated(e, panel, columns, d);
-  }
-  count_deflated(e, m, tolerance, d, count);
-  for (int l = 0; l < kLanes; ++l)
-    if (low[l] >= 0 && count[l] == low[l]) verdict[l].rank = verdict[l].upper = low[l];
 }
 
 template <class T>
@@ -108,29 +130,6 @@ void in_double(const Group<T>& g, int n, int64_t m, Doubles* memory, const RankO
   RankBounds bounds[kLanes];
   examine(e, m, options, bounds, verdict);
   deflate(g, e, m, panel, width, bounds, verdict);
-}
-
-template <class T>
-void in_double_double(const Group<T>& g, int n, int64_t m, Doubles* memory, const RankOptions* options,
-                      RankVerdict* verdict) {
-  const Double e(n, reinterpret_cast<Doubled*>(memory));
-  Doubles *unit = memory + 2 * Double::numbers(n), *panel = unit + e.padded, spread;
-  const int width = panel_columns(e.padded, true);
-  std::fill_n(unit, e.padded, Doubles{});
-  for (int64_t k0 = 0; k0 < m; k0 += width) {
-    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
-    pack_panel(g, n, e.padded, k0, columns, panel);
-    add_squares(panel, columns, e.padded, unit);
-  }
-  to_units(unit, e.padded, spread);
-  for (int64_t k0 = 0; k0 < m; k0 += width) {
-    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
-    if (m > width) pack_panel(g, n, e.padded, k0, columns, panel);
-    add_panel(e, panel, columns, k0 == 0, unit);
-  }
-  Doubles error;
-  for (int l = 0; l < kLanes; ++l) error[l] = gram_error_doubled(m, (m + width - 1) / width, spread[l]);
-  examine(e, m, error, options, verdict);
 }
 
 template <class T> struct Task {
@@ -246,6 +245,14 @@ template <class T> int64_t run(BatchedRankArgs<T> a) {
 }
 
 }  // namespace
+
+// A function with clones that has no internal linkage would be exported, whatever -fvisibility says.
+void pack_panel(const Group<float>& g, int n, int padded, int64_t k0, int columns, Doubles* panel) {
+  pack_f32(g, n, padded, k0, columns, panel);
+}
+void pack_panel(const Group<double>& g, int n, int padded, int64_t k0, int columns, Doubles* panel) {
+  pack_f64(g, n, padded, k0, columns, panel);
+}
 
 int64_t batched_rank(const BatchedRankArgs<float>& a) { return run(a); }
 int64_t batched_rank(const BatchedRankArgs<double>& a) { return run(a); }

@@ -1,7 +1,12 @@
-// core/deflation.h for matrices in lanes.
-#pragma once
+// The end of batched_rank's pass in double, where the tolerance is beyond its Gram: core/deflation.h for matrices in
+// lanes.
+#pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined
+
+#include <algorithm>
+#include <cmath>
+
 #include "../core/deflation.h"
-#include "lanes.h"
+#include "batched_rank_passes.h"
 
 namespace gcfast::cpu {
 namespace {
@@ -14,8 +19,6 @@ struct Deflation {
   bool *tiles, *whole;      // tiles of rows that change in some lane, and in all: those columns hold only T's ones
   Doubles off;              // the square of the Frobenius norm of A - T B
 };
-
-int64_t deflation_vectors(int padded, int width) { return (2 * static_cast<int64_t>(padded) + 2 + width) * padded; }
 
 // T, from the pivots at `shift`; the Gram of the rows that change is cleared.
 GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, const Doubles& least, const int* low,
@@ -164,5 +167,59 @@ GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tole
     count[l] = square[l] > 0 && pivots.size[l] <= deflated_size(e.n) ? static_cast<int>(pivots.positive[l]) : -1;
 }
 
+GCFAST_CLONES void measure(const Single& e, Doubles& trace, Doubles& quotient) {
+  trace = e.trace(Alone());
+  quotient = e.rayleigh(Alone(), 1.0 / trace);
+}
+
 }  // namespace
+
+template <class T>
+void deflate(const Group<T>& g, const Single& e, int64_t m, Doubles* panel, int width, RankBounds* bounds,
+             RankVerdict* verdict) {
+  int low[kLanes], count[kLanes];
+  double tolerance[kLanes] = {};
+  bool tiles[kLargest / kTile], whole[kLargest / kTile], any = false;
+  for (int l = 0; l < kLanes; ++l) any = any || verdict[l].rank < 0;
+  if (!any) return;
+  any = false;
+  Doubles traces, quotient;
+  measure(e, traces, quotient);
+  Doubles shift = traces;
+  const Doubles least = traces * 0x1p-206;
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = -1;
+    if (verdict[l].rank >= 0 || !(verdict[l].sigma_max_upper < HUGE_VAL) || !(verdict[l].lower > 0)) continue;
+    bounds[l].rayleigh(quotient[l]);
+    if (bounds[l].resolves()) continue;
+    tolerance[l] = bounds[l].least_tolerance();
+    shift[l] = bounds[l].shift_above();
+    low[l] = static_cast<int>(verdict[l].lower);
+    any = true;
+  }
+  if (!any) return;
+  Deflation d;
+  d.t = panel + static_cast<int64_t>(width) * e.padded;
+  d.leading = d.t + static_cast<int64_t>(e.padded) * e.padded;
+  d.unit = d.leading + static_cast<int64_t>(e.padded) * e.padded;
+  d.changed = d.unit + e.padded;
+  d.b_leading = d.changed + e.padded;
+  d.tiles = tiles;
+  d.whole = whole;
+  find_combinations(e, shift, least, low, d);
+  for (int64_t k0 = 0; k0 < m; k0 += width) {
+    const int columns = static_cast<int>(std::min<int64_t>(width, m - k0));
+    pack_panel(g, e.n, e.padded, k0, columns, panel);
+    add_deflated(e, panel, columns, d);
+  }
+  count_deflated(e, m, tolerance, d, count);
+  for (int l = 0; l < kLanes; ++l)
+    if (low[l] >= 0 && count[l] == low[l]) verdict[l].rank = verdict[l].upper = low[l];
+}
+
+template void deflate(const Group<float>& g, const Single& e, int64_t m, Doubles* panel, int width, RankBounds* bounds,
+                      RankVerdict* verdict);
+template void deflate(const Group<double>& g, const Single& e, int64_t m, Doubles* panel, int width,
+                      RankBounds* bounds, RankVerdict* verdict);
+
 }  // namespace gcfast::cpu
