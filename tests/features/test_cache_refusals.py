@@ -165,6 +165,19 @@ def test_a_replaced_weight_is_noticed_at_once():
         cache.head(cache.features)
 
 
+def test_a_weight_whose_memory_was_exchanged_is_noticed_at_once():
+    """`p.data = ...`, by which averaged weights are swapped in: the same parameter, of the same version."""
+    model, _ = in_phase_two()
+    cache = gcfast.FeatureCache(model, data())
+    own = model[0].weight.data
+    model[0].weight.data = 0.5 * own
+    for use in (lambda: cache.head(cache.features), lambda: cache.batches(8)):
+        with pytest.raises(RuntimeError, match=r"'0\.weight' changed"):
+            use()
+    model[0].weight.data = own
+    assert len(cache.head(cache.features)) == N
+
+
 def test_another_model_can_be_compared_with():
     model, opt = in_phase_two()
     cache = gcfast.FeatureCache(model, data())
