@@ -88,6 +88,15 @@ def test_the_table_names_every_form_and_its_reason():
     assert "fails at once" in gcfast.plan(n=500, m=300, c=2, rates=RATES)["certify"].form
 
 
+def test_the_ones_column_of_the_bias_is_planned_with():
+    """m features and the ones column give rank m + 1 at most: a sample more is one too many."""
+    h = torch.randn((13, 11), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for n in (12, 13):
+        enough = gcfast.certify(h[:n]).status == "holds"
+        form = gcfast.plan(n=n, m=11, c=2, rates=RATES)["certify"].form
+        assert enough == (n == 12) and ("fails at once" in form) == (not enough)
+
+
 def test_a_model_is_planned_without_running_it():
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 90), torch.nn.Tanh()
