@@ -97,6 +97,19 @@ def test_the_ones_column_of_the_bias_is_planned_with():
         assert enough == (n == 12) and ("fails at once" in form) == (not enough)
 
 
+@pytest.mark.parametrize("n", [300, 6000, 20_000])
+def test_no_form_of_the_gram_counts_less_than_it_stores(n):
+    s = gram_forms.Sizes(n, n + n // 10, 10, None, torch.float64, torch.device("cpu"))
+    stored = {"dense": n * n, "tiles": n * (n + 1) // 2}
+    forms = [o for o in gram_forms.options(s, False, False, None, RATES) if o.form in stored]
+    assert len(forms) == 4
+    for form in forms:
+        assert form.bytes >= form.dtype.itemsize * stored[form.form], form.name
+    room = 8 * n * n - 1
+    fitting = [o for o in gram_forms.options(s, False, False, room, RATES) if o.bytes <= room]
+    assert "K whole, float64" not in {o.name for o in fitting}
+
+
 def test_a_model_is_planned_without_running_it():
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 90), torch.nn.Tanh()
