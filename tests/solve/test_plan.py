@@ -12,6 +12,7 @@ from gcfast.proofs import rounding
 from gcfast.proofs import tiles as _tiles
 from gcfast.proofs.rounding import Tiling
 from gcfast.solve import gram_forms, planning
+from gcfast.solve.grams import FreeGram
 
 RATES = Rates(3e11, 1.5e11, 2e10)
 
@@ -108,6 +109,17 @@ def test_no_form_of_the_gram_counts_less_than_it_stores(n):
     room = 8 * n * n - 1
     fitting = [o for o in gram_forms.options(s, False, False, room, RATES) if o.bytes <= room]
     assert "K whole, float64" not in {o.name for o in fitting}
+
+
+def test_rows_of_a_gram_that_is_never_stored_are_its_own():
+    """Also those that stay in the cache while others have to leave it, in whatever order they are asked."""
+    wide, _, _ = _problem()
+    whole = wide.panel(0, 400)
+    exact = whole @ whole.mT + 1.0
+    gram = FreeGram(wide, True, torch.float64, 6)
+    for index in ([0, 1, 2, 3], [9, 2, 4, 1], [4, 9, 5], [1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 0]):
+        rows = gram.rows(torch.tensor(index))
+        torch.testing.assert_close(rows, exact[index], rtol=1e-5, atol=1e-4)
 
 
 def test_a_model_is_planned_without_running_it():
