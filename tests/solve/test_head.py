@@ -271,6 +271,18 @@ def test_weight_decay_is_that_of_torch_optim(name):
     torch.testing.assert_close(solution.weight, w, rtol=0, atol=1e-3)
 
 
+def test_the_path_ends_at_the_weight_decay():
+    """A small one, which several points of the path precede."""
+    make, value = LOSSES["cross_entropy"]
+    h, targets = _features(), make(60, 4)
+    solution = gcfast.solve_head(h, targets, weight_decay=2e-4, target_gap=1e-8)
+    assert len(solution.path) > 1 and solution.regularization == solution.path[-1][0] == 2e-4
+    zero = (torch.zeros(4, 90, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+    _, _, best = _regularised_minimum(h, targets, zero, 2e-4, value)
+    norm2 = float((solution.weight**2).sum() + (solution.bias**2).sum())
+    assert solution.converged and abs(solution.loss + 1e-4 * norm2 - best) <= 1e-8
+
+
 def test_sgd_descends_to_the_target():
     solution = gcfast.solve_head(
         _features(40, 300), _labels(40), method="sgd", target_gap=5e-2, max_iterations=2000
