@@ -161,6 +161,30 @@ def test_the_working_set_has_no_float64_beyond_its_room():
     assert torch.allclose(working.gram, exact, rtol=1e-14) and not torch.equal(working.gram.float(), before)
 
 
+def test_samples_that_only_the_bias_feels_keep_the_working_set_from_certifying(monkeypatch):
+    """Pairs h, -h of one label cancel in the gradient of the weights, not in that of the bias."""
+    from gcfast.features.checks import as_features
+    from gcfast.losses import resolve_loss
+    from gcfast.solve import working_set
+    from gcfast.solve.problem import HeadProblem
+
+    h = torch.zeros((36, 30), dtype=torch.float64)
+    h[:6, :10] = _features(6, 10)
+    pairs = _features(15, 20, seed=1)
+    h[6:, 10:] = torch.stack([pairs, -pairs], 1).flatten(0, 1)
+    y = torch.tensor([0, 1, 2, 0, 1, 2] + 30 * [0])
+    start = torch.zeros((3, 30), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), *start, 0.0)
+    working = working_set.WorkingSet(problem)
+    working.add(torch.arange(6))
+    zero = torch.zeros((36, 3), dtype=torch.float64)
+    polished = lambda: working_set._polish(working, problem, zero, zero, 1e-2, 10.0)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(working_set, "FINE", math.inf)  # no sample joins
+        assert polished() is None
+    assert polished() is not None and len(working.rows) == 36
+
+
 def test_a_killed_working_set_goes_on_in_float64(tmp_path):
     h, y = _many()
     h = (h + 300).float()
