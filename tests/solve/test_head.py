@@ -271,6 +271,27 @@ def test_nearest_moves_no_further_than_needed():
     assert far(near) <= far(gd) * 1.01
 
 
+def test_no_head_is_farther_from_the_minimiser_than_its_bound():
+    """Far from all targets Huber's loss is linear, the minimiser has a closed form and the bound is sharp."""
+    from gcfast.features.checks import as_features
+    from gcfast.losses import Huber
+    from gcfast.solve.problem import HeadProblem
+    from gcfast.solve.solution import evaluate_head
+
+    h, y, lam = _features(20, 6), torch.full((20, 2), 100.0, dtype=torch.float64), 0.3
+    zero = torch.zeros((2, 6), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    problem = HeadProblem(as_features(h), y, Huber(), *zero, 0.0)
+    nearest = torch.cat([h.mean(0), torch.ones(1)]).expand(2, 7) / (2 * lam)  # each slope is 1/2
+    fields = dict.fromkeys(("method", "reason", "interrupted", "iterations", "products", "peak_bytes"), 0)
+    for step in (0.0, 0.01, 1.0):
+        u = nearest + step * _features(2, 7, seed=3)
+        solution = evaluate_head(
+            problem, u[:, :6], u[:, 6], lam=lam, gap_target=1.0, weight_decay=0.0, **fields
+        )
+        bound = solution.distance_bound * float(u.norm())
+        assert bound == pytest.approx(float((u - nearest).norm()), rel=1e-6, abs=1e-6)
+
+
 def test_exact_is_the_limit_of_gradient_descent():
     h, start = _features(30, 50), _start(50, 2)
     y = _features(30, 2, seed=5)
