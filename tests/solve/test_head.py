@@ -292,6 +292,22 @@ def test_no_head_is_farther_from_the_minimiser_than_its_bound():
         assert bound == pytest.approx(float((u - nearest).norm()), rel=1e-6, abs=1e-6)
 
 
+def test_the_loss_that_decides_is_that_of_the_head_as_stored():
+    from gcfast.features.checks import as_features
+    from gcfast.losses import resolve_loss
+    from gcfast.solve.problem import HeadProblem
+
+    h, y = _features(dtype=torch.float32), _labels()
+    w, b = (1e4 * part for part in _start())  # of which float32 keeps three digits behind the point
+    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), w, b, 0.0)
+    du, db = _features(4, 90, seed=5), _features(1, 4, seed=6)[0]
+    for dw, dv in ((du, 0 * db), (0 * du, db), (du, db)):
+        stored = h.double() @ (w + dw).float().double().T + (b + dv).float().double()
+        true = float(F.cross_entropy(stored, y))
+        assert problem.stored_loss(dw, dv) == pytest.approx(true, rel=1e-12)
+        assert problem.mean_loss(problem.logits(w + dw, b + dv)) != pytest.approx(true, rel=1e-10)
+
+
 def test_exact_is_the_limit_of_gradient_descent():
     h, start = _features(30, 50), _start(50, 2)
     y = _features(30, 2, seed=5)
