@@ -69,6 +69,29 @@ def test_relu_is_served_by_the_direct_route_and_refused_by_the_theorem():
         gcfast.certify(body, _data(), route="theorem")
 
 
+class _Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, h):
+        return self.function(h)
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [(lambda h: h / (1 + h.amax(1, keepdim=True)), "amax"), (lambda h: h * float(h.sum()), "local_scalar")],
+    ids=["analytic only somewhere", "unknown"],
+)
+def test_the_theorem_is_not_applied_where_analyticity_is_in_doubt(function, operator):
+    model = _model(activation=_Between(function))
+    with pytest.raises(ValueError, match=f"real analytic in the hidden weights; .*{operator}"):
+        gcfast.certify(model, _data(), route="theorem")
+    with pytest.raises(MemoryError):  # nor does it step in where the direct route has no room
+        gcfast.certify(model, _data(), max_bytes=1000)
+    assert gcfast.certify(model, _data()).route == "direct"
+
+
 def test_conflicting_copies_are_named_and_enter_the_infimum():
     x, y = _data()
     x[7] = x[3]

@@ -257,6 +257,15 @@ def test_damaged_checkpoint(capsys: pytest.CaptureFixture[str], finished: Path, 
     assert code == 2 and "was not written by gcfast train" in err
 
 
+def test_checkpoint_of_another_format_version(
+    capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path
+) -> None:
+    content = torch.load(finished / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "version": content["version"] + 1}, tmp_path / "later.pt")
+    code, _, err = run(capsys, "certify", tmp_path / "later.pt", "digits")
+    assert code == 2 and "later.pt has format version 2, this gcfast reads 1" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", ["matplotlib.figure", "sklearn.datasets"])
 def test_missing_package_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str

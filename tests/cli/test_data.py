@@ -25,8 +25,8 @@ from image_files import (
 )
 
 from gcfast.cli.data.datasets import load_dataset
-from gcfast.cli.data.formats import read_svhn
-from gcfast.cli.data.split import DataSplit
+from gcfast.cli.data.formats import Images, read_svhn
+from gcfast.cli.data.split import DataSplit, Raw, standardise
 from gcfast.errors import UserError
 
 
@@ -247,6 +247,19 @@ def test_given_statistics_replace_the_data_s_own(tmp_path: Path) -> None:
     arrays = write_mnist_raw(tmp_path)
     data = load_dataset("mnist", tmp_path, statistics=((0.5,), (0.25,)))
     np.testing.assert_allclose(data.x_train[:, 0].numpy(), (arrays["train"] / 255.0 - 0.5) / 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_constant_channel_is_centred_and_not_scaled(value: int) -> None:
+    images = random_images(12, 4, 4, 3)
+    images[:, 1] = value
+    unseen = random_images(5, 4, 4, 3)
+    labels = np.arange(12) % 2
+    raw = Raw(Images(images, labels), Images(unseen, labels[:5]), ("a", "b"), 255.0, "here")
+    data = standardise("folder", raw, None, None, None)
+    assert data.std[1] == 1.0 and data.mean[1] == value / 255
+    assert bool((data.x_train[:, 1] == 0).all())
+    np.testing.assert_allclose(data.x_test[:, 1].numpy(), (unseen[:, 1] / 255.0 - value / 255), atol=1e-6)
 
 
 def test_bad_arguments() -> None:

@@ -45,6 +45,25 @@ def test_data_are_refused(given, message):
         gcfast.FeatureCache(model, given)
 
 
+class Restless(nn.Module):
+    """Noise from a generator of its own, which evaluation mode does not end."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, z):
+        return z + 0.01 * torch.randn(z.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("use", [gcfast.FeatureCache, gcfast.certify], ids=["FeatureCache", "certify"])
+def test_features_that_are_others_each_time_are_refused(use):
+    model = nn.Sequential(nn.Linear(D, 12), Restless(), nn.Linear(12, 3))
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="model: the same inputs gave other features in a second look"):
+        use(model, data())
+
+
 def test_arguments_are_named():
     model, _ = in_phase_two("linear")
     with pytest.raises(ValueError, match="store: expected one of 'auto', 'below', 'features'; got 'z'"):
@@ -144,6 +163,19 @@ def test_a_replaced_weight_is_noticed_at_once():
     model[0].weight = nn.Parameter(torch.zeros(12, D), requires_grad=False)
     with pytest.raises(RuntimeError, match=r"'0\.weight' changed"):
         cache.head(cache.features)
+
+
+def test_a_weight_whose_memory_was_exchanged_is_noticed_at_once():
+    """`p.data = ...`, by which averaged weights are swapped in: the same parameter, of the same version."""
+    model, _ = in_phase_two()
+    cache = gcfast.FeatureCache(model, data())
+    own = model[0].weight.data
+    model[0].weight.data = 0.5 * own
+    for use in (lambda: cache.head(cache.features), lambda: cache.batches(8)):
+        with pytest.raises(RuntimeError, match=r"'0\.weight' changed"):
+            use()
+    model[0].weight.data = own
+    assert len(cache.head(cache.features)) == N
 
 
 def test_another_model_can_be_compared_with():

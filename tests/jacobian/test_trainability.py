@@ -405,6 +405,15 @@ def test_rounding_is_not_underestimated():
             assert low.total.gap_bound == math.inf and not low.total.reason.startswith("could")
 
 
+def test_rounding_of_a_long_sum_is_not_underestimated():
+    """K of one sample is |x|^2 + 1: a sum of a million terms, of which float32 rounds every one."""
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(1_000_000, 1), torch.rand(1, 1_000_000), torch.ones(1, 1)
+    low = gcfast.trainability(net, x, y, "mse", dtype=torch.float32).total
+    exact = float(x.double().square().sum()) + 1
+    assert abs(low.lambda_max - exact) <= low.rounding <= 1e-3 * exact
+
+
 def test_model_is_left_as_it_was():
     net, x = _net().float(), _inputs().float()
     before = {k: v.clone() for k, v in net.state_dict().items()}

@@ -176,6 +176,23 @@ def test_huber_infimum_of_groups_with_outliers(delta, scale):
     assert float(got.abs().max()) <= 1e-13 * float(bound)
 
 
+@pytest.mark.parametrize("u", [1e-6, 1e-4, 9e-4, 1.1e-3, 0.1, 0.9])
+def test_gap_bound_is_no_lower_than_a_loss_that_meets_it(u):
+    """The excess over L* by log1p: a loss less its infimum would lose the digits that matter."""
+    near_sure = -math.log1p(-u)  # of label 1 where 1 - u is its probability
+    rare = 1e-3
+    d = rare * u
+    near_rare = -rare * math.log1p(-u) - (1 - rare) * math.log1p(d / (1 - rare))
+    one, target = torch.ones((1, 1), dtype=torch.float64), torch.full((1, 1), rare, dtype=torch.float64)
+    label = torch.zeros(1, dtype=torch.int64)
+    for loss, y, c, norm, excess in (
+        (BCEWithLogits(), one, 1, u, near_sure),
+        (CrossEntropy(), label, 2, math.sqrt(2) * u, near_sure),
+        (BCEWithLogits(), target, 1, d, near_rare),
+    ):
+        assert excess <= loss.gap_bound(y, c, norm * (1 + 1e-12)) <= 1.001 * excess
+
+
 def test_tiny_losses_keep_their_digits():
     z = torch.zeros((1, 3), dtype=torch.float64)
     z[0, 1] = 60.0

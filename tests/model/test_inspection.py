@@ -506,6 +506,8 @@ def test_choices_by_computed_masks():
         (lambda h: h.sort(1)[0], "sort"),
         (lambda h: h / h.norm(dim=1, keepdim=True), "linalg_vector_norm"),
         (lambda h: torch.log(h), "log"),
+        (lambda h: torch.log(torch.exp(h) + h), "log"),  # a positive term does not make a sum positive
+        (lambda h: (h + 1.0).sqrt(), "sqrt"),
         (lambda h: 1 / h, "reciprocal"),
         (lambda h: h / h.sum(1, keepdim=True), "div"),
         (lambda h: F.layer_norm(h, (8,), eps=0.0), "native_layer_norm"),

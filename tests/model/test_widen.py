@@ -121,6 +121,12 @@ def test_generator_makes_it_repeatable():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("n", "width"), [(2, 3), (10, 11), (11, 13), (19, 21), (20, 22), (100, 110)])
+def test_the_default_width_is_rounded_up(n, width):
+    model = gcfast.widen(nn.Sequential(nn.Linear(1, 2)), n)
+    assert model[0].wide.m == width
+
+
 @pytest.mark.parametrize(
     ("n", "width", "words"),
     [(0, None, "n_samples"), (2.5, None, "n_samples"), (10, 9, "at least n_samples = 10")],

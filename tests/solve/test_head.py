@@ -161,6 +161,30 @@ def test_the_working_set_has_no_float64_beyond_its_room():
     assert torch.allclose(working.gram, exact, rtol=1e-14) and not torch.equal(working.gram.float(), before)
 
 
+def test_samples_that_only_the_bias_feels_keep_the_working_set_from_certifying(monkeypatch):
+    """Pairs h, -h of one label cancel in the gradient of the weights, not in that of the bias."""
+    from gcfast.features.checks import as_features
+    from gcfast.losses import resolve_loss
+    from gcfast.solve import working_set
+    from gcfast.solve.problem import HeadProblem
+
+    h = torch.zeros((36, 30), dtype=torch.float64)
+    h[:6, :10] = _features(6, 10)
+    pairs = _features(15, 20, seed=1)
+    h[6:, 10:] = torch.stack([pairs, -pairs], 1).flatten(0, 1)
+    y = torch.tensor([0, 1, 2, 0, 1, 2] + 30 * [0])
+    start = torch.zeros((3, 30), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), *start, 0.0)
+    working = working_set.WorkingSet(problem)
+    working.add(torch.arange(6))
+    zero = torch.zeros((36, 3), dtype=torch.float64)
+    polished = lambda: working_set._polish(working, problem, zero, zero, 1e-2, 10.0)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(working_set, "FINE", math.inf)  # no sample joins
+        assert polished() is None
+    assert polished() is not None and len(working.rows) == 36
+
+
 def test_a_killed_working_set_goes_on_in_float64(tmp_path):
     h, y = _many()
     h = (h + 300).float()
@@ -247,6 +271,43 @@ def test_nearest_moves_no_further_than_needed():
     assert far(near) <= far(gd) * 1.01
 
 
+def test_no_head_is_farther_from_the_minimiser_than_its_bound():
+    """Far from all targets Huber's loss is linear, the minimiser has a closed form and the bound is sharp."""
+    from gcfast.features.checks import as_features
+    from gcfast.losses import Huber
+    from gcfast.solve.problem import HeadProblem
+    from gcfast.solve.solution import evaluate_head
+
+    h, y, lam = _features(20, 6), torch.full((20, 2), 100.0, dtype=torch.float64), 0.3
+    zero = torch.zeros((2, 6), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    problem = HeadProblem(as_features(h), y, Huber(), *zero, 0.0)
+    nearest = torch.cat([h.mean(0), torch.ones(1)]).expand(2, 7) / (2 * lam)  # each slope is 1/2
+    fields = dict.fromkeys(("method", "reason", "interrupted", "iterations", "products", "peak_bytes"), 0)
+    for step in (0.0, 0.01, 1.0):
+        u = nearest + step * _features(2, 7, seed=3)
+        solution = evaluate_head(
+            problem, u[:, :6], u[:, 6], lam=lam, gap_target=1.0, weight_decay=0.0, **fields
+        )
+        bound = solution.distance_bound * float(u.norm())
+        assert bound == pytest.approx(float((u - nearest).norm()), rel=1e-6, abs=1e-6)
+
+
+def test_the_loss_that_decides_is_that_of_the_head_as_stored():
+    from gcfast.features.checks import as_features
+    from gcfast.losses import resolve_loss
+    from gcfast.solve.problem import HeadProblem
+
+    h, y = _features(dtype=torch.float32), _labels()
+    w, b = (1e4 * part for part in _start())  # of which float32 keeps three digits behind the point
+    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), w, b, 0.0)
+    du, db = _features(4, 90, seed=5), _features(1, 4, seed=6)[0]
+    for dw, dv in ((du, 0 * db), (0 * du, db), (du, db)):
+        stored = h.double() @ (w + dw).float().double().T + (b + dv).float().double()
+        true = float(F.cross_entropy(stored, y))
+        assert problem.stored_loss(dw, dv) == pytest.approx(true, rel=1e-12)
+        assert problem.mean_loss(problem.logits(w + dw, b + dv)) != pytest.approx(true, rel=1e-10)
+
+
 def test_exact_is_the_limit_of_gradient_descent():
     h, start = _features(30, 50), _start(50, 2)
     y = _features(30, 2, seed=5)
@@ -269,6 +330,18 @@ def test_weight_decay_is_that_of_torch_optim(name):
     assert solution.converged and solution.duality_gap <= 1e-8
     assert abs(solution.loss + 0.5e-2 * norm2 - best) <= 1e-8
     torch.testing.assert_close(solution.weight, w, rtol=0, atol=1e-3)
+
+
+def test_the_path_ends_at_the_weight_decay():
+    """A small one, which several points of the path precede."""
+    make, value = LOSSES["cross_entropy"]
+    h, targets = _features(), make(60, 4)
+    solution = gcfast.solve_head(h, targets, weight_decay=2e-4, target_gap=1e-8)
+    assert len(solution.path) > 1 and solution.regularization == solution.path[-1][0] == 2e-4
+    zero = (torch.zeros(4, 90, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+    _, _, best = _regularised_minimum(h, targets, zero, 2e-4, value)
+    norm2 = float((solution.weight**2).sum() + (solution.bias**2).sum())
+    assert solution.converged and abs(solution.loss + 1e-4 * norm2 - best) <= 1e-8
 
 
 def test_sgd_descends_to_the_target():

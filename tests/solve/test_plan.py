@@ -12,6 +12,7 @@ from gcfast.proofs import rounding
 from gcfast.proofs import tiles as _tiles
 from gcfast.proofs.rounding import Tiling
 from gcfast.solve import gram_forms, planning
+from gcfast.solve.grams import FreeGram
 
 RATES = Rates(3e11, 1.5e11, 2e10)
 
@@ -86,6 +87,39 @@ def test_the_table_names_every_form_and_its_reason():
     stored = gcfast.plan(n=2000, m=2200, c=10, dtype=torch.float64, rates=RATES)
     assert "(stored)" in str(stored) and stored["certify"].fits and stored.sharded is None
     assert "fails at once" in gcfast.plan(n=500, m=300, c=2, rates=RATES)["certify"].form
+
+
+def test_the_ones_column_of_the_bias_is_planned_with():
+    """m features and the ones column give rank m + 1 at most: a sample more is one too many."""
+    h = torch.randn((13, 11), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for n in (12, 13):
+        enough = gcfast.certify(h[:n]).status == "holds"
+        form = gcfast.plan(n=n, m=11, c=2, rates=RATES)["certify"].form
+        assert enough == (n == 12) and ("fails at once" in form) == (not enough)
+
+
+@pytest.mark.parametrize("n", [300, 6000, 20_000])
+def test_no_form_of_the_gram_counts_less_than_it_stores(n):
+    s = gram_forms.Sizes(n, n + n // 10, 10, None, torch.float64, torch.device("cpu"))
+    stored = {"dense": n * n, "tiles": n * (n + 1) // 2}
+    forms = [o for o in gram_forms.options(s, False, False, None, RATES) if o.form in stored]
+    assert len(forms) == 4
+    for form in forms:
+        assert form.bytes >= form.dtype.itemsize * stored[form.form], form.name
+    room = 8 * n * n - 1
+    fitting = [o for o in gram_forms.options(s, False, False, room, RATES) if o.bytes <= room]
+    assert "K whole, float64" not in {o.name for o in fitting}
+
+
+def test_rows_of_a_gram_that_is_never_stored_are_its_own():
+    """Also those that stay in the cache while others have to leave it, in whatever order they are asked."""
+    wide, _, _ = _problem()
+    whole = wide.panel(0, 400)
+    exact = whole @ whole.mT + 1.0
+    gram = FreeGram(wide, True, torch.float64, 6)
+    for index in ([0, 1, 2, 3], [9, 2, 4, 1], [4, 9, 5], [1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 0]):
+        rows = gram.rows(torch.tensor(index))
+        torch.testing.assert_close(rows, exact[index], rtol=1e-5, atol=1e-4)
 
 
 def test_a_model_is_planned_without_running_it():

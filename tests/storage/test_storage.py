@@ -11,6 +11,7 @@ import children
 import pytest
 import torch
 
+from gcfast.storage import check_memory
 from gcfast.storage.files import atomic_write, save_torch, write_json, write_text
 
 
@@ -79,3 +80,20 @@ def test_json_is_strict(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"gap": float("nan")})
     assert json.loads(path.read_text()) == {"gap": 1e-7} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_byte_more_than_is_allowed_is_refused_with_the_way_out() -> None:
+    cpu = torch.device("cpu")
+    check_memory("the Gram", 5000, 5000, cpu, "fewer samples")
+    with pytest.raises(
+        MemoryError, match=r"the Gram needs 5,001 bytes .*max_bytes allows 5,000\. Way out: fewer samples\."
+    ):
+        check_memory("the Gram", 5001, 5000, cpu, "fewer samples")
+
+
+def test_more_than_the_machine_has_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcfast.storage.memory.available", lambda device: 5000)
+    cpu = torch.device("cpu")
+    check_memory("the Gram", 5000, None, cpu, "fewer samples")
+    with pytest.raises(MemoryError, match=r"needs 5,001 bytes .*cpu has free 5,000"):
+        check_memory("the Gram", 5001, None, cpu, "fewer samples")
