@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gcfast.features.stacked_ones import FeaturesWithOnes
 from gcfast.proofs import rounding, whitening
@@ -173,6 +174,27 @@ def test_gamma_is_never_too_small_and_ends_where_it_bounds_nothing(dtype):
         assert gamma(k, dtype) >= before
         before = gamma(k, dtype)
         assert before == math.inf if k >= half else Fraction(before) >= k * unit / (1 - k * unit)
+
+
+class _Rounded(TorchFunctionMode):
+    """float32 products of operands with so many bits: 8 as by bf16, 11 as by TF32."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.factor = 2.0 ** (24 - bits) + 1
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.matmul and args[0].dtype == torch.float32:
+            args = [x * self.factor - (x * self.factor - x) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [8, 11])
+def test_nothing_is_proved_by_products_of_short_numbers(bits):
+    h = torch.randn((10, 20), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert prove_full_rank(h).proved
+    with _Rounded(bits), pytest.raises(RuntimeError, match=r"cpu are less exact than IEEE .*TF32, bf16"):
+        prove_full_rank(h)
 
 
 @pytest.fixture
