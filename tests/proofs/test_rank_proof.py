@@ -279,6 +279,17 @@ def test_the_residual_of_a_cholesky_factor_is_bounded_whatever_the_factor(
         assert bound <= 100 * torch.finfo(dtype).eps * float(g.norm())
 
 
+def test_a_residual_in_one_column_of_tiles_counts_in_its_row_as_well(small_tiles, monkeypatch):
+    pairs = iter([(i, j) for i in range(6) for j in range(i)])
+    solve = torch.linalg.solve_triangular
+    wrong = lambda *a, **k: solve(*a, **k) + (1e-3 if next(pairs)[1] == 0 else 0.0)  # noqa: E731
+    monkeypatch.setattr(torch.linalg, "solve_triangular", wrong)
+    g, low = torch.eye(24, dtype=torch.float64), Tiles(24)
+    bound = _shift.verified_cholesky(Tiles.of(g), 0.0, low)
+    residual = float(torch.linalg.matrix_norm(low.dense() @ low.dense().mT - g, 2))
+    assert 0.4 * bound <= residual <= bound
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_hostile_products_prove_nothing_of_a_deficient_matrix(seed, worst_products):
     # positive entries: the errors, too, are then a positive matrix, and lift the vanishing eigenvalue
