@@ -17,6 +17,7 @@ from gcfast.proofs.dependency import near_dependency
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rounding import Tiling, gamma
 from gcfast.proofs.tiles import Tiles
+from gcfast.storage import StateFile
 
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 4), (31, 40), (33, 33), (252, 300), (507, 506), (700, 900)]
 
@@ -378,3 +379,25 @@ def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype, condit
     margin = math.sqrt(1 - white.distance - white.product_error) - white.witness_error
     assert math.isclose(white.margin, margin, rel_tol=1e-12)
     assert white.witness_error > (1e-8 if condition == 1e9 else 1e-13)
+
+
+@pytest.mark.parametrize(("stage", "condition"), [("Gram", 10), ("whitening", 1e9)])
+def test_a_proof_that_was_stopped_between_panels_ends_as_if_it_had_not_been(stage, condition, tmp_path):
+    h = _with_condition(20, 2500, condition)  # three panels
+    whole = prove_full_rank(h, sharp=False)
+    assert whole.proved and whole.route == ("shift" if stage == "Gram" else "whitening")
+    seen = []
+
+    def stop(step, fraction):
+        seen.append(step)
+        if seen.count(stage) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), StateFile(tmp_path / "state", "proof", "of h", 0.0) as file:
+        prove_full_rank(h, sharp=False, progress=stop, checkpoint=file)
+    again = []
+    with StateFile(tmp_path / "state", "proof", "of h", 0.0) as file:
+        resumed = prove_full_rank(
+            h, sharp=False, progress=lambda *step: again.append(step[0]), checkpoint=file
+        )
+    assert resumed == whole and again[:2].count(stage) == 1  # the last of three panels
