@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gcfast import matrix_rank
-from gcfast.proofs import large_matrix_rank
+from gcfast.proofs import eigenvalue_counts, large_matrix_rank
 from gcfast.proofs.eigenvalue_counts import count_above
 from gcfast.proofs.large_matrix_rank import rank_of_large
 
@@ -108,6 +108,27 @@ def test_a_spoiled_factor_costs_the_bound_not_the_truth(spoil, monkeypatch):
             s = symmetric(kind, n)
             informative += check_exactly(s, 0.1) > 1e-6
     assert informative > 0  # the spoiling was felt
+
+
+def test_counts_allow_for_products_that_err_by_all_they_may(monkeypatch):
+    """Pivots of two rows alone, and products whose errors hide how far the factor is from the matrix."""
+    n = 128
+    low, middle = torch.eye(n, dtype=torch.float64), torch.zeros((n, n), dtype=torch.float64)
+    low[-1, 1::2] = 1.0
+    even = torch.arange(0, n, 2)
+    middle[even, even + 1] = middle[even + 1, even] = 1.0
+    factor, pivots = low.clone(), (even + 2).neg().repeat_interleave(2)
+    factor.fill_diagonal_(0.0)
+    factor[even + 1, even] = 1.0
+    error = (n - 2) * 2.0**-53 * (low @ middle @ low.mT)  # no entry is negative
+
+    def add_product(out, a, b, inner):
+        out += a @ b + (n - 2) * 2.0**-53 * (a.abs() @ b.abs())
+
+    monkeypatch.setattr(torch.linalg, "ldl_factor_ex", lambda a: (factor, pivots, torch.tensor(0)))
+    monkeypatch.setattr(eigenvalue_counts, "add_product_", add_product)
+    count, bound = count_above((low @ middle @ low.mT + error).tril(), 0.0)
+    assert count == n // 2 and float(torch.linalg.matrix_norm(error, 2)) <= bound < 1e-11
 
 
 def test_every_way_gives_what_torch_says(monkeypatch):

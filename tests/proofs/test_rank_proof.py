@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gcfast.features.stacked_ones import FeaturesWithOnes
 from gcfast.proofs import rounding, whitening
@@ -16,6 +17,7 @@ from gcfast.proofs.dependency import near_dependency
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rounding import Tiling, gamma
 from gcfast.proofs.tiles import Tiles
+from gcfast.storage import StateFile
 
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 4), (31, 40), (33, 33), (252, 300), (507, 506), (700, 900)]
 
@@ -164,6 +166,38 @@ def test_the_bounds_are_those_of_the_products():
             assert abs(Fraction(float(computed[i, j])) - exact) <= Fraction(float(bound[i, j]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_is_never_too_small_and_ends_where_it_bounds_nothing(dtype):
+    unit = Fraction(torch.finfo(dtype).eps) / 2
+    half = int(1 / (2 * unit))
+    before = 0.0
+    for k in (1, 2, 100, half // 2, half - 1, half, half + 1, 2 * half, 3 * half, 9 * half, 100 * half):
+        assert gamma(k, dtype) >= before
+        before = gamma(k, dtype)
+        assert before == math.inf if k >= half else Fraction(before) >= k * unit / (1 - k * unit)
+
+
+class _Rounded(TorchFunctionMode):
+    """float32 products of operands with so many bits: 8 as by bf16, 11 as by TF32."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.factor = 2.0 ** (24 - bits) + 1
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.matmul and args[0].dtype == torch.float32:
+            args = [x * self.factor - (x * self.factor - x) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [8, 11])
+def test_nothing_is_proved_by_products_of_short_numbers(bits):
+    h = torch.randn((10, 20), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert prove_full_rank(h).proved
+    with _Rounded(bits), pytest.raises(RuntimeError, match=r"cpu are less exact than IEEE .*TF32, bf16"):
+        prove_full_rank(h)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 4 rows, slices of 2: every sum of the proofs at sizes that rational arithmetic can follow."""
@@ -244,6 +278,17 @@ def test_the_residual_of_a_cholesky_factor_is_bounded_whatever_the_factor(
     assert bound >= gamma(8 + 3, dtype) * float((low.abs() @ low.abs().mT).sum(1).amax())
     if quality == 1.0:
         assert bound <= 100 * torch.finfo(dtype).eps * float(g.norm())
+
+
+def test_a_residual_in_one_column_of_tiles_counts_in_its_row_as_well(small_tiles, monkeypatch):
+    pairs = iter([(i, j) for i in range(6) for j in range(i)])
+    solve = torch.linalg.solve_triangular
+    wrong = lambda *a, **k: solve(*a, **k) + (1e-3 if next(pairs)[1] == 0 else 0.0)  # noqa: E731
+    monkeypatch.setattr(torch.linalg, "solve_triangular", wrong)
+    g, low = torch.eye(24, dtype=torch.float64), Tiles(24)
+    bound = _shift.verified_cholesky(Tiles.of(g), 0.0, low)
+    residual = float(torch.linalg.matrix_norm(low.dense() @ low.dense().mT - g, 2))
+    assert 0.4 * bound <= residual <= bound
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -334,3 +379,25 @@ def test_every_error_of_whitening_is_bounded_and_enters_the_margin(dtype, condit
     margin = math.sqrt(1 - white.distance - white.product_error) - white.witness_error
     assert math.isclose(white.margin, margin, rel_tol=1e-12)
     assert white.witness_error > (1e-8 if condition == 1e9 else 1e-13)
+
+
+@pytest.mark.parametrize(("stage", "condition"), [("Gram", 10), ("whitening", 1e9)])
+def test_a_proof_that_was_stopped_between_panels_ends_as_if_it_had_not_been(stage, condition, tmp_path):
+    h = _with_condition(20, 2500, condition)  # three panels
+    whole = prove_full_rank(h, sharp=False)
+    assert whole.proved and whole.route == ("shift" if stage == "Gram" else "whitening")
+    seen = []
+
+    def stop(step, fraction):
+        seen.append(step)
+        if seen.count(stage) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), StateFile(tmp_path / "state", "proof", "of h", 0.0) as file:
+        prove_full_rank(h, sharp=False, progress=stop, checkpoint=file)
+    again = []
+    with StateFile(tmp_path / "state", "proof", "of h", 0.0) as file:
+        resumed = prove_full_rank(
+            h, sharp=False, progress=lambda *step: again.append(step[0]), checkpoint=file
+        )
+    assert resumed == whole and again[:2].count(stage) == 1  # the last of three panels

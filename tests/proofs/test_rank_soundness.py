@@ -217,6 +217,26 @@ def test_bounds_of_the_extreme_singular_values(target, family, dtype, generator)
 
 
 @on_each
+def test_counts_where_many_rows_nearly_make_another(target, generator):
+    """Up to its rounding the last row is the sum of the others, half of them with a minus: partial sums are
+    large, what is left of them is the smallest singular value, and the tolerances lie beside that."""
+    n, m, batch = 33, 33, 48
+    a = 0.5 + 0.5 * torch.rand(batch, n, m, generator=generator, dtype=torch.float64)
+    weights = 1 - 0.1 * torch.rand(batch, n, generator=generator, dtype=torch.float64)
+    weights[:, n // 2 :] *= -1
+    weights[:, -1] = -1
+    a[:, -1] = (weights[:, None, :-1] @ a[:, :-1])[:, 0]
+    whole = (a * 2.0**53).mT.tolist(), (weights * 2.0**53).tolist()  # whole numbers: the sums are exact
+    left = [[sum(int(u) * int(v) for u, v in zip(x, w)) for x in columns] for columns, w in zip(*whole)]
+    left = torch.tensor(left, dtype=torch.float64)[..., None] * 2.0**-106
+    across = torch.linalg.qr(a[:, :-1].mT)[0]
+    least = (left - across @ (across.mT @ left)).norm(dim=(1, 2)) / weights.norm(dim=1)
+    for share, count in ((0.9, n), (0.99, n), (1.01, n - 1)):
+        _, lower, upper = judged(target, a, atol=share * least)
+        assert bool(((lower <= count) & (count <= upper)).all()), (share, upper)
+
+
+@on_each
 @pytest.mark.parametrize("exponent", [-1074, -1060, -1000, -700, -512, -346, -344, 344, 346, 512, 700, 900])
 def test_deficient_ones_near_the_ends_of_the_range(target, exponent, generator):
     """Squares that under- or overflow, and rows of the greatest difference that can be."""
