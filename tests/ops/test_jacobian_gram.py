@@ -119,6 +119,16 @@ def test_exact_on_ragged_sizes(target, dtype, poison):
 
 
 @on_each
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_column_of_a_layer_is_lost(target, dtype, poison):
+    """Layers of one column, and of one more or less than kernels take at a time."""
+    ends = tuple(itertools.accumulate((1, 33, 17, 1, 15, 31, 65)))
+    out, g, h, scale = (x.to(target.device) for x in inputs((3, 2, 1, 2, 2, 1, ends), dtype=dtype))
+    want = truth(out, g, h, scale, ends)
+    assert torch.equal(added(out, g, h, scale, ends=ends).double().cpu(), want)
+
+
+@on_each
 @pytest.mark.parametrize("size", [(7, 3, 2, (5, 21)), (29, 5, 1, (40,)), (3, 70, 1, (9,))], ids=str)
 def test_lower_leaves_the_rest_alone(target, size, poison):
     *one, ends = size
