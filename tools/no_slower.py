@@ -3,9 +3,10 @@
     python tools/no_slower.py BEFORE AFTER [--rounds 20] [--threads 1] [--only NAMES]
 
 BEFORE and AFTER are folders that hold a gcfast package with its compiled modules, such as a checkout built in
-place. Each has a process of its own, which waits while the other one works; every round runs a workload once
-in each, in changing order. Printed are the median of the paired ratios AFTER / BEFORE and the upper limit of
-its 95 % confidence interval, by the sign test. The exit code is 1 where that limit exceeds --limit (1.05).
+place. Every round has two new processes, for where memory lies can make one a quarter slower than another of
+the same code; each waits while the other one works, and who begins changes. Printed are the median of the
+paired ratios AFTER / BEFORE and the upper limit of its 95 % confidence interval, by the sign test. The exit
+code is 1 where that limit exceeds --limit (1.05).
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ class Side:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, text=True, cwd="/")
 
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def say(self, line: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
@@ -43,6 +51,21 @@ class Side:
         if not line:
             raise SystemExit("a worker ended early; its error is above")
         return line
+
+
+def timed(name: str, order: tuple[Side, Side]) -> dict[Side, float]:
+    """Seconds of as many calls as fit into a tenth of a second, the same on both sides, once warm."""
+    for side in order:
+        side.say(name)
+    calls = max(1, min(int(side.hear()) for side in order))
+    for side in order:  # one that does not count
+        side.say(str(calls))
+        side.hear()
+    seconds = {}
+    for side in order:
+        side.say(name)
+        seconds[side] = float(side.hear())
+    return seconds
 
 
 def upper_limit(ratios: list[float]) -> float:
@@ -60,36 +83,27 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=1.05)
     parser.add_argument("--only", nargs="*", help="workloads whose names contain one of these")
     args = parser.parse_args()
-    before, after = (Side(folder.resolve(), args.threads) for folder in (args.before, args.after))
-    after.say('"list"')
-    names: list[str] = json.loads(after.hear())
+    ratios: dict[str, list[float]] = {}
+    for number in range(args.rounds):
+        with (
+            Side(args.before.resolve(), args.threads) as before,
+            Side(args.after.resolve(), args.threads) as after,
+        ):
+            after.say('"list"')
+            for name in json.loads(after.hear()):
+                if not args.only or any(word in name for word in args.only):
+                    order = (before, after) if number % 2 else (after, before)
+                    seconds = timed(json.dumps(name), order)
+                    ratios.setdefault(name, []).append(seconds[after] / seconds[before])
+        print(f"round {number + 1} of {args.rounds}", end="\r", file=sys.stderr, flush=True)
     failed = False
-    for name in names:
-        if args.only and not any(word in name for word in args.only):
-            continue
-        quoted = f'"{name}"'
-        for side in (before, after):
-            side.say(quoted)
-        calls = max(1, min(int(side.hear()) for side in (before, after)))
-        for side in (before, after):  # a round that does not count
-            side.say(str(calls))
-            side.hear()
-        ratios = []
-        for number in range(args.rounds):
-            seconds = {}
-            for side in (before, after) if number % 2 else (after, before):
-                side.say(quoted)
-                seconds[side] = float(side.hear())
-            ratios.append(seconds[after] / seconds[before])
-        limit = upper_limit(ratios)
-        low, _, high = statistics.quantiles(ratios, n=4)
-        slower = limit > args.limit
-        failed |= slower
-        print(
-            f"{name:<44} {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}), at most {limit:.3f}"
-            + (" SLOWER" if slower else ""),
-            flush=True,
-        )
+    for name, found in ratios.items():
+        limit = upper_limit(found)
+        low, _, high = statistics.quantiles(found, n=4)
+        failed |= limit > args.limit
+        verdict = " SLOWER" if limit > args.limit else ""
+        line = f"{statistics.median(found):.3f} ({low:.3f} to {high:.3f}), at most {limit:.3f}"
+        print(f"{name:<44} {line}{verdict}", flush=True)
     return int(failed)
 
 
