@@ -34,7 +34,7 @@ import tomllib
 
 HERE = Path(__file__).resolve().parent
 CPP = (".cpp", ".h")
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "venv", "shared")
+NOT_COPIED = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "*venv", "dist", "shared")
 TIERS = {"default": [], "all": ["-m", "not soundness"]}  # soundness takes minutes a run
 NEEDED = ("id", "room", "why", "find", "replace")
 FIELDS = (*NEEDED, "found_by", "survived", "survives")
