@@ -206,7 +206,7 @@ class StateFile:
         except LockHeld as held:
             mine = held.holder == str(os.getpid())
             who = "this process itself" if mine else f"another process (pid {held.holder})"
-            way_out = "Close its first StateFile" if mine else "Wait for it, stop it"
+            way_out = "Close its first Checkpoint" if mine else "Wait for it, stop it"
             refuse(self.path, f"{who} is using it", f"{way_out} or give another path")
         except OSError as error:
             what = f"checkpoint {self.path}: its lock file {path} cannot be opened ({error.strerror})"

@@ -648,7 +648,7 @@ def test_the_lock_is_released(path: Path) -> None:
     first.save({"step": 1}, {})
     with StateFile(path, "certify", "0123") as second:
         with pytest.raises(
-            CheckpointError, match=r"this process itself is using it\. Close its first StateFile"
+            CheckpointError, match=r"this process itself is using it\. Close its first Checkpoint"
         ):
             second.load()
         first.close()
