@@ -20,11 +20,18 @@ struct Deflation {
   Doubles off;              // the square of the Frobenius norm of A - T B
 };
 
+// One function for all who eliminate: the compiler takes seconds for each copy of it.
+GCFAST_CLONES void eliminate(const Single& e, const Doubles& shift, const Doubles& least, const Doubles* keep,
+                             Pivots<Doubles>& pivots) {
+  pivots = e.eliminate(Alone(), shift, least, keep);
+}
+
 // T, from the pivots at `shift`; the Gram of the rows that change is cleared.
 GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, const Doubles& least, const int* low,
                                      Deflation& d) {
   constexpr int R = kTile;
-  const Pivots<Doubles> pivots = e.eliminate(Alone(), shift, least);
+  Pivots<Doubles> pivots;
+  eliminate(e, shift, least, nullptr, pivots);
   Bits wanted;
   for (int l = 0; l < kLanes; ++l) wanted[l] = low[l] >= 0 && pivots.positive[l] == low[l] ? -1 : 0;
   Doubles* const stays = d.unit;
@@ -33,7 +40,8 @@ GCFAST_CLONES void find_combinations(const Single& e, const Doubles& shift, cons
     stays[k] = kept ? Doubles{} + 1.0 : Doubles{};
     d.changed[k] = 1.0 - stays[k];
   }
-  e.eliminate(Alone(), Doubles{}, least, stays);  // without the shift rows are combined as well as double can
+  Pivots<Doubles> unused;
+  eliminate(e, Doubles{}, least, stays, unused);  // without the shift rows are combined as well as double can
   // lanes that are left out may hold anything
   for (int i = 1; i < e.padded; ++i)
     for (int k = 0; k < i; ++k) e.at(i, k) = wanted ? e.at(i, k) : Doubles{};
@@ -162,7 +170,8 @@ GCFAST_CLONES void count_deflated(const Single& e, int64_t m, const double* tole
   for (int i = 0; i < e.n; ++i)
     for (int j = 0; j <= i; ++j) e.gram(i, j) *= (1.0 / d.unit[i]) * (1.0 / d.unit[j]);
   const double loss = deflated_loss(e.n, m);
-  const Pivots<Doubles> pivots = e.eliminate(Alone(), Doubles{} - loss, Doubles{} + 0x1p-206);
+  Pivots<Doubles> pivots;
+  eliminate(e, Doubles{} - loss, Doubles{} + 0x1p-206, nullptr, pivots);
   for (int l = 0; l < kLanes; ++l)
     count[l] = square[l] > 0 && pivots.size[l] <= deflated_size(e.n) ? static_cast<int>(pivots.positive[l]) : -1;
 }
