@@ -1,4 +1,4 @@
-// gcfast._cpu: raw pointers, sizes and strides in elements. Arguments are checked in gcfast/ops/__init__.py, not here.
+// gcfast._cpu: raw pointers, sizes and strides in elements. Arguments are checked in gcfast/ops, not here.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

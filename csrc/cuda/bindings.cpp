@@ -1,5 +1,5 @@
 // gcfast._cuda: raw pointers, sizes and strides in elements, a device and its stream. Arguments are checked in
-// gcfast/ops/__init__.py, not here. No kernel code: those files compile without pybind11.
+// gcfast/ops, not here. No kernel code: those files compile without pybind11.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
