@@ -1,8 +1,8 @@
 """Activations and their first two derivatives on a tile in registers, for every kernel that needs them.
 
 The mathematics of csrc/core/activations.h, in fp32 and fp64 (narrower types are cast to fp32 by the caller),
-on the elementary functions of ``_math``. What carries the accuracy (tests/test_activation.py: within 4 ulp
-everywhere, denormal results included):
+on the elementary functions of ``_math``. What carries the accuracy (tests/ops/test_activation.py: within
+4 ulp everywhere, denormal results included):
 
 * exp(t) = (1 + q) s 2^-64 (2^-512 in fp64) with a power of two s. A factor f enters as (f q + f) s 2^-64: one
   rounding for 1 + q and f together, and one where a denormal result is formed.

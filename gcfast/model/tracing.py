@@ -1,7 +1,7 @@
 """Trace one forward pass: which modules ran, in which order, and which operators between them.
 
-`inspection` and `optim` draw all they know of a user's model from here. The pass leaves the model as it was:
-training flags, buffers, gradients, random-number state and the inputs.
+Analyticity, heads, wide layers and the optimizer draw all they know of a user's model from here. The pass
+leaves the model as it was: training flags, buffers, gradients, random-number state and the inputs.
 """
 
 from __future__ import annotations
