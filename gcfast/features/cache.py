@@ -20,7 +20,15 @@ from gcfast.features.collection import head_by_forward, same_again
 from gcfast.features.frozen_body import BodySnapshot
 from gcfast.features.loader import batches_of, count, device_of, loader_of, tensors, to_device
 from gcfast.features.row_buffer import RowBuffer
-from gcfast.model import FeatureTap, Head, hidden_parameters, keeping_random_state, unwrap, wide_activation
+from gcfast.model import (
+    FeatureTap,
+    Head,
+    hidden_parameters,
+    keeping_random_state,
+    unwrap,
+    wide_activation,
+    without_gradients,
+)
 from gcfast.nn import WideLayer
 
 STORES = ("auto", "below", "features")
@@ -135,7 +143,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         self.head = CachedHead(found, wide, output_shape(out, len(h), found), self._snapshot)
         self._check_first(self.features[: len(h)].to(place), out, found)
 
-    @torch.no_grad()
+    @without_gradients()
     def _check_first(self, rows: Tensor, out: Any, head: Head) -> None:
         """The first batch through the rest must be what the model gave: a hook may do what no class says."""
         if not isinstance(out, Tensor) or out.numel() != len(rows) * head.out_features:

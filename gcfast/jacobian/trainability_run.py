@@ -32,7 +32,7 @@ from gcfast.jacobian.layer_jacobians import LayerJacobians
 from gcfast.jacobian.layers import Layers
 from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
 from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
-from gcfast.model import call_arguments
+from gcfast.model import call_arguments, without_gradients
 from gcfast.proofs import check_products, count_above, exact_products, matrix_rank, prove_least_eigenvalue
 from gcfast.storage import allowed_bytes, check_memory
 
@@ -111,7 +111,7 @@ class TrainabilityRun:
     def run(self, training_set: Any, y: Tensor) -> Trainability:
         """``training_set``: x as it was given, by which equal samples are told."""
         args, kwargs = call_arguments(self.x)
-        with torch.no_grad():
+        with without_gradients():
             z = self.jacobians.model(*args, **kwargs)
         self.device = z.device
         self.y = self.convex.prepare(y.detach().to(z.device), self.n, self.c)

@@ -5,7 +5,7 @@ from gcfast.model.analytic_ops import activation_verdict
 from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name, retrace_compiled
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast.model.tap import FeatureTap
-from gcfast.model.tracing import call_arguments, copy_tensors, keeping_random_state, unwrap
+from gcfast.model.tracing import call_arguments, copy_tensors, keeping_random_state, unwrap, without_gradients
 from gcfast.model.watch import Watch
 from gcfast.model.wide_layer import WideLayerFound, wide_activation
 from gcfast.model.widening import widen
@@ -31,4 +31,5 @@ __all__ = [
     "unwrap",
     "wide_activation",
     "widen",
+    "without_gradients",
 ]

@@ -74,6 +74,22 @@ def keeping_random_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """No gradients are recorded, and autocast keeps no cast of a weight.
+
+    Older versions of torch took up such a cast again where gradients are recorded, which then never reached
+    the weight.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every training flag is what it was.
 
@@ -86,7 +102,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         for m, _ in flags:
             m.training = False
-        with torch.no_grad(), eager:
+        with without_gradients(), eager:
             yield
     finally:
         for m, flag in flags:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gcfast
 from gcfast.model.analytic_body import analyticity
 from gcfast.model.analytic_ops import SignTracker, classify
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
@@ -338,6 +339,43 @@ def test_the_model_and_the_inputs_stay_as_they_were(look):
     assert torch.equal(x, X) and torch.equal(random, torch.get_rng_state())
     assert torch.equal(model.fc.weight.grad, torch.ones(2, 4)) and torch.is_grad_enabled()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+Y = torch.tensor([0, 1, 2, 0, 1])
+LOOKS = {
+    "find_head": lambda m: find_head(m, X),
+    "wide_activation": lambda m: wide_activation(m, None, X),
+    "certify": lambda m: gcfast.certify(m, (X, Y), loss="cross_entropy"),
+    "FeatureCache": lambda m: gcfast.FeatureCache(m, (X, Y)),
+    "trainability": lambda m: gcfast.trainability(m, X, Y, loss="cross_entropy"),
+    "TwoPhase": lambda m: gcfast.TwoPhase(torch.optim.SGD(m.parameters(), lr=0.1), m, 3),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_gradients_under_autocast_are_those_without_a_look(look):
+    """torch 2.9 takes up the casts that a pass without gradients kept, which do not lead to the weights."""
+    kept, looked = [], []
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 3)).eval()
+    if look == "FeatureCache":
+        model[0].requires_grad_(False)
+    model[2].register_forward_pre_hook(
+        lambda *_: None if torch.is_grad_enabled() else kept.append(torch.is_autocast_cache_enabled())
+    )
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(looking):
+        with torch.autocast("cpu", torch.bfloat16):
+            if looking:
+                looked.append(LOOKS[look](model))  # a TwoPhase that is gone would not look
+            loss = F.cross_entropy(model(X).float(), Y)
+        assert torch.is_autocast_cache_enabled()
+        return torch.autograd.grad(loss, weights)
+
+    want = gradients(looking=False)
+    for got, expected in zip(gradients(looking=True), want):
+        assert torch.equal(got, expected)
+    assert kept and not any(kept)
 
 
 def test_an_exception_leaves_nothing_behind():
