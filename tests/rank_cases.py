@@ -209,6 +209,11 @@ def repeated_columns(g: torch.Generator, batch: int, n: int, m: int, dtype: torc
     return a.repeat(1, 1, -(-m // r))[:, :, :m]
 
 
+def ldexp(a: Tensor, exponent: int | Tensor) -> Tensor:
+    """a 2^exponent; torch 2.9 multiplies by that power, which may overflow where the product does not."""
+    return torch.as_tensor(np.ldexp(a.cpu().numpy(), np.asarray(exponent)), device=a.device)
+
+
 def scaled(family: Family, spread: int) -> Family:
     """Rows and columns of a family times powers of two: the same rank, another difficulty."""
 
@@ -216,7 +221,7 @@ def scaled(family: Family, spread: int) -> Family:
         most = min(spread, 30) if dtype == torch.float32 else spread
         a = family(g, batch, n, m, dtype)
         for shape in ((batch, n, 1), (batch, 1, m)):
-            a = torch.ldexp(a, torch.randint(-most, most + 1, shape, generator=g))
+            a = ldexp(a, torch.randint(-most, most + 1, shape, generator=g))
         return a
 
     of_scale.__name__ = f"{family.__name__}, scaled by 2^+-{spread}"

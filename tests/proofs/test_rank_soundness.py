@@ -14,6 +14,7 @@ from rank_cases import (
     combination,
     exact_rank,
     integers,
+    ldexp,
     product,
     repeated_columns,
     scaled,
@@ -241,15 +242,15 @@ def test_counts_where_many_rows_nearly_make_another(target, generator):
 def test_deficient_ones_near_the_ends_of_the_range(target, exponent, generator):
     """Squares that under- or overflow, and rows of the greatest difference that can be."""
     factors = integers(generator, 32, 4, 3, high=9), integers(generator, 32, 3, 6, high=9)
-    a = torch.ldexp(factors[0] @ factors[1], torch.tensor(exponent))
+    a = ldexp(factors[0] @ factors[1], exponent)
     assert exact_rank(a[0]) == exact_rank(factors[0][0] @ factors[1][0])  # nothing was lost
     check_ranks(target, a)
     check_counts(target, a, torch.linalg.svdvals(factors[0] @ factors[1])[:, 2] * 2.0 ** min(exponent, 1000))
     mixed = a.clone()
-    mixed[:, :2] = torch.ldexp(mixed[:, :2], torch.tensor(-exponent))  # rows 2 and 3 stay as they are
+    mixed[:, :2] = ldexp(mixed[:, :2], -exponent)  # rows 2 and 3 stay as they are
     check_ranks(target, mixed)
     full = integers(generator, 16, 2, 6, high=2)  # sqrt(k) 2^exponent, rounded anywhere
-    full = torch.ldexp(full, torch.tensor(exponent))
+    full = ldexp(full, exponent)
     for x in (mixed, full, full[:, :1]):
         check_extremes(target, x)
 
