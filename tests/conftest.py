@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Two workers that take two threads each would wait for one another, and so would the processes they start.
+# Workers that take all threads each would wait for one another, and so would the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -36,8 +36,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
     not dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
 )
 ANALYTIC = tuple(name for name in reference.ACTIVATIONS if name != "relu")
-WORKERS = 2
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # or in a process that a test started there
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # a worker takes up to 1.5 GB, all of them less than 8
 
 
 def on_gpu(*values: object, **options: Any) -> list[Any]:
