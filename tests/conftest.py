@@ -36,7 +36,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
     not dispatch.interpreting(), reason="Triton compiles here: its kernels are tested on the GPU"
 )
 ANALYTIC = tuple(name for name in reference.ACTIVATIONS if name != "relu")
-WORKERS = min(4, len(os.sched_getaffinity(0)))  # a worker takes up to 1.5 GB, all of them less than 8
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # four take 3.5 GB
 
 
 def on_gpu(*values: object, **options: Any) -> list[Any]:
