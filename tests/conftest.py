@@ -128,16 +128,10 @@ def seed() -> None:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every fresh uninitialised tensor with NaN, so that an element a kernel forgot is seen."""
-
-    def filled(make):
-        def wrapped(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return wrapped
-
-    monkeypatch.setattr(torch, "empty", filled(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+def poison() -> Iterator[None]:
+    """Fresh memory is full of NaN, so that an element that a kernel forgot is seen."""
+    was = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.set_deterministic_debug_mode(was)

@@ -103,19 +103,14 @@ def supported(op: str, target: Target) -> None:
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_the_backend_asked_for_runs_and_repeats_bit_for_bit(op, target, monkeypatch):
+def test_the_backend_asked_for_runs_and_repeats_bit_for_bit(op, target, request):
     supported(op, target)
     _, f, make = CALLS[op]
     args = make(target.device, 9)
     first = f(*args)
     assert dispatch.last_backend(op) == target.backend
-    # Torch fills fresh memory with NaN under this switch: nothing may read what it has not written.
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.equal(f(*args), first)
-    finally:
-        torch.use_deterministic_algorithms(was)
+    request.getfixturevalue("poison")
+    assert torch.equal(f(*args), first)  # whatever lies in fresh memory
     with ops.backend("reference"):
         torch.testing.assert_close(first, f(*args), rtol=1e-4, atol=1e-5)
 
