@@ -1,8 +1,9 @@
 """Plants small faults in a copy of the code, one after the other, and says which of them the tests find.
 
 The faults are listed in tools/mutants.toml, each with the room (the folder of tests/) whose tests ought to
-find it. Its place is found by its text, which occurs exactly once in the sources, so files may be moved. The
-user's own tree is only read; the copy is restored after every fault. Changed C++ is built anew.
+find it, and the one of them that did is tried first. Its place is found by its text, which occurs exactly once
+in the sources, so files may be moved. The user's own tree is only read; the copy is restored after every fault.
+Changed C++ is built anew.
 
     python tools/mutants.py --room proofs --tier all                    all of a room, by all its tests
     python tools/mutants.py --sample 5 --seed $(date +%F) --no-check    a handful, another one each day
@@ -123,10 +124,10 @@ class Scratch:
         if status != 0:
             raise CannotTry(f"the build failed:\n{output[-3000:]}")
 
-    def test(self, room: str, limit: float) -> tuple[str, float]:
-        """What a room's tests fail by ("": nothing), in their order as ever, and after how long."""
+    def test(self, tests: str, limit: float) -> tuple[str, float]:
+        """What fails first of these ("": nothing), in their order as ever, and after how long."""
         options = ["-x", "-q", "-rfE", "-p", "no:cacheprovider", *TIERS[self.tier]]
-        command = [sys.executable, "-m", "pytest", *options, f"tests/{room}"]
+        command = [sys.executable, "-m", "pytest", *options, tests]
         began = time.monotonic()
         status, output = run(command, self.folder, limit)
         took = round(time.monotonic() - began, 1)
@@ -148,7 +149,12 @@ class Scratch:
             path.write_text(changed, encoding="utf-8")
             if path.suffix in CPP:
                 self.build()
-            return self.test(mutant["room"], limit)
+            if finder := mutant.get("found_by"):
+                with contextlib.suppress(CannotTry):  # a test that is gone
+                    by, seconds = self.test(finder, limit)
+                    if by:
+                        return by, seconds
+            return self.test(f"tests/{mutant['room']}", limit)
         finally:
             path.write_text(sources[path], encoding="utf-8")  # newer than its object, which is then made anew
             for module in self.saved.glob("*.so") if path.suffix in CPP else ():
@@ -208,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             key, room, fault = mutant["id"], mutant["room"], f"{mutant['find']} -> {mutant['replace']}"
             try:
                 if not args.no_check and room not in state["rooms"]:
-                    by, state["rooms"][room] = scratch.test(room, 7200)
+                    by, state["rooms"][room] = scratch.test(f"tests/{room}", 7200)
                     if by:
                         raise SystemExit(f"tests/{room} fails without a fault, by {by}")
                 entry = state["mutants"].get(key, {})

@@ -97,6 +97,19 @@ def test_a_found_fault_and_a_survivor(tree, mutants):
     assert run(tree, GOOD + MISSED.strip() + '\nsurvives = "nobody calls it"\n').returncode == 0
 
 
+@pytest.mark.parametrize(
+    "recorded, found", [("add.py::test_add", "add.py::test_add"), ("gone.py", "a.py::test_a")]
+)
+def test_who_found_it_before_is_asked_first(tree, recorded, found):
+    test = "from gcfast import add\n\n\ndef test_a():\n    assert add(1, 0) > 0\n"
+    (tree / "tests" / "numbers" / "test_a.py").write_text(test)
+    listed = GOOD.replace("return a - b", "return 0") + f'found_by = "tests/numbers/test_{recorded}"\n'
+    done = run(tree, listed, "--no-check")
+    assert done.returncode == 0 and f"sign: tests/numbers/test_{found}\n" in done.stdout, (
+        done.stdout + done.stderr
+    )
+
+
 def test_a_fault_that_no_longer_has_its_place(tree):
     done = run(tree, GOOD.replace("return a + b", "return a * b"), "--no-check")
     assert done.returncode == 2 and "occurs 0 times" in done.stdout
