@@ -1,8 +1,8 @@
 """Plants small faults in a copy of the code, one after the other, and says which of them the tests find.
 
 The faults are listed in tools/mutants.toml, each with the room (the folder of tests/) whose tests ought to
-find it, and the one of them that did is tried first. Its place is found by its text, which occurs exactly once
-in the sources, so files may be moved. The user's own tree is only read; the copy is restored after every fault.
+find it; the test that once did is tried first. A fault's place is found by its text, which occurs once in the
+sources, so files may be moved. The user's own tree is only read; the copy is restored after every fault.
 Changed C++ is built anew.
 
     python tools/mutants.py --room proofs --tier all                    all of a room, by all its tests
