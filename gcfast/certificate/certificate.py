@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gcfast.losses import ConvexLoss
 
-Status = Literal["holds", "fails", "unknown", "not needed"]
+Status = Literal["holds", "fails", "unknown", "not checked"]
 
 
 @dataclass(frozen=True)

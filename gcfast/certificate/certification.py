@@ -3,9 +3,9 @@
 Condition (Kawaguchi and Sun, AAAI 2021, Assumption on expressivity): for some hidden weights H1 = [h_X, 1] (n
 x (m+1)) has rank n. Two routes establish it. *Direct*: rank(H1) = n at the frozen weights, proved in floating
 point with every rounding error accounted for (:mod:`gcfast.certificate.direct`); needs no analyticity and no
-probability. *Theorem*: the wide layer's activation is analytic and not a polynomial, m >= n, and the stored
-rows that enter it are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every choice of hidden
-weights gives rank n.
+probability. *Theorem*: the wide layer's activation is analytic and not a polynomial, its weights are free,
+m >= n, and the stored rows that enter it are pairwise distinct (Pinkus 1999, Theorem 5.1); then almost every
+choice of its weights gives rank n (:mod:`gcfast.certificate.theorem`).
 """
 
 from __future__ import annotations
@@ -182,11 +182,9 @@ class Certification:
                 f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included",
             )
         wide = self.training_set is not None or isinstance(self.features, WideFeatures)
-        if wide and self.route != "direct" and self._theorem():
-            reason = (
-                "the theorem's assumptions hold: almost every choice of hidden weights gives rank(H1) = n"
-            )
-            return self._verdict("holds", "theorem", reason)
+        found = self._theorem() if wide and self.route != "direct" else None
+        if found is not None:
+            return self._verdict("holds", "theorem", found)
         if isinstance(direct, MemoryError):
             raise direct
         if direct is False:
@@ -213,7 +211,7 @@ class Certification:
             checkpoint=checkpoint,
         )
 
-    def _theorem(self) -> bool:
+    def _theorem(self) -> str | None:
         return theorem_applies(
             self.evidence,
             self.model,

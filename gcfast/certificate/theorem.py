@@ -1,17 +1,26 @@
 """The theorem route of certify: a wide analytic layer gives rank(H1) = n for almost every hidden weight.
 
 Pinkus (1999, Theorem 5.1): the wide layer's activation is analytic and not a polynomial, m >= n, and the rows
-z_1, ..., z_n that enter the layer act(Q z + c) are pairwise distinct, as stored.
+z_1, ..., z_n that enter the layer act(Q z + c) are pairwise distinct, as stored. The theorem speaks of Q and
+c that are free: no mask, no sharing, no hook, and moved by the Gaussian step or drawn anew.
+
+Without thresholds c the rows must differ up to sign as well, z_i != -z_j, and none may be zero: tanh(Q z) of
+{z, -z} has half the rank. Proof: act(t) = sum_k a_k t^k near 0 with infinitely many a_k != 0, so that
+sum_i b_i act(<q, z_i>) = 0 for all q gives sum_i b_i t_i^k = 0 for those k, with t_i = <q, z_i>. For almost
+every q the t_i are not zero and differ in absolute value; divided by the largest |t_i|^k, as k grows, the
+equation says that its b_i is zero, and so one after the other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from gcfast.certificate.certificate import Status
 from gcfast.certificate.evidence import Evidence
 from gcfast.features import Features, TrainingSet, WideFeatures, equal_rows
-from gcfast.model import WideLayerFound, activation_verdict, analyticity
+from gcfast.model import Draw, WideLayerFound, activation_verdict, analyticity, draw_of
 
 
 def theorem_applies(
@@ -21,8 +30,8 @@ def theorem_applies(
     features: Features,
     duplicate_groups: list[list[int]],
     forced: bool,
-) -> bool:
-    """Whether every assumption of the theorem holds; what is found of each is added to ``evidence``.
+) -> str | None:
+    """What the theorem says, in words, if every assumption holds; each is noted in ``evidence``.
 
     ``training_set`` is None where features of a wide layer were given instead of a model. ``forced``: the
     caller asked for this route alone, so a model that it does not fit is refused by ValueError.
@@ -31,7 +40,7 @@ def theorem_applies(
         wide, below = training_set.wide, training_set.below
     else:
         wide, below = _layer_of(features)
-    if wide is None or below is None:
+    if wide is None:
         evidence.note(
             "wide layer",
             "fails",
@@ -42,12 +51,22 @@ def theorem_applies(
                 "route: the theorem needs a wide layer act(Q z + c) before the head, and the model has "
                 "none; use gcfast.widen"
             )
-        return False
+        return None
+    formula = f"{wide.activation_name}(Q z{' + c' if wide.thresholds else ''})"
+    if wide.caveat is not None:
+        evidence.note(
+            "wide layer",
+            "unknown",
+            f"{wide.linear_name!r} is not {formula} with Q and c free: {wide.caveat}; the theorem needs a "
+            "plain gcfast.WideLayer, or nn.Linear and activation, the direct route does not",
+        )
+        return None
+    assert below is not None
     ok = not wide.polynomial
     evidence.note(
         "wide layer",
         "holds" if ok else "fails",
-        f"{wide.name!r} is {wide.activation_name}(Q z + c), {wide.d} to {wide.m}, "
+        f"{wide.name!r} is {formula}, {wide.d} to {wide.m}, "
         + ("not a polynomial" if ok else "a polynomial"),
     )
     if wide.m < evidence.n:
@@ -57,6 +76,23 @@ def theorem_applies(
             f"m = {wide.m} < n = {evidence.n}; the theorem needs m >= n (gcfast.widen)",
         )
         ok = False
+    ok &= _analytic(evidence, wide, model, training_set, forced)
+    ok &= _distinct(evidence, wide, below, duplicate_groups if training_set is None else None)
+    if not wide.thresholds:
+        ok &= _distinct_up_to_sign(evidence, below)
+    parts = wide.module._parameters if training_set is not None else features.given  # type: ignore[attr-defined]
+    free, words = _drawn(evidence, {f"{wide.linear_name}.{key}": p for key, p in parts.items()})
+    if not (ok and free):
+        return None
+    if not wide.thresholds:
+        words += "; the layer has no thresholds c, so rows were compared up to sign"
+    return f"the theorem's assumptions hold: {words}"
+
+
+def _analytic(
+    evidence: Evidence, wide: WideLayerFound, model: object, training_set: TrainingSet | None, forced: bool
+) -> bool:
+    name = "analytic in the hidden weights"
     if training_set is None:
         bad = [] if wide.analytic else [f"{wide.activation_name} is not analytic"]
         certain = True
@@ -65,49 +101,96 @@ def theorem_applies(
         found = analyticity(model, training_set.head, training_set.first_batch)
         bad = [str(f) for f in found if f.verdict != "analytic"]
         certain = any(f.verdict == "not analytic" for f in found)
-    if bad:
-        worst: Status = "fails" if certain else "unknown"
-        evidence.note(
-            "analytic in the hidden weights",
-            worst,
-            "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else ""),
+    if not bad:
+        what = "the wide layer, in its weights," if training_set is None else "every operator before the head"
+        evidence.note(name, "holds", f"{what} is real analytic")
+        return True
+    worst: Status = "fails" if certain else "unknown"
+    evidence.note(name, worst, "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else ""))
+    if forced:
+        raise ValueError(
+            "route: the theorem needs features that are real analytic in the hidden weights; "
+            f"{'; '.join(bad[:5])}. Use route='direct'"
         )
-        if forced:
-            raise ValueError(
-                "route: the theorem needs features that are real analytic in the hidden weights; "
-                f"{'; '.join(bad[:5])}. Use route='direct'"
-            )
-        ok = False
-    else:
-        what = (
-            "every operator before the head"
-            if training_set is not None
-            else "the wide layer, in its weights,"
-        )
-        evidence.note("analytic in the hidden weights", "holds", f"{what} is real analytic")
-    equal = duplicate_groups if training_set is None else equal_rows(below)
+    return False
+
+
+def _distinct(evidence: Evidence, wide: WideLayerFound, below: Tensor, known: list[list[int]] | None) -> bool:
+    """Whether the rows below the layer are pairwise distinct; ``known``: their groups of equal ones."""
+    name = "distinct rows below the wide layer"
+    equal = equal_rows(below) if known is None else known
+    for group in equal:
+        evidence.add_offender("equal rows below the wide layer", group)
     if equal:
-        for group in equal:
-            evidence.add_offender("equal rows below the wide layer", group)
+        found = f"{len(equal)} groups of equal rows at these weights; other hidden weights may separate them"
+        evidence.note(name, "unknown", found)
+        return False
+    found = f"all {evidence.n} stored rows of width {wide.d} are pairwise distinct, exactly"
+    evidence.note(name, "holds", found)
+    return True
+
+
+def _distinct_up_to_sign(evidence: Evidence, below: Tensor) -> bool:
+    """Whether z_i != -z_j for all i and j, i = j among them, which is z_i != 0."""
+    name = "rows distinct up to sign, for a layer without thresholds"
+    first = below.gather(1, (below != 0).to(below.dtype).argmax(1, keepdim=True))
+    mirrored = below * first.sign()  # exact; rows that are equal or opposite become equal
+    zero = (first == 0).nonzero()[:, 0].tolist()
+    opposite = equal_rows(mirrored)
+    way_out = "bias=True in the layer, or gcfast.WideLayer, makes distinct rows enough"
+    for group in [zero[:1], *opposite] if zero else opposite:
+        evidence.add_offender("rows that are zero or opposite below the wide layer", group)
+    if zero or opposite:
+        what = f"{len(zero)} rows are zero, {len(opposite)} groups are equal or opposite"
+        evidence.note(name, "unknown", f"{what}: without c their features are tied whatever Q is; {way_out}")
+        return False
+    evidence.note(name, "holds", f"no two of {evidence.n} stored rows are opposite and none is zero, exactly")
+    return True
+
+
+def _drawn(evidence: Evidence, parts: Mapping[str, Tensor | None]) -> tuple[bool, str]:
+    """Whether Q and c may be taken for drawn from a density, and the theorem's conclusion in words."""
+    name = "Q and c drawn from a density"
+    draws: dict[str, Draw | None] = {key: draw_of(p) for key, p in parts.items() if p is not None}
+    left_out = [key for key, draw in draws.items() if draw is not None and draw.scale == 0]
+    if left_out:
         evidence.note(
-            "distinct rows below the wide layer",
+            name,
             "unknown",
-            f"{len(equal)} groups of equal rows at these weights; other hidden weights may separate them",
+            f"{left_out[0]!r} was left out of the Gaussian step (it did not require gradients, or "
+            "perturbation=0): let TwoPhase train and perturb all of the wide layer, or use the direct route",
         )
-        ok = False
-    else:
+        return False, ""
+    draw = next(iter(draws.values()), None)
+    if draw is None or None in draws.values():
         evidence.note(
-            "distinct rows below the wide layer",
-            "holds",
-            f"all {evidence.n} stored rows of width {wide.d} are pairwise distinct, exactly",
+            name,
+            "not checked",
+            "no record says where these weights come from: gcfast.TwoPhase keeps one when it switches",
         )
-    return ok
+        return True, "almost every choice of Q and c gives rank(H1) = n"
+    evidence.note(
+        name,
+        "holds",
+        f"TwoPhase added {draw.scale:g} N(0, I) to all of them after step {draw.step} (seed {draw.seed}), "
+        "and they are as it left them, bit by bit",
+    )
+    return True, "with probability one over the Gaussian step that gave Q and c, rank(H1) = n"
 
 
 def _layer_of(features: Features) -> tuple[WideLayerFound, Tensor]:
     """The wide layer whose features were given without a model, and the rows z that enter it."""
     assert isinstance(features, WideFeatures)
     name = features.settings["activation"]
-    analytic = activation_verdict(name)[0] == "analytic"
-    found = WideLayerFound("wide", "wide", features.d, features.m, name, analytic, False, nn.Identity())
+    found = WideLayerFound(
+        name="wide",
+        linear_name="wide",
+        d=features.d,
+        m=features.m,
+        activation_name=name,
+        analytic=activation_verdict(name)[0] == "analytic",
+        polynomial=False,
+        module=nn.Identity(),
+        formula=nn.Identity(),
+    )
     return found, features.z

@@ -23,6 +23,7 @@ from gcfast.features.row_buffer import RowBuffer
 from gcfast.model import (
     FeatureTap,
     Head,
+    WideLayerFound,
     hidden_parameters,
     keeping_random_state,
     unwrap,
@@ -33,6 +34,7 @@ from gcfast.nn import WideLayer
 
 STORES = ("auto", "below", "features")
 _FEW = 32
+_COMPARED = 64
 
 
 class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
@@ -67,6 +69,9 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         head: a module from such rows, (batch, d) or (batch, m), to outputs of the shape the model gives for a
             batch; (batch, C) where the model gives no tensor. Hooks of the model and of its body do not run.
         stored: "below" or "features".
+        compared: with "below", the columns (drawn with seed 0) of the features of every sample that were
+            compared with what the model gives the head; the other columns were compared for the first few
+            samples alone. None where the features themselves are stored.
         nbytes, device, dtype: of what is held.
 
     As a dataset it has n pairs (row, target). `cache[i]` also takes a slice, a list or a tensor of indices;
@@ -84,6 +89,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
     targets: Tensor
     head: nn.Module
     stored: str
+    compared: Tensor | None
 
     def __init__(
         self,
@@ -113,14 +119,9 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         x, y = _few(to_device(first[0], place), first[1])
         found = head_by_forward(model, x, head)
         _check_frozen(model, found)
-        wide = None if store == "features" else _wide_below(model, found, x)
-        if store == "below" and wide is None:
-            raise ValueError(
-                "store: expected a gcfast.WideLayer directly below the head for 'below'; got none"
-            )
-        if store == "auto" and wide is not None and wide.d >= wide.m:
-            wide = None
+        wide = _wide_below(model, found, x, store)
         self.stored = "features" if wide is None else "below"
+        self.compared = None if wide is None else _some_columns(wide.m).to(place)
         self._snapshot = BodySnapshot(model, found)
         with FeatureTap(model, found) as tap:
             h, out = tap(x)
@@ -132,15 +133,20 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
             inputs = to_device(inputs, place)
             if not rows.used:  # before anything large is held
                 same_again(model, found, (x, y), _few(inputs, targets), h)
-            with EntranceTap(model, wide or found) as tap:
-                z, _ = tap(inputs)
+            if wide is None:
+                with EntranceTap(model, found) as tap:
+                    z, _ = tap(inputs)
+            else:
+                z = _entering(model, found, wide, inputs, self.compared, rows.used)
             if targets is None or len(targets) != len(z):
                 got = "no" if targets is None else len(targets)
                 raise ValueError(f"data: a batch of {len(z)} inputs came with {got} targets")
             rows.add(z, targets)
         self.features, self.targets = rows.taken()
         check_features(self.features, "features")
-        self.head = CachedHead(found, wide, output_shape(out, len(h), found), self._snapshot)
+        layer = None if wide is None else wide.module
+        assert layer is None or isinstance(layer, WideLayer)
+        self.head = CachedHead(found, layer, output_shape(out, len(h), found), self._snapshot)
         self._check_first(self.features[: len(h)].to(place), out, found)
 
     @without_gradients()
@@ -252,13 +258,43 @@ def _check_frozen(model: nn.Module, head: Head) -> None:
         )
 
 
-def _wide_below(model: nn.Module, head: Head, x: Any) -> WideLayer | None:
-    """The WideLayer whose output enters the head; none of another class, which may compute something else."""
-    found = wide_activation(model, head, x)
-    return found.module if found is not None and type(found.module) is WideLayer else None
+def _wide_below(model: nn.Module, head: Head, x: Any, store: str) -> WideLayerFound | None:
+    """The plain WideLayer whose output enters the head, if its inputs are what is to be stored."""
+    found = None if store == "features" else wide_activation(model, head, x)
+    if found is None or not found.recomputable:
+        if store == "below":
+            why = "" if found is None or found.altered is None else f"; of {found.name!r}: {found.altered}"
+            raise ValueError(
+                f"store: expected a plain gcfast.WideLayer directly below the head for 'below'; got none{why}"
+            )
+        return None
+    return None if store == "auto" and found.d >= found.m else found
 
 
-def _way_out(head: Head, wide: WideLayer | None, store: str) -> str:
+def _some_columns(m: int) -> Tensor:
+    """Units at which the model's features are compared with what the cached head makes of the rows."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(m, (min(m, _COMPARED),), generator=generator).unique()
+
+
+def _entering(
+    model: nn.Module, head: Head, wide: WideLayerFound, inputs: Any, columns: Tensor | None, first: int
+) -> Tensor:
+    """What enters the wide layer; ValueError where what enters the head is not what the layer makes of it.
+
+    All features of a sample would take as long as the wide layer itself: these columns tell whether the model
+    does for every sample what it did for the few that were traced.
+    """
+    assert columns is not None
+    with wide.narrowed(head, columns), FeatureTap(model, head, wide.module) as tap:
+        h, z, _ = tap(inputs)
+    differs = wide.difference(z, h, first, columns)
+    if differs is not None:
+        raise ValueError(f"model: {differs}, so that its inputs must not be cached; use store='features'")
+    return z
+
+
+def _way_out(head: Head, wide: WideLayerFound | None, store: str) -> str:
     general = "device='cpu' to hold it in the host's memory, or a larger max_bytes"
     if wide is not None:
         return general

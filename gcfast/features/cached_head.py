@@ -27,9 +27,9 @@ class EntranceTap(FeatureTap):
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._note(module, args, kwargs)
-        raise _Reached(self._seen[-1])
+        raise _Reached(self._seen[module][-1])
 
-    def __call__(self, inputs: Any) -> tuple[Tensor, Any]:
+    def __call__(self, inputs: Any) -> tuple[Any, ...]:
         """What enters the module, and None, or the model's output if it caught what ends the pass."""
         try:
             return super().__call__(inputs)

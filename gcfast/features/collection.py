@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,25 +63,34 @@ def collect(
     targets: list[Tensor] = []
     keys = RowKeys()
     wide: WideLayerFound | None = None
-    layer: nn.Module | None = None
     recomputed = False
-    tapped: Any = None
     for x, y in batches_of(loader):
         x = to_device(x, device)
         if first is None:
             first = (x, y)
             head = head_by_forward(model, x, head)
             wide = wide_activation(model, head, x)
-            layer = wide.module if wide is not None and type(wide.module) is WideLayer else None
-            recomputed = layer is not None and streams(sample_count(loader), head.module.weight, max_bytes)
-            tapped = layer if recomputed else head
-            tap = FeatureTap(model, tapped)
+            recomputed = (
+                wide is not None
+                and wide.recomputable
+                and streams(sample_count(loader), head.module.weight, max_bytes)
+            )
+            looked_below = wide is not None and (recomputed or (inspect and wide.caveat is None))
+            tap = FeatureTap(model, head, wide.module) if wide and looked_below else FeatureTap(model, head)
         with tap:
-            h, out = tap(x)
-        if inspect and wide is not None and not recomputed:
-            with FeatureTap(model, wide.module) as below_tap:
-                below.append(below_tap(x)[0])
-        features.append(h)
+            h, *z, out = tap(x)
+        if wide is not None and z:
+            differs = wide.difference(z[0], h, sum(map(len, below)))
+            if differs is not None and recomputed:
+                raise ValueError(
+                    f"model: {differs}, so that features cannot be made anew; allow more max_bytes, which "
+                    "stores them, or apply the layer alone before the head"
+                )
+            if differs is not None:
+                wide = replace(wide, caveat=differs)
+            below += z
+        if not recomputed:
+            features.append(h)
         outputs.append(out.detach().reshape(-1, head.out_features))
         if inspect:
             keys.add([t.detach().cpu() for t in tensors(x)])
@@ -91,15 +100,16 @@ def collect(
             targets.append(y.to(device))
     if first is None:
         raise ValueError("data: the training set is empty")
-    h = torch.cat(features)
+    h = torch.cat(below if recomputed else features)
     del features
     check_features(h, "what enters the wide layer" if recomputed else "features")
     again, y = next(iter(batches_of(loader)))
+    tapped = wide.module if wide is not None and recomputed else head
     same_again(model, tapped, first, (to_device(again, device), y), h)
     found: Features
-    if recomputed:
-        assert layer is not None
-        found, below = WideFeatures(h, layer), [h]
+    if wide is not None and recomputed:
+        assert isinstance(wide.module, WideLayer)
+        found, below = WideFeatures(h, wide.module), [h]
     else:
         found = StoredFeatures(h)
     return TrainingSet(

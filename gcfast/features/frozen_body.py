@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gcfast.model import Head, plain_name, unwrap
+from gcfast.model import Head, digest, plain_name, unwrap
 
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
 
@@ -26,7 +24,7 @@ class BodySnapshot:
     def __init__(self, model: nn.Module, head: Head) -> None:
         self.model, self.head = unwrap(model), head
         self._slots = list(_slots(self.model, head.module))
-        self._digests = {name: _digest(place[key]) for name, place, key in self._slots}
+        self._digests = {name: digest(place[key]) for name, place, key in self._slots}
         self._look()
 
     def check(self, model: nn.Module | None = None, full: bool = False) -> None:
@@ -57,7 +55,7 @@ class BodySnapshot:
             return None
         # written to, moved or restored: a change only if the bits differ
         for (name, _, _), value in zip(self._slots, now, strict=True):
-            if value is None or _digest(value) != self._digests[name]:
+            if value is None or digest(value) != self._digests[name]:
                 return f"{name!r} changed"
         self._look()
         return None
@@ -72,7 +70,7 @@ class BodySnapshot:
         if now.keys() != self._digests.keys():
             odd = min(now.keys() ^ self._digests.keys())
             return f"{odd!r} {'is new' if odd in now else 'is gone'}"
-        return next((f"{name!r} changed" for name in now if _digest(now[name]) != self._digests[name]), None)
+        return next((f"{name!r} changed" for name in now if digest(now[name]) != self._digests[name]), None)
 
 
 def _slots(model: nn.Module, head: nn.Module) -> Iterator[_Slot]:
@@ -83,10 +81,3 @@ def _slots(model: nn.Module, head: nn.Module) -> Iterator[_Slot]:
                 for key, value in place.items():
                     if value is not None:
                         yield plain_name(f"{prefix}.{key}" if prefix else key), place, key
-
-
-def _digest(value: Tensor) -> bytes:
-    bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)};".encode(), digest_size=16)
-    digest.update(bits.numpy().data)
-    return digest.digest()

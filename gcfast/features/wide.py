@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcfast import ops
 from gcfast.features.matrix import Features
 from gcfast.features.reading import as_matrix
+from gcfast.model import alteration
+from gcfast.nn import WideLayer
 from gcfast.ops import arguments
 
 
@@ -22,7 +24,8 @@ class WideFeatures(Features):
     Args:
         z: (n, d), what enters the wide layer: a tensor, a numpy array (memory-mapped ones are read as
             needed), or an iterable of blocks of rows.
-        layer: a :class:`gcfast.WideLayer`, or (weight (m, d), bias (m,)).
+        layer: a :class:`gcfast.WideLayer` without hooks, masks or another ``forward``, or (weight (m, d),
+            bias (m,)).
         activation, beta: with a pair of tensors, as in :func:`gcfast.ops.activation`.
 
     ``certify`` and ``solve_head`` take it in the place of a matrix of features. What is proved of it is
@@ -36,25 +39,29 @@ class WideFeatures(Features):
     def __init__(
         self,
         z: Tensor | np.ndarray | Iterable[Any],
-        layer: nn.Module | tuple[Tensor, Tensor],
+        layer: WideLayer | tuple[Tensor, Tensor],
         *,
         activation: str = "softplus",
         beta: float = 1.0,
     ):
-        if isinstance(layer, nn.Module):
-            try:
-                weight = layer.get_parameter("weight").detach()
-                bias = layer.get_parameter("bias").detach()
-                activation, beta = str(layer.activation), float(layer.beta)  # type: ignore[arg-type]
-            except AttributeError:
-                raise TypeError(f"layer: expected a gcfast.WideLayer; got {type(layer).__name__}") from None
-        else:
-            pair = isinstance(layer, (tuple, list)) and len(layer) == 2
-            if not pair or not all(isinstance(t, Tensor) for t in layer):
-                raise TypeError(
-                    f"layer: expected a gcfast.WideLayer or (weight, bias); got {type(layer).__name__}"
+        pair: Any = layer
+        if isinstance(layer, WideLayer):
+            altered = alteration(layer)
+            if altered is not None:
+                raise ValueError(
+                    f"layer: expected a plain gcfast.WideLayer, whose features can be made anew; {altered}. "
+                    "Give what it computes, as a tensor, or (weight, bias) if the formula alone is meant"
                 )
-            weight, bias = layer[0].detach(), layer[1].detach()
+            activation, beta = layer.activation, layer.beta
+            pair = (layer.weight, layer.bias)
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2) or not all(
+            isinstance(t, Tensor) for t in pair
+        ):
+            raise TypeError(
+                f"layer: expected a gcfast.WideLayer or (weight, bias); got {type(layer).__name__}"
+            )
+        self.given: dict[str, Tensor] = {"weight": pair[0], "bias": pair[1]}  # whose draws may be on record
+        weight, bias = pair[0].detach(), pair[1].detach()
         matrix, self.mapped = as_matrix(z, "z", "(n, d)")
         arguments.wide_rows("WideFeatures", matrix[:1].to(weight.dtype), weight, bias)
         arguments.is_activation(activation, beta)

@@ -2,7 +2,9 @@
 
 from gcfast.model.analytic_body import analyticity
 from gcfast.model.analytic_ops import activation_verdict
-from gcfast.model.freeze import Freezer, fingerprint, hidden_parameters, plain_name, retrace_compiled
+from gcfast.model.draws import Draw, draw_of, forget_draws, note_draws
+from gcfast.model.free_weights import alteration
+from gcfast.model.freeze import Freezer, digest, fingerprint, hidden_parameters, plain_name, retrace_compiled
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast.model.tap import FeatureTap
 from gcfast.model.tracing import call_arguments, copy_tensors, keeping_random_state, unwrap, without_gradients
@@ -12,6 +14,7 @@ from gcfast.model.widening import widen
 
 __all__ = [
     "AmbiguousHeadError",
+    "Draw",
     "FeatureTap",
     "Freezer",
     "Head",
@@ -19,13 +22,18 @@ __all__ = [
     "Watch",
     "WideLayerFound",
     "activation_verdict",
+    "alteration",
     "analyticity",
     "call_arguments",
     "copy_tensors",
+    "digest",
+    "draw_of",
     "find_head",
     "fingerprint",
+    "forget_draws",
     "hidden_parameters",
     "keeping_random_state",
+    "note_draws",
     "plain_name",
     "retrace_compiled",
     "unwrap",

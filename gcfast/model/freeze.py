@@ -27,23 +27,25 @@ def hidden_parameters(model: nn.Module, head: Head) -> dict[str, nn.Parameter]:
     return {plain_name(n): p for n, p in unwrap(model).named_parameters() if id(p) not in own}
 
 
+def digest(value: Tensor) -> bytes:
+    """128 bits of a tensor's stored bits, dtype and shape."""
+    bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    found = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)};".encode(), digest_size=16)
+    found.update(bits.numpy().data)
+    return found.digest()
+
+
 def fingerprint(model: nn.Module, head: Head, buffers: bool = True) -> str:
-    """SHA-256 of the stored bits of all below the head: parameters, and the buffers a state_dict holds."""
-    digest = hashlib.sha256()
-
-    def add(value: Tensor) -> None:
-        digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
-        bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(bits.numpy().data)
-
+    """Of the stored bits of all below the head: parameters, and the buffers a state_dict holds."""
+    found = hashlib.blake2b(digest_size=16)
     for parameter in hidden_parameters(model, head).values():
-        add(parameter)
+        found.update(digest(parameter))
     if buffers:
         for module in unwrap(model).modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    add(buffer)
-    return digest.hexdigest()
+                    found.update(digest(buffer))
+    return found.hexdigest()
 
 
 class Freezer:

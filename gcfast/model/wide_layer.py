@@ -5,7 +5,10 @@ The model is run once, in evaluation mode, and left as it was.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +17,19 @@ from torch import Tensor, nn
 from gcfast.model.analytic_body import trace_to_head
 from gcfast.model.analytic_ops import activation_verdict
 from gcfast.model.analytic_tables import ACTIVATIONS
+from gcfast.model.free_weights import alteration, constraint
 from gcfast.model.head import VIEW_OPS, Head, describe_module
 from gcfast.model.tracing import (
     ModuleCall,
     OpCall,
+    Trace,
     evaluating,
     same_memory,
     unwrap,
 )
+from gcfast.nn import WideLayer
+
+_AT_ONCE = 1 << 22  # features that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,11 @@ class WideLayerFound:
     """The layer σ(Qz + c) whose output enters the head.
 
     `module` takes z, (n, d), as its input: `FeatureTap(model, found.module)` gives it. `name` is the module
-    that applies σ, `linear_name` the one that holds Q (m, d) and c (m,); both are the same for a
-    `gcfast.WideLayer`.
+    that applies σ, `linear_name` the one that holds Q (m, d) and, where there are `thresholds`, c (m,); both
+    are the same for a `gcfast.WideLayer`.
+
+    `altered`: why the layer may compute something else, or from other weights, than its class says; `caveat`:
+    that, or why its weights may not vary freely within the model. Both None where nothing speaks against it.
     """
 
     name: str
@@ -41,14 +52,75 @@ class WideLayerFound:
     analytic: bool
     polynomial: bool
     module: nn.Module = field(repr=False)
+    formula: Callable[[Tensor], Tensor] = field(repr=False)
+    thresholds: bool = True
+    altered: str | None = None
+    caveat: str | None = None
 
+    @property
+    def recomputable(self) -> bool:
+        """Whether its features may be made anew from z by gcfast's own kernels, in the place of the model."""
+        return type(self.module) is WideLayer and self.altered is None
 
-def _wide_layer_class() -> type[nn.Module] | None:
-    try:
-        from gcfast.nn import WideLayer
-    except ImportError:
+    @torch.no_grad()
+    def difference(self, z: Tensor, h: Tensor, first: int = 0, columns: Tensor | None = None) -> str | None:
+        """The sample for which h (k, m), what entered the head, is not σ(Qz + c) to rounding; None: all are.
+
+        z (k, d) entered the layer; ``first`` is the number of the first of the k samples. The formula is
+        computed as the layer computes it, so that what is left is another order of summation. ``columns``:
+        of Q and c, where h (k, len(columns)) has these alone.
+        """
+        layer: Any = self.module
+        formula = f"{self.activation_name}(Q z{' + c' if self.thresholds else ''}) of {self.name!r}"
+        with _columns(layer, columns), evaluating(layer):
+            if h.shape != (len(z), len(layer.weight)):
+                return f"what enters the head, {tuple(h.shape)}, is not {formula}"
+            norms = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float64)
+            if self.thresholds:
+                shift = layer.bias.abs().to(torch.float64)
+            else:
+                shift = torch.zeros_like(norms)
+            step = max(1, _AT_ONCE // len(norms))
+            for start in range(0, len(z), step):
+                rows, given = z[start : start + step], h[start : start + step]
+                again = self.formula(rows)
+                lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+                # of Qz + c; what σ makes of it has the slope of exp at most
+                size = torch.addcmul(shift, lengths[:, None], norms) * (1 + given.abs()) + given.abs()
+                bound = 64 * max(_eps(again), _eps(given), _eps(rows)) * size
+                # written so that a NaN differs from everything but a NaN
+                same = ((again - given).abs() <= bound) | (again == given) | (again.isnan() & given.isnan())
+                bad = (~same.all(1)).nonzero()
+                if len(bad):
+                    sample = first + start + int(bad[0])
+                    return f"for sample {sample} what enters the head is not {formula}"
         return None
-    return WideLayer
+
+    def narrowed(self, head: Head, columns: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile the model has these units of the layer alone, and its head the weights for them.
+
+        So a pass shows what the model makes of some columns of the features where all would be too many.
+        """
+        return _columns(self.module, columns, head.module)
+
+
+@contextlib.contextmanager
+def _columns(layer: nn.Module, columns: Tensor | None, head: nn.Module | None = None) -> Iterator[None]:
+    if columns is None:
+        yield
+        return
+    swapped = [(layer, "weight", 0), (layer, "bias", 0), *([] if head is None else [(head, "weight", 1)])]
+    kept = [(module, key, module._parameters[key]) for module, key, _ in swapped]
+    try:
+        for module, key, axis in swapped:
+            whole = module._parameters[key]
+            if whole is not None:
+                part = whole.detach().index_select(axis, columns)
+                module._parameters[key] = nn.Parameter(part, requires_grad=False)
+        yield
+    finally:
+        for module, key, whole in kept:
+            module._parameters[key] = whole
 
 
 def wide_activation(
@@ -61,29 +133,40 @@ def wide_activation(
     `nn.Linear` directly below the head counts as σ = identity, which is a polynomial. What is recognised is
     then recomputed and compared with what entered the head.
     """
-    wide = _wide_layer_class()
-    record, call = trace_to_head(model, head, inputs, (nn.Linear, wide) if wide else (nn.Linear,))
+    record, call = trace_to_head(model, head, inputs, (nn.Linear, WideLayer))
     below = [c for c in record.calls if c.end <= call.start and c is not call]
     h = call.input
     if not below or not isinstance(below[-1].input, Tensor) or below[-1].input.dim() != 2:
         return None
     layer = below[-1]
+    if sum(c.module is layer.module for c in record.calls) > 1:
+        return None  # what enters it the second time depends on its weights
     between = [op for op in record.ops[layer.end : call.start] if op.op.split(".")[1] not in VIEW_OPS]
-    if wide is not None and isinstance(layer.module, wide):
+    if isinstance(layer.module, WideLayer):
         if between or not same_memory(layer.output, h):
             return None
-        return _of_wide_layer(layer)
-    return _of_linear(unwrap(model), layer, between, h)
+        return _of_wide_layer(unwrap(model), layer, record)
+    return _of_linear(unwrap(model), layer, between, h, record)
 
 
-def _of_wide_layer(layer: ModuleCall) -> WideLayerFound:
-    weight, activation = layer.module.weight, str(layer.module.activation)
-    assert isinstance(weight, Tensor)
-    verdict, _ = activation_verdict(activation)
-    m, d = weight.shape
-    polynomial = activation in ("identity", "linear", "square")
+def _of_wide_layer(model: nn.Module, call: ModuleCall, record: Trace) -> WideLayerFound:
+    layer = call.module
+    assert isinstance(layer, WideLayer)
+    verdict, _ = activation_verdict(layer.activation)
+    m, d = layer.weight.shape
+    altered = alteration(layer)
     return WideLayerFound(
-        layer.name, layer.name, d, m, activation, verdict == "analytic", polynomial, layer.module
+        name=call.name,
+        linear_name=call.name,
+        d=d,
+        m=m,
+        activation_name=layer.activation,
+        analytic=verdict == "analytic",
+        polynomial=False,
+        module=layer,
+        formula=lambda z: WideLayer.forward(layer, z),
+        altered=altered,
+        caveat=altered or constraint(model, call.name, layer, record),
     )
 
 
@@ -92,16 +175,24 @@ _COMPOSED = {nn.Softsign: "softsign", nn.Tanhshrink: "tanhshrink"}
 
 
 def _of_linear(
-    model: nn.Module, layer: ModuleCall, between: list[OpCall], h: Tensor
+    model: nn.Module, layer: ModuleCall, between: list[OpCall], h: Tensor, record: Trace
 ) -> WideLayerFound | None:
     linear = layer.module
     assert isinstance(linear, nn.Linear)
     if not layer.plain:
         return None
+
+    def affine(z: Tensor) -> Tensor:
+        return nn.functional.linear(z, linear.weight, linear.bias)
+
+    def apply(function: Callable[[Tensor], Any], z: Tensor) -> Tensor:
+        out = function(affine(z))
+        return out[0] if isinstance(out, tuple) else out
+
+    altered = alteration(linear)
     with evaluating(model):
-        z = nn.functional.linear(layer.input, linear.weight, linear.bias)
         if not between:
-            name, activation, verdict, again = layer.name, "identity", "analytic", z
+            name, activation, verdict, formula = layer.name, "identity", "analytic", affine
         else:
             owner = model.get_submodule(between[0].module)
             leaf = owner is not model and next(owner.children(), None) is None
@@ -109,22 +200,34 @@ def _of_linear(
             if leaf and type(owner) in _COMPOSED and {op.module for op in between} == {name}:
                 activation = _COMPOSED[type(owner)]
                 verdict, _ = activation_verdict(activation)
-                again = owner(z)
+                formula = partial(apply, owner)
             elif len(between) == 1:
                 op = between[0]
                 activation, verdict = _activation_of(op), op.verdict
                 if activation not in (*ACTIVATIONS, "power") or op.again is None:
                     return None
-                again = op.again(z)
-                again = again[0] if isinstance(again, tuple) else again
+                formula = partial(apply, op.again)
                 name = name if leaf else f"{activation} in {describe_module(name)}"
             else:
                 return None
-    if again.shape != h.shape or not _close(again, h):
-        return None
+            if leaf and altered is None:
+                altered = alteration(owner)
     m, d = linear.weight.shape
-    polynomial = activation in ("identity", "square", "power")
-    return WideLayerFound(name, layer.name, d, m, activation, verdict == "analytic", polynomial, linear)
+    found = WideLayerFound(
+        name=name,
+        linear_name=layer.name,
+        d=d,
+        m=m,
+        activation_name=activation,
+        analytic=verdict == "analytic",
+        polynomial=activation in ("identity", "square", "power"),
+        module=linear,
+        formula=formula,
+        thresholds=linear.bias is not None,
+        altered=altered,
+        caveat=altered or constraint(model, layer.name, linear, record),
+    )
+    return found if found.difference(layer.input, h) is None else None
 
 
 def _activation_of(op: OpCall) -> str:
@@ -132,12 +235,6 @@ def _activation_of(op: OpCall) -> str:
     if name == "pow":
         return "power" if op.verdict == "analytic" else name  # a whole exponent
     return {"log_sigmoid_forward": "log_sigmoid", "rrelu_with_noise": "rrelu"}.get(name, name)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    scale = float(b.abs().nan_to_num().max()) if b.numel() else 0.0
-    eps = 64 * max(_eps(a), _eps(b)) * scale
-    return bool(((a - b).abs().nan_to_num() <= eps).all())
 
 
 def _eps(a: Tensor) -> float:

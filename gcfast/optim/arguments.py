@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,9 +95,13 @@ def check_head_in_groups(groups: Iterable[dict[str, Any]], head: Head) -> None:
 
 
 @torch.no_grad()
-def perturb(parameters: Iterable[Tensor], scale: float, generator: torch.Generator) -> None:
-    """Add scale · N(0, I): drawn on the CPU in float32 or wider, added there, rounded once."""
-    for p in parameters:
+def perturb(parameters: Mapping[str, Tensor], scale: float, generator: torch.Generator) -> set[str]:
+    """Add scale · N(0, I): drawn on the CPU in float32 or wider, added there, rounded once.
+
+    The names of those that were moved: a whole number has no density to be drawn from.
+    """
+    moved = set()
+    for name, p in parameters.items():
         if not (p.is_floating_point() or p.is_complex()):
             continue
         value = torch.view_as_real(p) if p.is_complex() else p
@@ -105,3 +109,5 @@ def perturb(parameters: Iterable[Tensor], scale: float, generator: torch.Generat
         noise = torch.randn(value.shape, dtype=wide, generator=generator)
         if scale > 0:
             value.copy_(value.to(wide) + noise.to(value.device) * scale)
+            moved.add(name)
+    return moved

@@ -7,13 +7,24 @@ anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcfast.model import Freezer, Head, find_head, fingerprint, hidden_parameters, plain_name, unwrap
+from gcfast.model import (
+    Draw,
+    Freezer,
+    Head,
+    draw_of,
+    find_head,
+    fingerprint,
+    hidden_parameters,
+    plain_name,
+    unwrap,
+)
 from gcfast.optim.arguments import resolve_perturbation, resolve_switch_step
 
 STATE_TYPES: dict[str, tuple[type, ...]] = {
@@ -25,6 +36,7 @@ STATE_TYPES: dict[str, tuple[type, ...]] = {
     "head": (str, type(None)),
     "trainable": (list,),
     "fingerprint": (str,),
+    "draws": (dict,),
 }
 _PICKLED = ("base", "model", "switch_step", "perturbation", "step_count", "_head_error")
 
@@ -43,7 +55,7 @@ def saved_state(
     """The state of ``base``, with the entry "two_phase"; there is a ``freezer``, and a head, in phase two."""
     state = dict(base.state_dict())
     state["two_phase"] = {
-        "format": 1,
+        "format": 2,
         "base": type(base).__name__,
         "phase": 1 if freezer is None else 2,
         "step_count": step_count,
@@ -53,12 +65,25 @@ def saved_state(
         "head": None if head is None else plain_name(head.name),
         "trainable": [],
         "fingerprint": "",
+        "draws": {},
     }
     if freezer is not None:
         assert head is not None
         state["two_phase"]["trainable"] = list(freezer.trainable)
         state["two_phase"]["fingerprint"] = fingerprint(model, head)
+        state["two_phase"]["draws"] = _draws(model, head)
     return state
+
+
+def _draws(model: nn.Module, head: Head) -> dict[str, tuple[float, int, int]]:
+    """(scale, seed, step) of every hidden weight that is as it was drawn, in plain values."""
+    found = {name: draw_of(p) for name, p in hidden_parameters(model, head).items()}
+    return {name: astuple(draw) for name, draw in found.items() if draw is not None}
+
+
+def loaded_draws(state: Mapping[str, Any]) -> dict[str, Draw]:
+    """What a state or a pickle of phase two says was drawn, by name."""
+    return {name: Draw(*draw) for name, draw in state["draws"].items()}
 
 
 def load_base(
@@ -91,6 +116,7 @@ def pickled(attributes: Mapping[str, Any]) -> dict[str, Any]:
         "head": None if head is None else head.module,
         "watching": watch is not None and watch.active,
         "trainable": None if freezer is None else freezer.trainable,
+        "draws": {} if freezer is None else _draws(attributes["model"], head),
     }
 
 
@@ -114,8 +140,8 @@ def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: 
             "the state has no entry 'two_phase': it was saved from a plain optimizer, not from TwoPhase; "
             "load it into base (opt.base.load_state_dict) if that is meant"
         )
-    if own.get("format") != 1:
-        raise ValueError(f"the state has format {own.get('format')!r}; this version of gcfast reads format 1")
+    if own.get("format") != 2:
+        raise ValueError(f"the state has format {own.get('format')!r}; this version of gcfast reads format 2")
     for key, kinds in STATE_TYPES.items():
         if not isinstance(own.get(key), kinds) or isinstance(own.get(key), bool):
             raise ValueError(f"the state is damaged: two_phase[{key!r}] is {own.get(key)!r}")
@@ -166,7 +192,10 @@ def _present_name(model: nn.Module, name: str) -> str:
 
 def _check_frozen(own: dict[str, Any], model: nn.Module, head: Head) -> None:
     hidden = hidden_parameters(model, head)
-    strange = [n for n in own["trainable"] if n not in hidden]
+    damaged = [name for name, draw in own["draws"].items() if not _is_draw(draw)]
+    if damaged:
+        raise ValueError(f"the state is damaged: two_phase['draws'][{damaged[0]!r}] is no draw")
+    strange = [n for n in [*own["trainable"], *own["draws"]] if n not in hidden]
     if strange:
         raise ValueError(
             f"the state froze {strange[0]!r}, which is no parameter below the head of this model"
@@ -176,3 +205,11 @@ def _check_frozen(own: dict[str, Any], model: nn.Module, head: Head) -> None:
             "the state is of phase two, and the model's hidden weights or buffers are not those it froze: "
             "load the model's own state first (model.load_state_dict), then this one"
         )
+
+
+def _is_draw(value: Any) -> bool:
+    """Whether this is what a state holds of a draw: (scale, seed, step)."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 3):
+        return False
+    scale, seed, step = value
+    return isinstance(scale, (int, float)) and scale >= 0 and isinstance(seed, int) and isinstance(step, int)

@@ -16,12 +16,15 @@ from torch.optim import Optimizer
 
 from gcfast.model import (
     AmbiguousHeadError,
+    Draw,
     Freezer,
     Head,
     HeadError,
     Watch,
     find_head,
+    forget_draws,
     hidden_parameters,
+    note_draws,
     retrace_compiled,
 )
 from gcfast.optim.arguments import (
@@ -33,7 +36,7 @@ from gcfast.optim.arguments import (
     resolve_switch_step,
 )
 from gcfast.optim.head_only import forget_curvature, forget_flattening, head_only
-from gcfast.optim.saved_state import load_base, pickled, saved_state, through_hooks, unpickled
+from gcfast.optim.saved_state import load_base, loaded_draws, pickled, saved_state, through_hooks, unpickled
 
 
 class TwoPhase(Optimizer):
@@ -255,16 +258,21 @@ class TwoPhase(Optimizer):
         if self._freezer is not None:
             return
         check_head_in_groups(self.param_groups, self.head)
-        hidden = self.hidden
-        perturb(hidden.values(), self.perturbation, self.generator)
+        hidden, seed = self.hidden, self.generator.initial_seed()
+        moved = perturb(hidden, self.perturbation, self.generator)
         forget_curvature(self.base)
         self._freeze(list(hidden))
+        everything = hidden_parameters(self.model, self.head)
+        scales = {name: self.perturbation if name in moved else 0.0 for name in everything}
+        note_draws(everything, {n: Draw(scale, seed, self.step_count) for n, scale in scales.items()})
 
     def _freeze(self, trainable: list[str] | None) -> None:
         """Hold all hidden weights fixed, of which these were trained; None: give them back."""
         if self._freezer is not None:
             self._freezer.release()
         self._freezer = None if trainable is None else Freezer(self.model, self.head, trainable)
+        if trainable is None:
+            forget_draws(hidden_parameters(self.model, self.head))
         self._proved_frozen = False
         retrace_compiled()
 
@@ -318,6 +326,7 @@ class TwoPhase(Optimizer):
         self.perturbation = own["perturbation"]
         if own["phase"] == 2:
             self._freeze(own["trainable"])
+            note_draws(hidden_parameters(self.model, self.head), loaded_draws(own))
         elif self._freezer is not None:
             self._freeze(None)
         forget_flattening(self.base)
@@ -334,6 +343,7 @@ class TwoPhase(Optimizer):
             self._watch = Watch(self.model, state["head"], self._on_head_found)
         if state["trainable"] is not None:
             self._freeze(state["trainable"])
+            note_draws(hidden_parameters(self.model, self.head), loaded_draws(state))
 
     def __repr__(self) -> str:
         steps = self.switch_step

@@ -81,6 +81,7 @@ def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
     """Sizes, and whether the targets are known to be real numbers."""
     if isinstance(source, nn.Module):
         from gcfast.features import loader_of, streams
+        from gcfast.model import alteration
         from gcfast.nn import WideLayer
 
         if data is None:
@@ -93,7 +94,8 @@ def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
         weight = head.module.weight
         wide = [layer for layer in source.modules() if type(layer) is WideLayer]
         d = None
-        if wide and wide[-1].m == head.in_features and streams(n, weight, max_bytes):
+        plain = wide and alteration(wide[-1]) is None
+        if plain and wide[-1].m == head.in_features and streams(n, weight, max_bytes):
             d = wide[-1].d
         return Sizes(n, head.in_features, head.out_features, d, weight.dtype, weight.device), False
     features = checked(source)

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import gcfast
+from gcfast.features import cache as cache_module
 from gcfast.features import cached_head
+from gcfast.nn import OutputHook
 
 N, D, C = 37, 6, 3
 
@@ -152,14 +154,17 @@ def test_large_batches_do_not_store_features(many, monkeypatch):
     assert len(calls) == many
 
 
-def test_making_it_runs_the_body_once_and_the_rest_on_a_few_samples():
+def test_making_it_runs_the_body_once_and_the_wide_layer_at_a_few_units(monkeypatch):
     model, _ = in_phase_two("wide")
-    seen = {0: 0, 4: 0}
-    for i in seen:
-        model[i].register_forward_hook(lambda m, args, out, i=i: seen.update({i: seen[i] + len(out)}))
-    gcfast.FeatureCache(model, DataLoader(TensorDataset(*data()), batch_size=35))
-    # up to 32 samples: the head, the wide layer, the features, and a second look at them
-    assert seen == {0: N + 4 * 32, 4: 4 * 32}
+    seen = {"rows": 0, "features": 0}
+    model[0].register_forward_hook(lambda m, args, out: seen.update(rows=seen["rows"] + len(out)))
+    look = OutputHook(lambda out: seen.update(features=seen["features"] + out.numel()))
+    model[4].wide.register_forward_hook(look)
+    monkeypatch.setattr(cache_module, "_COMPARED", 6)
+    cache = gcfast.FeatureCache(model, DataLoader(TensorDataset(*data()), batch_size=35))
+    # up to 32 samples: the head, the wide layer, features, a second look at them, and from the cached rows
+    assert seen["rows"] == N + 4 * 32
+    assert 1 <= len(cache.compared) <= 6 and seen["features"] == N * len(cache.compared) + 5 * 32 * 41
 
 
 def test_a_resumed_run_needs_no_forward_pass_of_the_model():
@@ -174,14 +179,35 @@ def test_a_resumed_run_needs_no_forward_pass_of_the_model():
     assert torch.equal(opt.head.weight, again.head.weight)
 
 
-def test_a_hook_on_the_wide_layer_is_called():
+def test_of_a_hooked_wide_layer_the_features_themselves_are_stored():
     model, _ = in_phase_two("wide")
-    seen = []
-    model[-1].wide.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    cache = gcfast.FeatureCache(model, data())
-    seen.clear()
-    cache.head(cache.features[:5])
-    assert seen == [(5, 41)]
+    model[-1].wide.register_forward_hook(lambda module, args, out: out * (torch.arange(41) == 7))
+    x, y = data()
+    cache = gcfast.FeatureCache(model, (x, y))
+    assert cache.stored == "features" and int((cache.features != 0).any(0).sum()) == 1
+    torch.testing.assert_close(cache.head(cache.features), model.eval()(x))
+    with pytest.raises(ValueError, match=r"store: .* plain gcfast\.WideLayer .*forward_hook"):
+        gcfast.FeatureCache(model, (x, y), store="below")
+
+
+def test_a_wide_layer_that_is_left_out_for_some_samples_is_noticed():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.head = gcfast.WideLayer(D, 41), nn.Linear(41, C)
+
+        def forward(self, x):
+            h = self.wide(x)
+            if len(x) < 32:  # the last batch
+                h = h[:, :1].expand_as(h).contiguous()
+            return self.head(h)
+
+    model = Sometimes().requires_grad_(False)
+    model.head.requires_grad_(True)
+    loader = DataLoader(TensorDataset(*data()), batch_size=32)
+    with pytest.raises(ValueError, match="model: for sample 32 what enters the head is not softplus"):
+        gcfast.FeatureCache(model, loader)
+    assert gcfast.FeatureCache(model, loader, store="features").stored == "features"
 
 
 def test_the_output_has_the_shape_the_model_gives():

@@ -193,7 +193,11 @@ BAD = [
     (lambda: as_features(3.0), TypeError, "float"),
     (lambda: WideFeatures(torch.ones(3), _layer()[1:]), ValueError, r"z: expected shape \(n, d\)"),
     (lambda: WideFeatures(_layer()[0][:, :2], _layer()[1:]), ValueError, "weight"),
-    (lambda: WideFeatures(_layer()[0], nn.Linear(5, 6)), TypeError, "WideLayer; got Linear"),
+    (
+        lambda: WideFeatures(_layer()[0], nn.Linear(5, 6)),
+        TypeError,
+        r"WideLayer or \(weight, bias\); got Linear",
+    ),
     (lambda: WideFeatures(_layer()[0], _layer()[1]), TypeError, "layer: expected .* got Tensor"),
     (lambda: WideFeatures(_layer()[0], _layer()[1:], activation="swish"), ValueError, "activation"),
     (lambda: gcfast.certify(WideFeatures(_layer()[0] / 0, _layer()[1:])), ValueError, "z: not finite"),

@@ -1,0 +1,360 @@
+"""The theorem route of certify: it speaks of plain layers with free weights, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.data import DataLoader, TensorDataset
+
+import gcfast
+
+N, M = 25, 60
+
+
+def grid():
+    """25 points of the plane."""
+    axis = torch.linspace(-1, 1, 5)
+    return torch.cartesian_prod(axis, axis)
+
+
+def linear_model(activation=None, bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, M, bias=bias), activation or nn.Tanh(), nn.Linear(M, 3))
+
+
+def wide_model(wide=None):
+    torch.manual_seed(0)
+    return nn.Sequential(wide or gcfast.WideLayer(2, M), nn.Linear(M, 3))
+
+
+def one_unit(out):
+    return out[..., :1].expand_as(out).contiguous()
+
+
+class OneUnit(gcfast.WideLayer):
+    def forward(self, z):
+        return one_unit(super().forward(z))
+
+
+class Reader(nn.Module):
+    """Reads the wide layer's weights before it applies the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head = nn.Linear(2, M), nn.Linear(M, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.wide(x - self.wide.weight.mean())))
+
+
+class Twice(Reader):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.wide(torch.tanh(self.wide(x)))))
+
+
+class Sometimes(nn.Module):
+    """Keeps one unit, but not for the first batch."""
+
+    def __init__(self, own=True):
+        super().__init__()
+        self.wide, self.head = gcfast.WideLayer(2, M) if own else nn.Linear(2, M), nn.Linear(M, 3)
+
+    def forward(self, x):
+        h = self.wide(x)
+        if isinstance(self.wide, nn.Linear):
+            h = torch.tanh(h)
+        return self.head(one_unit(h) if len(x) < 20 else h)
+
+
+def pruned(kind="mask"):
+    model = linear_model()
+    if kind == "mask":
+        mask = torch.zeros(M, 2)
+        mask[torch.arange(M), torch.arange(M) % 2] = 1.0
+        prune.custom_from_mask(model[0], "weight", mask)
+    else:
+        prune.random_unstructured(model[0], "bias", amount=0.5)
+    return model
+
+
+def with_weight(change):
+    model = linear_model()
+    change(model)
+    return model
+
+
+def tie(model):
+    model.register_parameter("other", model[0].weight)
+
+
+def overlap(model):
+    memory = torch.randn(3 * M)
+    model[0].weight = nn.Parameter(memory[: 2 * M].view(M, 2))
+    model[0].bias = nn.Parameter(memory[M : 2 * M])
+
+
+def buffer(model):
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].register_buffer("weight", weight)
+
+
+def hooked(where, kind="forward"):
+    model = wide_model()
+    if kind == "forward":
+        model.get_submodule(where).register_forward_hook(lambda module, args, out: out)
+    else:
+        model.get_submodule(where).register_forward_pre_hook(lambda module, args: args)
+    return model
+
+
+def patched(where):
+    model = nn.Sequential(nn.Sequential(gcfast.WideLayer(2, M)), nn.Linear(M, 3))
+    module = model.get_submodule(where)
+    whole = module.forward
+    module.forward = lambda *args: whole(*args)
+    return model
+
+
+def act_hook():
+    model = linear_model()
+    model[1].register_forward_hook(lambda module, args, out: out)
+    return model
+
+
+NOT_FREE = {
+    "pruned weight": (pruned, "pre_hook"),
+    "pruned bias": (lambda: pruned("bias"), "pre_hook"),
+    "weight norm": (lambda: with_weight(lambda m: parametrizations.weight_norm(m[0])), "class of its own"),
+    "orthogonal": (lambda: with_weight(lambda m: parametrizations.orthogonal(m[0])), "class of its own"),
+    "tied": (lambda: with_weight(tie), "shares memory with 'other'"),
+    "weight and bias overlap": (lambda: with_weight(overlap), "weight and bias share memory"),
+    "one row expanded": (
+        lambda: with_weight(lambda m: setattr(m[0], "weight", nn.Parameter(torch.randn(1, 2).expand(M, 2)))),
+        "shares numbers within itself",
+    ),
+    "a buffer": (lambda: with_weight(buffer), "weight is computed from something else|'weight'"),
+    "read elsewhere": (Reader, "weight is also used by"),
+    "subclass": (lambda: wide_model(OneUnit(2, M)), "class of its own"),
+    "hook": (lambda: hooked("0"), "forward_hook"),
+    "pre-hook": (lambda: hooked("0", "pre"), "forward_pre_hook"),
+    "hook of the model": (lambda: hooked(""), "of the model"),
+    "hook of the activation": (act_hook, "forward_hook"),
+    "patched": (lambda: patched("0.0"), "forward is replaced"),
+    "holder patched": (lambda: patched("0"), "forward of '0', which holds it, is replaced"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FREE)
+def test_a_layer_that_is_not_plain_or_not_free_is_not_the_theorems(name):
+    build, words = NOT_FREE[name]
+    model, data = build(), (grid(), torch.arange(N) % 3)
+    cert = gcfast.certify(model, data, route="theorem")
+    assert cert.status == "unknown" and cert.route is None
+    (found,) = [a for a in cert.assumptions if a.name == "wide layer"]
+    assert found.status == "unknown" and "with Q and c free" in found.reason
+    assert re.search(words, found.reason), found.reason
+
+
+def test_a_layer_applied_twice_is_not_recognised():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="route: the theorem needs a wide layer"):
+        gcfast.certify(Twice(), (torch.randn(2, 2), torch.arange(2)), route="theorem")
+
+
+def test_hooks_on_all_modules_and_replaced_classes_are_seen(monkeypatch):
+    data = (grid(), torch.arange(N) % 3)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        assert "for all modules" in gcfast.certify(wide_model(), data, route="theorem").reason
+    finally:
+        handle.remove()
+    whole = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: whole(self, x))
+    assert "for the whole class" in gcfast.certify(linear_model(), data, route="theorem").reason
+
+
+def test_the_plain_layer_still_holds_and_hooks_of_the_optimizer_do_no_harm():
+    data = (grid(), torch.arange(N) % 3)
+    for model in (linear_model(), wide_model(), gcfast.widen(nn.Sequential(nn.Linear(2, 3)), N)):
+        opt = gcfast.TwoPhase(torch.optim.SGD(model.parameters(), lr=0.1), model, switch_step=None)
+        assert gcfast.certify(model, data, route="theorem").status == "holds"
+        opt.switch()
+        cert = gcfast.certify(model, data, route="theorem")
+        assert cert.status == "holds" and "with probability one over the Gaussian step" in cert.reason
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_every_sample_is_compared_with_the_formula(own):
+    torch.manual_seed(0)
+    model, data = Sometimes(own), DataLoader(TensorDataset(grid(), torch.arange(N) % 3), batch_size=20)
+    cert = gcfast.certify(model, data, route="theorem")
+    assert cert.status == "unknown" and "for sample 20 what enters the head is not" in cert.reason
+    assert gcfast.certify(model, (grid(), torch.arange(N) % 3), route="theorem").status == "holds"
+
+
+# -- features that are made anew in the place of the model's
+
+
+def replaced(kind):
+    model = wide_model(OneUnit(2, M) if kind == "subclass" else None)
+    if kind == "hook":
+        model[0].register_forward_hook(lambda module, args, out: one_unit(out))
+    if kind == "patched":
+        whole = model[0].forward
+        model[0].forward = lambda z: one_unit(whole(z))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["hook", "patched", "subclass"])
+def test_features_of_a_replaced_layer_are_the_models_own(kind):
+    model, data = replaced(kind), (grid(), torch.arange(N) % 3)
+    few = 4 * N * M  # bytes of the features, so that they would be made anew
+    cert = gcfast.certify(model, data, loss="cross_entropy", max_bytes=10**8)
+    assert cert.status != "holds" and cert.rank_lower <= 2
+    own = F.cross_entropy(model(data[0]), data[1]).item()
+    assert cert.loss == pytest.approx(own, rel=1e-6)
+    with pytest.raises((MemoryError, ValueError), match=r"max_bytes|layer"):
+        gcfast.certify(model, data, route="direct", max_bytes=few)
+    solution = gcfast.solve_head(model, data, method="gd", max_iterations=50, max_bytes=10**8)
+    after = F.cross_entropy(model(data[0]), data[1]).item()
+    assert solution.loss == pytest.approx(after, rel=1e-5) and after > 0.5
+
+
+def test_features_are_not_made_anew_where_a_later_batch_differs():
+    torch.manual_seed(0)
+    model, data = Sometimes(), DataLoader(TensorDataset(grid(), torch.arange(N) % 3), batch_size=20)
+    for call in (gcfast.certify, gcfast.solve_head):
+        with pytest.raises(ValueError, match=r"model: for sample 20 .* cannot be made anew; allow more max_"):
+            call(model, data, loss="cross_entropy", max_bytes=4 * N * M)
+
+
+def test_wide_features_take_a_plain_layer_or_its_tensors():
+    layer = gcfast.WideLayer(2, M)
+    layer.register_forward_hook(lambda module, args, out: one_unit(out))
+    for strange in (layer, OneUnit(2, M)):
+        with pytest.raises(ValueError, match=r"layer: expected a plain gcfast\.WideLayer"):
+            gcfast.WideFeatures(grid(), strange)
+    features = gcfast.WideFeatures(grid(), (layer.weight, layer.bias))
+    assert gcfast.certify(features, route="theorem").status == "holds"
+
+
+# -- layers without thresholds
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU(), nn.Softplus(), nn.SiLU(), nn.Sigmoid()])
+def test_without_thresholds_rows_must_differ_up_to_sign(activation):
+    torch.manual_seed(0)
+    z = torch.randn(20, 5)
+    model = nn.Sequential(nn.Linear(5, M, bias=False), activation, nn.Linear(M, 3))
+    cert = gcfast.certify(model, (torch.cat([z, -z]), torch.arange(40) % 3), route="theorem")
+    assert cert.status == "unknown" and "bias=True" in cert.reason and cert.offenders[0].samples == [0, 20]
+    # what the theorem leaves open is not so: but for rounding the rank is at most 20 + 5
+    pre = torch.cat([z, -z]).double() @ model[0].weight.detach().double().mT
+    features = activation(pre) if not isinstance(activation, nn.Softplus) else torch.logaddexp(pre, pre * 0)
+    assert int((torch.linalg.svdvals(features) > 1e-12).sum()) <= 25
+    cert = gcfast.certify(model, (z, torch.arange(20) % 3), route="theorem")
+    assert cert.status == "holds" and "no thresholds" in cert.reason
+    z[7] = 0.0
+    cert = gcfast.certify(model, (z, torch.arange(20) % 3), route="theorem")
+    assert cert.status == "unknown" and "1 rows are zero" in cert.reason
+
+
+def test_without_thresholds_what_differs_up_to_sign_has_full_rank():
+    torch.manual_seed(0)
+    z = torch.randn(30, 2, dtype=torch.float64)
+    for activation in (nn.Tanh(), nn.Softplus()):
+        model = nn.Sequential(nn.Linear(2, 200, bias=False), activation, nn.Linear(200, 3)).double()
+        with torch.no_grad():
+            model[0].weight.mul_(5.0)
+        assert gcfast.certify(model, (z, torch.arange(30) % 3), route="theorem").status == "holds"
+        assert gcfast.certify(model, (z, torch.arange(30) % 3), route="direct").status == "holds"
+
+
+# -- weights that were drawn
+
+
+def record(cert):
+    (found,) = [a for a in cert.assumptions if a.name == "Q and c drawn from a density"]
+    return found
+
+
+def switched(perturbation=1e-3, frozen=()):
+    model = wide_model()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    opt = gcfast.TwoPhase(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, None, perturbation=perturbation, seed=5
+    )
+    opt.switch()
+    return model, opt
+
+
+def test_without_a_record_the_certificate_says_almost_every_and_not_checked():
+    cert = gcfast.certify(wide_model(), (grid(), torch.arange(N) % 3), route="theorem")
+    assert "almost every choice of Q and c" in cert.reason and record(cert).status == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "perturbation", "name"),
+    [(["0.weight"], 1e-3, "0.weight"), (["0.bias"], 1e-3, "0.bias"), ([], 0, "0.weight")],
+)
+def test_weights_that_the_step_left_out_are_not_drawn(frozen, perturbation, name):
+    model, opt = switched(perturbation, frozen)
+    data = (grid(), torch.arange(N) % 3)
+    cert = gcfast.certify(model, data, route="theorem")
+    assert cert.status == "unknown" and f"{name!r} was left out" in cert.reason
+    assert gcfast.certify(gcfast.WideFeatures(grid(), model[0]), route="theorem").status == "unknown"
+    state, weights = opt.state_dict(), model.state_dict()
+    other = wide_model()
+    for key in frozen:
+        other.get_parameter(key).requires_grad_(False)
+    again = gcfast.TwoPhase(torch.optim.SGD(other.parameters(), lr=0.1), other, None)
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+    assert gcfast.certify(other, data, route="theorem").status == "unknown"
+
+
+def test_the_record_goes_through_checkpoints_and_copies():
+    model, opt = switched()
+    data = (grid(), torch.arange(N) % 3)
+    assert record(gcfast.certify(model, data, route="theorem")).status == "holds"
+    assert "0.001 N(0, I)" in record(gcfast.certify(model, data, route="theorem")).reason
+    state = torch.utils._pytree.tree_map(lambda t: t, opt.state_dict())
+    other = wide_model()
+    again = gcfast.TwoPhase(torch.optim.SGD(other.parameters(), lr=0.1), other, None)
+    other.load_state_dict(model.state_dict())
+    assert record(gcfast.certify(other, data, route="theorem")).status == "not checked"
+    again.load_state_dict(state)
+    found = record(gcfast.certify(other, data, route="theorem"))
+    assert found.status == "holds" and "seed 5" in found.reason
+    twin = copy.deepcopy(again)
+    assert record(gcfast.certify(twin.model, data, route="theorem")).status == "holds"
+
+
+@pytest.mark.parametrize("change", ["data", "in place", "unfreeze"])
+def test_a_record_of_weights_that_have_changed_since_is_none(change):
+    model, opt = switched()
+    data = (grid(), torch.arange(N) % 3)
+    if change == "unfreeze":
+        opt.unfreeze()
+    elif change == "data":
+        model[0].weight.data[3, 1] += 1.0
+    else:
+        with torch.no_grad():
+            model[0].bias.add_(1.0)
+    assert record(gcfast.certify(model, data, route="theorem")).status == "not checked"
+    if change != "unfreeze":
+        saved = opt.state_dict()["two_phase"]["draws"]
+        assert ("0.weight" in saved) == (change != "data") and ("0.bias" in saved) == (change != "in place")
