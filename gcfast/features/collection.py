@@ -13,7 +13,7 @@ from gcfast.features.duplicates import RowKeys
 from gcfast.features.loader import batches_of, device_of, loader_of, sample_count, tensors, to_device
 from gcfast.features.matrix import Features, StoredFeatures
 from gcfast.features.wide import WideFeatures
-from gcfast.model import FeatureTap, Head, WideLayerFound, find_head, wide_activation
+from gcfast.model import FeatureTap, Head, HeadError, WideLayerFound, find_head, wide_activation
 from gcfast.nn import WideLayer
 from gcfast.storage import allowed_bytes
 
@@ -89,9 +89,14 @@ def collect(
             if differs is not None:
                 wide = replace(wide, caveat=differs)
             below += z
+        outputs.append(out.detach().reshape(-1, head.out_features))
+        differs = head.difference(h, outputs[-1], sum(map(len, outputs)) - len(h))
+        if differs is not None:
+            raise HeadError(
+                f"model: {differs}; a hook or a wrapper changes it, or the head depends on the batch"
+            )
         if not recomputed:
             features.append(h)
-        outputs.append(out.detach().reshape(-1, head.out_features))
         if inspect:
             keys.add([t.detach().cpu() for t in tensors(x)])
         if y is not None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_tables import names
 from gcfast.model.tracing import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
 
@@ -55,6 +56,20 @@ class Head:
     def parameters(self) -> list[nn.Parameter]:
         """Weight and, where there is one, bias."""
         return [p for p in (self.weight, self.bias) if p is not None]
+
+    def difference(self, h: Tensor, output: Tensor, first: int = 0) -> str | None:
+        """The sample for which the output (k, C) is not W h + b to rounding; None: it is for all of h (k, m).
+
+        ``first`` is the number of the first of the k samples.
+        """
+        row = first_difference(self.formula, h, output, self.weight, self.bias)
+        return (
+            None if row is None else f"for sample {first + row} the output is not W h + b of the head {self}"
+        )
+
+    def formula(self, h: Tensor) -> Tensor:
+        """W h + b, whatever hooks and subclasses would make of it."""
+        return nn.functional.linear(h, self.weight, self.bias)
 
     def __str__(self) -> str:
         return _describe(self.name, self.module)

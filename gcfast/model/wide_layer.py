@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_body import trace_to_head
 from gcfast.model.analytic_ops import activation_verdict
 from gcfast.model.analytic_tables import ACTIVATIONS
@@ -28,8 +28,6 @@ from gcfast.model.tracing import (
     unwrap,
 )
 from gcfast.nn import WideLayer
-
-_AT_ONCE = 1 << 22  # features that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -62,39 +60,19 @@ class WideLayerFound:
         """Whether its features may be made anew from z by gcfast's own kernels, in the place of the model."""
         return type(self.module) is WideLayer and self.altered is None
 
-    @torch.no_grad()
     def difference(self, z: Tensor, h: Tensor, first: int = 0, columns: Tensor | None = None) -> str | None:
         """The sample for which h (k, m), what entered the head, is not σ(Qz + c) to rounding; None: all are.
 
-        z (k, d) entered the layer; ``first`` is the number of the first of the k samples. The formula is
-        computed as the layer computes it, so that what is left is another order of summation. ``columns``:
-        of Q and c, where h (k, len(columns)) has these alone.
+        z (k, d) entered the layer; ``first`` is the number of the first of the k samples. ``columns``: of Q
+        and c, where h (k, len(columns)) has these alone.
         """
         layer: Any = self.module
-        formula = f"{self.activation_name}(Q z{' + c' if self.thresholds else ''}) of {self.name!r}"
         with _columns(layer, columns), evaluating(layer):
-            if h.shape != (len(z), len(layer.weight)):
-                return f"what enters the head, {tuple(h.shape)}, is not {formula}"
-            norms = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float64)
-            if self.thresholds:
-                shift = layer.bias.abs().to(torch.float64)
-            else:
-                shift = torch.zeros_like(norms)
-            step = max(1, _AT_ONCE // len(norms))
-            for start in range(0, len(z), step):
-                rows, given = z[start : start + step], h[start : start + step]
-                again = self.formula(rows)
-                lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-                # of Qz + c; what σ makes of it has the slope of exp at most
-                size = torch.addcmul(shift, lengths[:, None], norms) * (1 + given.abs()) + given.abs()
-                bound = 64 * max(_eps(again), _eps(given), _eps(rows)) * size
-                # written so that a NaN differs from everything but a NaN
-                same = ((again - given).abs() <= bound) | (again == given) | (again.isnan() & given.isnan())
-                bad = (~same.all(1)).nonzero()
-                if len(bad):
-                    sample = first + start + int(bad[0])
-                    return f"for sample {sample} what enters the head is not {formula}"
-        return None
+            row = first_difference(self.formula, z, h, layer.weight, layer.bias)
+        if row is None:
+            return None
+        formula = f"{self.activation_name}(Q z{' + c' if self.thresholds else ''}) of {self.name!r}"
+        return f"for sample {first + row} what enters the head is not {formula}"
 
     def narrowed(self, head: Head, columns: Tensor) -> contextlib.AbstractContextManager[None]:
         """Meanwhile the model has these units of the layer alone, and its head the weights for them.
@@ -235,7 +213,3 @@ def _activation_of(op: OpCall) -> str:
     if name == "pow":
         return "power" if op.verdict == "analytic" else name  # a whole exponent
     return {"log_sigmoid_forward": "log_sigmoid", "rrelu_with_noise": "rrelu"}.get(name, name)
-
-
-def _eps(a: Tensor) -> float:
-    return torch.finfo(a.dtype).eps

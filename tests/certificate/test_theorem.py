@@ -240,6 +240,19 @@ def test_features_are_not_made_anew_where_a_later_batch_differs():
             call(model, data, loss="cross_entropy", max_bytes=4 * N * M)
 
 
+def test_the_head_is_compared_for_every_sample():
+    class Doubling(nn.Linear):
+        def forward(self, h):
+            return super().forward(h) * (1 if len(h) == 20 else 2)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, M), nn.Tanh(), Doubling(M, 3))
+    data = DataLoader(TensorDataset(grid(), torch.arange(N) % 3), batch_size=20)
+    for call in (gcfast.certify, gcfast.solve_head):
+        with pytest.raises(gcfast.HeadError, match=r"model: for sample 20 the output is not W h \+ b"):
+            call(model, data, loss="cross_entropy")
+
+
 def test_wide_features_take_a_plain_layer_or_its_tensors():
     layer = gcfast.WideLayer(2, M)
     layer.register_forward_hook(lambda module, args, out: one_unit(out))
