@@ -1,9 +1,17 @@
-"""Errors a user can mend, and optional packages asked for by name."""
+"""Errors a user can mend: checks of plain arguments, by name, and optional packages asked for by name."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
+import numbers
+from collections.abc import Collection, Iterator
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
 
 
 class UserError(ValueError):
@@ -24,3 +32,91 @@ def import_optional(module: str, purpose: str) -> ModuleType:
         # An installed package that fails on import is a different trouble, and is told as such.
         detail = "it is not installed" if missing else f"importing it failed: {error}"
         raise UserError(f"{purpose} needs {package}, and {detail}: pip install 'gcfast[cli]'") from error
+
+
+def came(value: Any) -> str:
+    """What came, for a message: a number or a word as it is, everything else by its type."""
+    plain = isinstance(value, (str, bytes, numbers.Number, type(None), torch.dtype, torch.device))
+    text = repr(value) if plain else ""
+    return text if plain and len(text) <= 80 else type(value).__name__
+
+
+def is_a(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """An instance of ``kind``, which a message calls ``expected``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}; got {came(value)}")
+
+
+def is_module(name: str, value: Any) -> None:
+    """A model, or a part of one."""
+    is_a(name, value, nn.Module, "a torch.nn.Module")
+
+
+def is_flag(name: str, value: Any) -> None:
+    """True or False."""
+    is_a(name, value, bool, "True or False")
+
+
+def is_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """One of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {came(value)}")
+
+
+def is_count(name: str, value: Any, least: int = 1) -> None:
+    """A whole number, of at least ``least``, that torch can take."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:
+        above = "a positive int" if least == 1 else f"an int of at least {least}"
+        raise (ValueError if whole else TypeError)(f"{name}: expected {above}; got {came(value)}")
+
+
+def is_number(name: str, value: Any, least: float = -math.inf, *, above: float | None = None) -> None:
+    """A finite real number >= ``least``, or > ``above``; 0-d tensors are not numbers."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    # comparisons, for torch.compile does not follow math.isfinite; they are false for a NaN
+    inside = real and least <= value < math.inf and value > (-math.inf if above is None else above)
+    if not inside:
+        bound = f" > {above:g}" if above is not None else f" >= {least:g}" if least > -math.inf else ""
+        raise (ValueError if real else TypeError)(
+            f"{name}: expected a finite number{bound}; got {came(value)}"
+        )
+
+
+def is_generator(name: str, value: Any) -> None:
+    """A torch.Generator, or None."""
+    if value is not None:
+        is_a(name, value, torch.Generator, "a torch.Generator")
+
+
+def is_function(name: str, value: Any) -> None:
+    """Something that can be called, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function; got {came(value)}")
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """The device that a user names, if torch has it here."""
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name}: expected a device of this machine; got {came(value)} ({reason})"
+        ) from error
+    if device.type == "meta":
+        raise ValueError(f"{name}: expected a device of this machine; got 'meta', whose tensors hold nothing")
+    return device
+
+
+@contextlib.contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """While the model runs on inputs of a user: what torch says of them becomes an error that names them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: the model cannot be run on this ({what})") from error

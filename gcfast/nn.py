@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from gcfast import ops
+from gcfast import errors, ops
 from gcfast.ops import arguments
 
 
@@ -57,10 +57,13 @@ class WideLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("d", d), ("m", m)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        errors.is_count("d", d)
+        errors.is_count("m", m)
         arguments.is_activation(activation, beta)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating dtype; got {errors.came(dtype)}")
+        if device is not None:
+            device = errors.as_device("device", device)
         self.d = d
         self.m = m
         self.activation = activation

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gcfast import errors
 from gcfast.jacobian.eval_norm import Rewriting
 from gcfast.model import call_arguments, copy_tensors
 from gcfast.nn import WideLayer
@@ -40,7 +41,7 @@ def sample_count(inputs: Any) -> int:
 def forward(model: nn.Module, inputs: Any, rewriting: bool = False) -> Tensor:
     """The output (n, C), checked; ``rewriting``: for a backward pass to intermediate edges alone."""
     args, kwargs = call_arguments(copy_tensors(inputs))  # the model may change them in place
-    with observable(model), Rewriting() if rewriting else contextlib.nullcontext():
+    with observable(model), Rewriting() if rewriting else contextlib.nullcontext(), errors.blaming("x"):
         y = model(*args, **kwargs)
     if not isinstance(y, Tensor):
         raise TypeError(f"the model must return one tensor (n, C); got {type(y).__name__}")

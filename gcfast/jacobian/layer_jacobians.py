@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gcfast import errors
 from gcfast.jacobian.engine import Engine
 from gcfast.jacobian.factors import Factor
 from gcfast.jacobian.gram import GramJob
 from gcfast.jacobian.groups import Tile
-from gcfast.jacobian.layers import Layers, checked_inputs, owning_layers, refuse_training, select_parameters
+from gcfast.jacobian.layers import (
+    Layers,
+    checked_inputs,
+    listed,
+    owning_layers,
+    refuse_training,
+    select_parameters,
+)
 from gcfast.jacobian.plan import JacobianPlan, counted, tiles_of
 from gcfast.model import unwrap
 from gcfast.ops import arguments
 from gcfast.proofs import mirror_
-from gcfast.storage import allowed_bytes
+from gcfast.storage import allowed_bytes, check_memory
 
 _OMEGA_BYTES = 1 << 24  # of the random matrix at a time
 
@@ -63,8 +71,6 @@ class LayerJacobians:
     def __init__(
         self, model: nn.Module, x: Any, *, layers: Layers | None = None, max_bytes: int | None = None
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         self.model = unwrap(model)
         self._max_bytes = max_bytes
         self._x = checked_inputs("x", x)
@@ -215,10 +221,9 @@ class LayerJacobians:
         sketch), which costs little beside J. Omega depends on the seed, on k and on the layers, not on x, its
         tiles or the device: sketches of other samples with the same seed can be compared, S S'^T ~ J J'^T.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"k must be an integer >= 1; got {k!r}")
-        if method not in ("gaussian", "sparse"):
-            raise ValueError(f"method must be 'gaussian' or 'sparse'; got {method!r}")
+        errors.is_count("k", k)
+        errors.is_choice("method", method, ("gaussian", "sparse"))
+        check_memory("a sketch", 8 * k * self.shape[0], self._max_bytes, self._engine.device, "a smaller k")
         wanted = set(self.layers) if layers is None else self._among(layers)
         engine = self._engine
         out = torch.zeros((self.n, self.c, k), dtype=engine.dtype, device=engine.device)
@@ -246,7 +251,7 @@ class LayerJacobians:
 
     def _among(self, layers: Layers) -> set[str]:
         owners = {name: layer for layer, names in self.layers.items() for name in names}
-        items = [layers] if isinstance(layers, (str, type)) else list(layers)
+        items = listed(layers)
         # a layer by its name, although parameters that it shares may stand under another one
         named = {item for item in items if isinstance(item, str) and item in self.layers}
         rest = [item for item in items if item not in named]

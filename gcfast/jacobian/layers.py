@@ -6,8 +6,11 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from gcfast import errors
 
 Layers = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 
@@ -25,6 +28,8 @@ def checked_inputs(name: str, x: Any) -> Any:
             raise ValueError(
                 f"{name}: all tensors must have one row a sample; got {len(leaves[0])} and {len(v)} rows"
             )
+        if v.layout != torch.strided or v.device.type == "meta":
+            raise TypeError(f"{name} must hold dense tensors; got a tensor {v.layout} on {v.device}")
         if v.is_floating_point() and not bool(v.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")
     if len(leaves[0]) == 0:
@@ -63,6 +68,16 @@ def owning_layers(model: nn.Module) -> dict[str, str]:
     return owners
 
 
+def listed(layers: Layers) -> list[str | type[nn.Module]]:
+    """The layers that a user names, as a list that is not empty."""
+    items = [layers] if isinstance(layers, (str, type)) else layers
+    if not isinstance(items, Sequence) or not items:
+        raise TypeError(
+            f"layers: expected names, patterns or classes of modules, at least one; got {errors.came(layers)}"
+        )
+    return list(items)
+
+
 def select_parameters(
     model: nn.Module, owners: Mapping[str, str], layers: Layers | None, known: set[str] | None = None
 ) -> dict[str, nn.Parameter]:
@@ -78,7 +93,7 @@ def select_parameters(
     aliases = {id(p): name for name, p in every.items()}
     modules = dict(model.named_modules(remove_duplicate=False))
     names: set[str] = set()
-    for item in [layers] if isinstance(layers, (str, type)) else list(layers):
+    for item in listed(layers):
         found = set()
         if isinstance(item, type):
             for module in modules.values():

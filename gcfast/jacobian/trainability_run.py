@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gcfast import errors
 from gcfast.features import equal_samples
 from gcfast.jacobian.layer_jacobians import LayerJacobians
 from gcfast.jacobian.layers import Layers
@@ -72,12 +73,10 @@ def trainability(
         TypeError, ValueError: naming the argument, and what :class:`LayerJacobians` refuses; MemoryError: the
         n C x n C matrices do not fit, with their bytes and the way out.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y: expected a tensor; got {type(y).__name__}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: expected torch.float64 or torch.float32; got {dtype}")
+    errors.is_module("model", model)
+    errors.is_a("y", y, Tensor, "a tensor")
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float64 or torch.float32; got {errors.came(dtype)}")
     convex = resolve_loss(loss)
     model = _in_dtype(model, dtype)
     inputs = tree_map(

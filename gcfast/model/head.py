@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gcfast import errors
 from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_tables import names
 from gcfast.model.tracing import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
@@ -99,7 +100,8 @@ def find_head(model: nn.Module, inputs: Any = None, head: Head | nn.Module | str
         _check_static(model, found)
         return found
     args, kwargs = call_arguments(inputs)
-    return observe_head(model, args, kwargs, head)
+    with errors.blaming("inputs"):
+        return observe_head(model, args, kwargs, head)
 
 
 def observe_head(

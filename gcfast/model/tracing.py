@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gcfast import errors
 from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_ops import SignTracker, Verdict, classify
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module below torch.compile, DataParallel and DistributedDataParallel."""
+    errors.is_module("model", model)
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gcfast import errors
 from gcfast.model.head import Head, find_head
 from gcfast.model.tracing import unwrap
 from gcfast.nn import WideHead, WideLayer
+from gcfast.ops import arguments
 
 
 def widen(
@@ -45,11 +47,12 @@ def widen(
     Raises:
         HeadError: no head, or an ambiguous one. ValueError: naming the argument.
     """
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
-        raise ValueError(f"n_samples: expected a positive int; got {n_samples!r}")
+    errors.is_count("n_samples", n_samples)
+    if width is not None:
+        errors.is_count("width", width, n_samples)
+    errors.is_generator("generator", generator)
+    arguments.is_activation(activation, beta)
     m = -(-11 * n_samples // 10) if width is None else width
-    if not isinstance(m, int) or m < n_samples:
-        raise ValueError(f"width: expected an int of at least n_samples = {n_samples}; got {width!r}")
     root = unwrap(model)
     found = find_head(root, inputs, head)
     if found.in_features >= n_samples:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gcfast import reference
+from gcfast import errors, reference
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")  # of float32 products, the most exact first
 
@@ -69,10 +70,11 @@ def matrix_without_gradient(op: str, name: str, value: Tensor, *others: Tensor |
 
 
 def is_activation(activation: str, beta: float, order: int = 0) -> None:
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be a finite number > 0; got {beta!r}")
+    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
+        got = errors.came(activation)
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {got}")
+    if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a finite number > 0; got {errors.came(beta)}")
     if beta != 1.0 and activation != "softplus":
         raise ValueError(f"beta is softplus's sharpness: {activation} takes beta=1.0 only; got {beta!r}")
     if order not in (0, 1, 2):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gcfast import errors
 from gcfast.model import Head, unwrap
 
 
@@ -53,8 +54,8 @@ def resolve_generator(generator: Any, seed: Any) -> torch.Generator:
     if seed is None:
         # a stream of its own, which must not be that of the weights' initial values
         seed = (torch.initial_seed() * 6364136223846793005 + 1442695040888963407) % 2**63
-    elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise ValueError(f"seed: expected an int, got {seed!r} ({type(seed).__name__})")
+    else:
+        errors.is_count("seed", seed, -(2**63))
     return torch.Generator().manual_seed(int(seed))
 
 
@@ -65,7 +66,7 @@ def check_group(model: nn.Module, group: dict[str, Any], index: int) -> None:
     """
     params = group.get("params")
     if params is None:
-        return  # the base optimizer says so itself
+        raise ValueError(f"param_groups[{index}]: expected a dict with an entry 'params'; got {list(group)}")
     if not isinstance(params, list):
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
     known = {id(p) for p in unwrap(model).parameters()}

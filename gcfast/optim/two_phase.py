@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gcfast import errors
 from gcfast.model import (
     AmbiguousHeadError,
     Draw,
@@ -108,12 +109,10 @@ class TwoPhase(Optimizer):
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"base: expected a torch.optim.Optimizer, got {type(base).__name__}")
+        errors.is_a("base", base, Optimizer, "a torch.optim.Optimizer")
         if isinstance(base, TwoPhase):
-            raise TypeError("base: expected the optimizer to be wrapped, got a TwoPhase")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError("base: expected the optimizer to be wrapped; got a TwoPhase")
+        errors.is_module("model", model)
         self.base, self.model = base, model
         self.switch_step = resolve_switch_step(switch_step)
         self.perturbation = resolve_perturbation(perturbation)
@@ -244,6 +243,7 @@ class TwoPhase(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """`base.add_param_group`, for parameters of the model; hidden ones are frozen in phase two."""
+        errors.is_a("param_group", param_group, dict, "a dict with an entry 'params'")
         check_group(self.model, param_group, len(self.param_groups))
         self.base.add_param_group(param_group)
         if self._freezer is not None:
@@ -317,6 +317,7 @@ class TwoPhase(Optimizer):
         state of phase two is refused by a model whose frozen weights or buffers differ in one bit.
         Everything is checked before anything is changed.
         """
+        errors.is_a("state_dict", state_dict, dict, "what TwoPhase.state_dict gave")
         state = through_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict.copy())
         head = load_base(state, self.base, self.model, self._head, self.generator)
         own = state["two_phase"]

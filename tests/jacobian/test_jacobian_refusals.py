@@ -170,7 +170,7 @@ MODELS = {
     "unknown layer": (mlp, X, {"layers": "3"}, ValueError, "'3' names no layer.*0, 1"),
     "unknown class": (mlp, X, {"layers": nn.Conv2d}, ValueError, "Conv2d"),
     "layers of a wrong type": (mlp, X, {"layers": [3]}, TypeError, "names, patterns or classes.*int"),
-    "no module": (lambda: torch.sin, X, {}, TypeError, "model must be a torch.nn.Module"),
+    "no module": (lambda: torch.sin, X, {}, TypeError, "model: expected a torch.nn.Module"),
     "max_bytes 0": (mlp, X, {"max_bytes": 0}, ValueError, "max_bytes"),
     "max_bytes text": (mlp, X, {"max_bytes": "1G"}, ValueError, "max_bytes.*'1G'"),
     "nan in x": (
@@ -191,7 +191,7 @@ MODELS = {
         ValueError,
         "'0'.*scale_grad_by_freq",
     ),
-    "hard-coded batch": (HardBatch, rand(4, 6), {}, RuntimeError, "shape|invalid"),
+    "hard-coded batch": (HardBatch, rand(4, 6), {}, ValueError, "x: the model cannot be run.*shape|invalid"),
 }
 
 
@@ -255,10 +255,14 @@ BAD_CALLS = {
     "u shape": (lambda j: j.vjp(rand(2, 4)), ValueError, r"u must have shape \(4, 2\) or \(8,\)"),
     "u dtype": (lambda j: j.vjp(torch.zeros(4, 2)), TypeError, "u must have the dtype"),
     "u list": (lambda j: j.matvec([1.0]), TypeError, "must be a tensor; got list"),
-    "k zero": (lambda j: j.sketch(0), ValueError, "k must be an integer >= 1; got 0"),
-    "k real": (lambda j: j.sketch(2.0), ValueError, "k must be an integer"),
-    "k bool": (lambda j: j.sketch(True), ValueError, "k must be an integer"),
-    "method": (lambda j: j.sketch(2, method="srht"), ValueError, "'gaussian' or 'sparse'; got 'srht'"),
+    "k zero": (lambda j: j.sketch(0), ValueError, "k: expected a positive int; got 0"),
+    "k real": (lambda j: j.sketch(2.0), TypeError, "k: expected a positive int"),
+    "k bool": (lambda j: j.sketch(True), TypeError, "k: expected a positive int"),
+    "method": (
+        lambda j: j.sketch(2, method="srht"),
+        ValueError,
+        "method: expected one of 'gaussian', 'sparse'; got 'srht'",
+    ),
     "gram's layer": (lambda j: j.gram("2"), ValueError, "'2' names no layer"),
     "gram's part": (lambda j: j.gram("0.bias"), ValueError, "'0.bias' is a part of layer '0'"),
     "other nan": (lambda j: j.gram(other=X * float("nan")), ValueError, "other must be finite"),
@@ -325,7 +329,7 @@ def test_the_model_is_left_as_it_was():
             u = jac.jvp(torch.ones(jac.shape[1], dtype=torch.float64))
             jac.vjp(u), jac.matvec(u)
     for bad in (lambda: jac.gram(other=x[:, :1]), lambda: jac.gram(other=x[:, :, :1])):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="x: the model cannot be run"):
             bad()
     assert all(_same(a, b) for a, b in zip(before, _state(model, x)))
 

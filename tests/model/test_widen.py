@@ -129,10 +129,14 @@ def test_the_default_width_is_rounded_up(n, width):
 
 @pytest.mark.parametrize(
     ("n", "width", "words"),
-    [(0, None, "n_samples"), (2.5, None, "n_samples"), (10, 9, "at least n_samples = 10")],
+    [
+        (0, None, "n_samples: expected a positive int"),
+        (2.5, None, "n_samples: expected a positive int"),
+        (10, 9, "width: expected an int of at least 10; got 9"),
+    ],
 )
 def test_bad_numbers(n, width, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         gcfast.widen(nn.Linear(3, 2), n, width=width)
 
 

@@ -342,7 +342,7 @@ def test_repr_state_and_errors():
     layer = WideLayer(3, 5, beta=2.0)
     assert repr(layer) == "WideLayer(3, 5, activation='softplus', beta=2)"
     assert sorted(layer.state_dict()) == ["bias", "weight"]
-    with pytest.raises(ValueError, match="m must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="m: expected a positive int; got 0"):
         WideLayer(3, 0)
     with pytest.raises(ValueError, match="activation must be one of"):
         WideLayer(3, 5, activation="swish")

@@ -265,7 +265,7 @@ def test_a_bad_perturbation_is_refused(given):
 def test_other_bad_arguments_are_refused():
     model = make_model()
     base = BASES["sgd"](model.parameters())
-    with pytest.raises(TypeError, match=r"base: expected a torch.optim.Optimizer, got list"):
+    with pytest.raises(TypeError, match=r"base: expected a torch.optim.Optimizer; got list"):
         TwoPhase([base], model, 1)
     with pytest.raises(TypeError, match="got a TwoPhase"):
         TwoPhase(TwoPhase(base, model, 1), model, 1)
@@ -273,7 +273,7 @@ def test_other_bad_arguments_are_refused():
         TwoPhase(base, model.parameters(), 1)
     with pytest.raises(ValueError, match="got both"):
         TwoPhase(base, model, 1, generator=torch.Generator(), seed=1)
-    with pytest.raises(ValueError, match=r"seed: expected an int, got 1.5"):
+    with pytest.raises(TypeError, match=r"seed: expected an int of at least -9223372036854775808; got 1.5"):
         TwoPhase(base, model, 1, seed=1.5)
     with pytest.raises(ValueError, match=r"generator: expected a torch.Generator on the CPU, got int"):
         TwoPhase(base, model, 1, generator=3)
