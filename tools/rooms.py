@@ -27,7 +27,7 @@ DOORS = {"__main__", "__init__"}  # what a user comes in by: no rooms
 PLACES = """
 cli 3, integrations 4, sklearn 5, certificate 2, solve 3, jacobian 4, proofs 3, distributed 4, optim 0,
 features 3, model 2, losses 1, nn 2, ops 1, storage 3.5, plots 5, triton_kernels 2,
-verify 0, reference 1, _version 3.5, errors 5
+verify 0, reference 1, _version 3.25, ambient 4.25, errors 5.25
 """
 COLUMNS = {name: float(at) for name, at in (place.split() for place in PLACES.split(","))}
 LEFT, TOP, STEP_X, STEP_Y, WIDTH, HEIGHT = 92, 78, 164, 100, 136, 52  # in pixels

@@ -273,8 +273,10 @@ def _wide_below(model: nn.Module, head: Head, x: Any, store: str) -> WideLayerFo
 
 def _some_columns(m: int) -> Tensor:
     """Units at which the model's features are compared with what the cached head makes of the rows."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(m, (min(m, _COMPARED),), generator=generator).unique()
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(
+        m, (min(m, _COMPARED),), generator=generator, dtype=torch.int64, device="cpu"
+    ).unique()
 
 
 def _entering(

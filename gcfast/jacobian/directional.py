@@ -21,9 +21,9 @@ Way = Callable[[nn.Module, Parameters, Direction, Any], Tensor]
 def choose_way(model: nn.Module, parameters: Parameters, one: Any, padded: bool) -> Way:
     """The first way that agrees with rows of J on a sample: operators may lack a forward derivative, some
     without a word, or a derivative of the backward one. ``padded``: an embedding has a ``padding_idx``."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator("cpu").manual_seed(2)
     draw = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu").to(p)
         for name, p in parameters.items()
     }
     truth = by_rows(model, parameters, draw, one)

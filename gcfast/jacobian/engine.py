@@ -139,10 +139,10 @@ class Engine:
                 "sample's outputs depend on the others. Call model.eval() first"
             )
         refuse_dependent_samples(y.detach()[: len(alone)], alone)
-        n, generator = len(y), torch.Generator().manual_seed(0)
+        n, generator = len(y), torch.Generator("cpu").manual_seed(0)
         u = torch.zeros((n, *y.shape), dtype=y.dtype, device=y.device)
         for i in range(n):
-            u[i, i] = torch.randn(self.c, generator=generator, dtype=torch.float64).to(y)
+            u[i, i] = torch.randn(self.c, generator=generator, dtype=torch.float64, device="cpu").to(y)
         cotangents = self._cotangents_of_samples(graph, u) if graph.sites else []
         found = infer_sample_axis(graph, cotangents, self.parameters)
         shared = {
@@ -212,8 +212,8 @@ class Engine:
                 u[k, :, tile.c + k] = 1
             mix: Tensor | None = None
             if graph.routed:
-                draws = torch.Generator().manual_seed(1)
-                mix = torch.randn((n, tile.outputs), generator=draws, dtype=torch.float64).to(u)
+                draws = torch.Generator("cpu").manual_seed(1)
+                mix = torch.randn((n, tile.outputs), generator=draws, dtype=torch.float64, device="cpu").to(u)
                 u = torch.cat([u, u.new_zeros(1, n, self.c)])
                 u[-1, :, tile.c : tile.e] = mix
             wanted: dict[int, list[tuple[int, Use]]] = {}

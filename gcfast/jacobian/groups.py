@@ -91,7 +91,7 @@ def _parts(uses: Sequence[Use], p: Tensor) -> list[tuple[Use, ...]]:
         return [tuple(uses)]
     parts: list[tuple[Tensor, tuple[Use, ...]]] = []
     for use in uses:
-        mask = torch.zeros(p.numel() + 1, dtype=torch.bool)
+        mask = torch.zeros(p.numel() + 1, dtype=torch.bool, device="cpu")
         mask[use.view.index(p.shape).flatten()] = True  # a constant's -1 is the last one
         mask[-1] = False
         meet = [part for part in parts if bool((part[0] & mask).any())]

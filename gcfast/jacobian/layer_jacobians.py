@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.jacobian.engine import Engine
 from gcfast.jacobian.factors import Factor
 from gcfast.jacobian.gram import GramJob
@@ -68,6 +69,7 @@ class LayerJacobians:
             ``max_bytes``.
     """
 
+    @ordinary()
     def __init__(
         self, model: nn.Module, x: Any, *, layers: Layers | None = None, max_bytes: int | None = None
     ) -> None:
@@ -93,6 +95,7 @@ class LayerJacobians:
 
     # --- products with vectors
 
+    @ordinary()
     def jvp(self, v: Direction) -> Tensor:
         """J v, (n, C): the derivative of the outputs in the direction v, (p,) or a dict by parameter's name.
 
@@ -102,6 +105,7 @@ class LayerJacobians:
         direction = self.as_dict(v)
         return torch.cat([self._engine.jvp(direction, tile) for tile in self._batches()])
 
+    @ordinary()
     def vjp(self, u: Tensor) -> dict[str, Tensor]:
         """J^T u by parameter's name, each of its parameter's shape; u: (n, C) or (n C,)."""
         u = self._outputs("u", u)
@@ -162,6 +166,7 @@ class LayerJacobians:
 
     # --- Grams and what else J is reduced to
 
+    @ordinary()
     def gram(
         self, layers: Layers | None = None, *, other: Any = None, per_layer: bool = False, trace: bool = False
     ) -> Any:
@@ -195,6 +200,7 @@ class LayerJacobians:
             job.cross(self._tiles(first, stored=True, grams=len(keys)), plan)
         return out if per_layer else out[""]
 
+    @ordinary()
     def diag(self, layers: Layers | None = None, *, per_layer: bool = False) -> Any:
         """The diagonal of K, (n, C): squared norms of the gradients per sample and output; or per layer."""
         wanted = set(self.layers) if layers is None else self._among(layers)
@@ -212,6 +218,7 @@ class LayerJacobians:
             engine.run(tile, add)
         return out if per_layer else out[""]
 
+    @ordinary()
     def sketch(
         self, k: int, *, seed: int = 0, method: str = "gaussian", layers: Layers | None = None
     ) -> Tensor:
@@ -234,7 +241,7 @@ class LayerJacobians:
             def add(number: int, factor: Factor, part: Tensor = part) -> None:
                 if engine.groups[number].layer not in wanted:
                     return
-                generator = torch.Generator().manual_seed(_mix(seed, number))
+                generator = torch.Generator("cpu").manual_seed(_mix(seed, number))
                 for piece in factor.pieces(width):
                     _sketch_add(part, piece.flatten(0, 1), k, method, generator)
 
@@ -298,9 +305,11 @@ def _mix(seed: int, number: int) -> int:
 def _sketch_add(out: Tensor, j: Tensor, k: int, method: str, generator: torch.Generator) -> None:
     p = j.shape[1]
     if method == "gaussian":
-        omega = torch.randn((p, k), generator=generator, dtype=torch.float32).to(j.device, j.dtype)
+        omega = torch.randn((p, k), generator=generator, dtype=torch.float32, device="cpu").to(
+            j.device, j.dtype
+        )
         out.addmm_(j, omega, alpha=k**-0.5)
         return
-    draws = torch.randint(0, 2 * k, (p,), generator=generator).to(j.device)
+    draws = torch.randint(0, 2 * k, (p,), generator=generator, dtype=torch.int64, device="cpu").to(j.device)
     sign = (1 - 2 * (draws % 2)).to(j.dtype)
     out.index_add_(1, draws // 2, j * sign)

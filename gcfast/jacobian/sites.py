@@ -97,7 +97,7 @@ class View:
 
     def index(self, shape: Sequence[int]) -> Tensor:
         """The position in the parameter, of the given shape, of each element; -1 where it has no gradient."""
-        out = torch.arange(math.prod(shape)).view(tuple(shape))
+        out = torch.arange(math.prod(shape), device="cpu").view(tuple(shape))
         for node, number in self.steps:
             again = VIEWS.get(node.name()) or _SHARES[node.name()]
             out = again(out, node, number)

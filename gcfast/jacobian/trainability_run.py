@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.features import equal_samples
 from gcfast.jacobian.layer_jacobians import LayerJacobians
 from gcfast.jacobian.layers import Layers
@@ -43,6 +44,7 @@ SMALL = (
 )
 
 
+@ordinary()
 def trainability(
     model: nn.Module,
     x: Any,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_tables import names
 from gcfast.model.tracing import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
@@ -76,6 +77,7 @@ class Head:
         return _describe(self.name, self.module)
 
 
+@ordinary()
 def find_head(model: nn.Module, inputs: Any = None, head: Head | nn.Module | str | None = None) -> Head:
     """Find the head of `model`, or raise `HeadError` saying why it has none.
 

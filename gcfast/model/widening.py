@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.model.head import Head, find_head
 from gcfast.model.tracing import unwrap
 from gcfast.nn import WideHead, WideLayer
 from gcfast.ops import arguments
 
 
+@ordinary()
 def widen(
     model: nn.Module,
     n_samples: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def matrix_without_gradient(op: str, name: str, value: Tensor, *others: Tensor |
         raise RuntimeError(f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()")
 
 
-def is_activation(activation: str, beta: float, order: int = 0) -> None:
+def is_activation(activation: Any, beta: Any, order: Any = 0) -> None:
     if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         got = errors.came(activation)
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {got}")

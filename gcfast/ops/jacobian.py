@@ -33,7 +33,7 @@ def jacobian_gram_op(out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: lis
         return
     assert native.cpu is not None
     kernel = native.cpu.jacobian_gram_f64 if out.dtype == torch.float64 else native.cpu.jacobian_gram_f32
-    stops = torch.tensor(ends, dtype=torch.int64)
+    stops = torch.tensor(ends, dtype=torch.int64, device="cpu")
     pointers = [t.data_ptr() for t in (out, g, h, scale, stops)]
     sizes = (len(ends), *g.shape[:3], *h.shape[:3])
     strides = (*out.stride(), *g.stride()[:3], *h.stride()[:3], *scale.stride())

@@ -56,7 +56,7 @@ def resolve_generator(generator: Any, seed: Any) -> torch.Generator:
         seed = (torch.initial_seed() * 6364136223846793005 + 1442695040888963407) % 2**63
     else:
         errors.is_count("seed", seed, -(2**63))
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def check_group(model: nn.Module, group: dict[str, Any], index: int) -> None:
@@ -107,7 +107,7 @@ def perturb(parameters: Mapping[str, Tensor], scale: float, generator: torch.Gen
             continue
         value = torch.view_as_real(p) if p.is_complex() else p
         wide = torch.promote_types(value.dtype, torch.float32)
-        noise = torch.randn(value.shape, dtype=wide, generator=generator)
+        noise = torch.randn(value.shape, dtype=wide, generator=generator, device="cpu")
         if scale > 0:
             value.copy_(value.to(wide) + noise.to(value.device) * scale)
             moved.add(name)

@@ -123,7 +123,7 @@ def pickled(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def unpickled(state: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes again, from what :func:`pickled` kept; hooks on the model are the caller's to make."""
     head = state["head"]
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.set_state(state["generator"])
     return {
         **{name: state[name] for name in _PICKLED},
@@ -166,7 +166,7 @@ def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: 
 
 def _check_generator(value: Tensor) -> None:
     try:
-        torch.Generator().set_state(value.cpu())
+        torch.Generator("cpu").set_state(value.cpu())
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"the state is damaged: two_phase['generator'] is no such state ({error})") from None
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.model import (
     AmbiguousHeadError,
     Draw,
@@ -99,6 +100,7 @@ class TwoPhase(Optimizer):
     _watch: Watch | None
     _freezer: Freezer | None  # there is one in phase two
 
+    @ordinary()
     def __init__(
         self,
         base: Optimizer,
@@ -252,6 +254,7 @@ class TwoPhase(Optimizer):
 
     # -- the two phases
 
+    @ordinary()
     @torch.no_grad()
     def switch(self) -> None:
         """Begin phase two now, if it has not begun. Call it between steps, not before a backward pass."""
@@ -310,6 +313,7 @@ class TwoPhase(Optimizer):
         )
         return through_hooks(self._optimizer_state_dict_post_hooks, self, state)
 
+    @ordinary()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state: phase, count, generator, `switch_step` and `perturbation`.
 

@@ -74,7 +74,7 @@ class Scratch:
     def map(self, count: int, dtype: torch.dtype) -> Tensor:
         """``count`` zeros on disk, as a tensor. Raises OSError where the disk has no room for them."""
         if count == 0:
-            return torch.zeros(0, dtype=dtype)
+            return torch.zeros(0, dtype=dtype, device="cpu")
         with tempfile.TemporaryFile(dir=self.folder, prefix="gcfast-") as file:
             size = count * dtype.itemsize
             reserve_file(file, size, "scratch tiles")
