@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gcfast.losses import ConvexLoss
+from gcfast.losses import MSE, ConvexLoss
 
 Status = Literal["holds", "fails", "unknown", "not checked"]
 
@@ -95,7 +95,7 @@ class Certificate:
         if self.sigma_min_lower <= 0:
             return math.inf
         rate = (self.sigma_min_lower / self.sigma_max_upper) ** 2
-        if self._convex.name == "mse":
+        if isinstance(self._convex, MSE):
             return math.ceil(0.5 * math.log(self.gap / eps) / -math.log1p(-rate)) if rate < 1 else 1.0
         goal = self._convex.reachable(self._outputs, self._targets, 0.5 * eps)
         beta = self._convex.smoothness(self._outputs.shape[1]) * self.sigma_max_upper**2 / self.n

@@ -23,7 +23,13 @@ from gcfast.certificate.direct import SHARP, prove_directly
 from gcfast.certificate.evidence import Evidence
 from gcfast.certificate.theorem import theorem_applies
 from gcfast.features import Features, TrainingSet, WideFeatures, checked, collect, equal_rows
-from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, output_count, resolve_loss
+from gcfast.losses import (
+    ConvexLoss,
+    check_convex,
+    check_matches_outputs,
+    infimum_with_copies,
+    resolve_loss,
+)
 from gcfast.model import Head
 from gcfast.storage import StateFile, fingerprint
 
@@ -121,10 +127,15 @@ class Certification:
         self.convex = None if loss is None else resolve_loss(loss)
         self.y: Tensor | None = None
         if self.convex is not None and targets is not None:
-            c = output_count(targets) if training_set is None else training_set.outputs.shape[1]
-            self.y = self.convex.prepare(targets, self.n, c)
-            if training_set is not None:
-                check_convex(self.convex, training_set.outputs[:256].to(torch.float64), self.y[:256])
+            if training_set is None:
+                outputs = torch.zeros((), device=targets.device).expand(
+                    self.n, self.convex.output_count(targets)
+                )
+            else:
+                check_matches_outputs(self.convex, targets, training_set.output_shape)
+                outputs = training_set.outputs
+            self.y = self.convex.prepare(targets, self.n, outputs.shape[1])
+            check_convex(self.convex, outputs, self.y)
         self.duplicate_groups = (
             equal_rows(features.keys()) if training_set is None else training_set.duplicate_groups
         )

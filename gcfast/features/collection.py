@@ -24,13 +24,14 @@ class TrainingSet:
 
     ``features`` (n, m) enter the head: stored, or recomputed from what enters a :class:`gcfast.WideLayer`
     where storing them would take too much; ``below`` (n, d) enter the wide layer (None where there is none);
-    ``outputs`` (n, C) are the model's; ``duplicate_groups`` lists groups of samples whose inputs are equal,
-    number for number.
+    ``outputs`` (n, C) are the model's, which gave each sample's in ``output_shape``; ``duplicate_groups``
+    lists groups of samples whose inputs are equal, number for number.
     """
 
     features: Features
     targets: Tensor | None
     outputs: Tensor
+    output_shape: torch.Size
     head: Head
     wide: WideLayerFound | None
     below: Tensor | None
@@ -121,6 +122,7 @@ def collect(
         features=found,
         targets=torch.cat(targets) if targets else None,
         outputs=torch.cat(outputs),
+        output_shape=out.shape[1:],
         head=head,
         wide=wide if inspect else None,
         below=torch.cat(below) if below else None,

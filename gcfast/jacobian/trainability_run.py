@@ -33,7 +33,7 @@ from gcfast.features import equal_samples
 from gcfast.jacobian.layer_jacobians import LayerJacobians
 from gcfast.jacobian.layers import Layers
 from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
-from gcfast.losses import ConvexLoss, check_convex, infimum_with_copies, resolve_loss
+from gcfast.losses import ConvexLoss, check_convex, check_matches_outputs, infimum_with_copies, resolve_loss
 from gcfast.model import call_arguments, without_gradients
 from gcfast.proofs import check_products, count_above, exact_products, matrix_rank, prove_least_eigenvalue
 from gcfast.storage import allowed_bytes, check_memory
@@ -115,8 +115,9 @@ class TrainabilityRun:
         with without_gradients():
             z = self.jacobians.model(*args, **kwargs)
         self.device = z.device
+        check_matches_outputs(self.convex, y, z.shape[1:])
         self.y = self.convex.prepare(y.detach().to(z.device), self.n, self.c)
-        check_convex(self.convex, z.to(torch.float64), self.y)
+        check_convex(self.convex, z, self.y)
         self.duplicate_groups = equal_samples([v for v in tree_leaves(training_set) if isinstance(v, Tensor)])
         inputs = sum(v[0].numel() for v in tree_leaves(self.x) if isinstance(v, Tensor))
         # an entry of J and a product of two of its rows are sums of about so many rounded terms at most

@@ -6,9 +6,10 @@ outputs too, so that loss_i carries a factor 1/C.
 """
 
 from gcfast.losses.base import ConvexLoss
+from gcfast.losses.convexity import check_convex
 from gcfast.losses.cross_entropy import CrossEntropy
 from gcfast.losses.elementwise import MSE, BCEWithLogits, Huber
-from gcfast.losses.resolve import check_convex, infimum_with_copies, output_count, resolve_loss
+from gcfast.losses.resolve import check_matches_outputs, infimum_with_copies, resolve_loss
 
 __all__ = [
     "MSE",
@@ -17,7 +18,7 @@ __all__ = [
     "CrossEntropy",
     "Huber",
     "check_convex",
+    "check_matches_outputs",
     "infimum_with_copies",
-    "output_count",
     "resolve_loss",
 ]

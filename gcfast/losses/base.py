@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,22 @@ class ConvexLoss(ABC):
 
     def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
         """Check the targets of n samples with c outputs and bring them into the form the methods take."""
+        y = real_targets(y)
         if len(y) != n:
             raise ValueError(f"targets: expected {n} rows, one per sample; got shape {tuple(y.shape)}")
         return y
+
+    def output_count(self, y: Tensor) -> int:
+        """C, where targets alone tell: columns of real targets, or the least number of outputs of labels."""
+        y = real_targets(y)
+        if (y.dim() > 1 and y.shape[1] > 1) or y.is_floating_point():
+            return y.shape[1] if y.dim() > 1 else 1
+        if len(y) and int(y.min()) < 0:
+            i = int((y.reshape(-1) < 0).nonzero()[0])
+            raise ValueError(
+                f"targets: label {int(y.reshape(-1)[i])} of sample {i} is out of range (labels count from 0)"
+            )
+        return max(int(y.max()) + 1, 2) if len(y) else 2
 
     def attained(self, y: Tensor) -> bool:
         """Whether every infimum is attained at finite outputs (not so for cross-entropy with hard labels)."""
@@ -88,7 +103,9 @@ class ConvexLoss(ABC):
         return total.index_add_(0, group, self.infimum(y).to(torch.float64))
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name}>"
+        # with its options: a checkpoint tells problems apart by this
+        options = "".join(f" {k}={v!r}" for k, v in vars(self).items() if isinstance(v, (int, float, str)))
+        return f"<{type(self).__name__} {self.name}{options}>"
 
 
 def group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +126,24 @@ def log_excess(u: float) -> float:
     if u >= 1.0:
         return math.inf
     return 0.5 + 0.5 * u if u < 1e-3 else (-math.log1p(-u) - u) / u**2 * (1 + 1e-9)
+
+
+def real_targets(y: Tensor) -> Tensor:
+    """``y``, detached; TypeError and ValueError where it is no dense tensor of real numbers a sample."""
+    if y.layout != torch.strided or y.is_quantized or y.is_complex():
+        raise TypeError(f"targets: expected a dense tensor of real numbers; got {y.layout}, {y.dtype}")
+    if y.dim() == 0:
+        raise ValueError("targets: expected one row per sample; got a tensor without dimensions")
+    return y.detach()
+
+
+def number(name: str, value: Any, low: float, high: float, words: str) -> float:
+    """``value`` as a float; TypeError and ValueError with ``words`` where it is no number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {words}; got {type(value).__name__}")
+    if not low <= float(value) <= high:
+        raise ValueError(f"{name}: expected {words}; got {value}")
+    return float(value)
 
 
 def finite(y: Tensor) -> None:

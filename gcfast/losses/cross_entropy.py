@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess
+from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess, number, real_targets
 
 
 class CrossEntropy(ConvexLoss):
@@ -16,44 +16,69 @@ class CrossEntropy(ConvexLoss):
 
     name = "cross_entropy"
 
-    def __init__(self, label_smoothing: float = 0.0):
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing: expected a number in [0, 1); got {label_smoothing}")
-        self.label_smoothing = float(label_smoothing)
+    def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100):
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0.0, 1.0, "a number in [0, 1]")
+        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+            raise TypeError(f"ignore_index: expected an int; got {ignore_index!r}")
+        self.ignore_index = ignore_index
 
     def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
-        if y.is_floating_point():
-            if tuple(y.shape) != (n, c):
-                raise ValueError(f"targets: probabilities must have shape ({n}, {c}); got {tuple(y.shape)}")
-            y = y.to(torch.float64)
-            finite(y)
-            bad = ((y < 0).any(1) | ((y.sum(1) - 1).abs() > 1e-4)).nonzero()
-            if len(bad):
-                i = int(bad[0])
-                raise ValueError(
-                    f"targets: row {i} is no probability vector (minimum {float(y[i].min()):.3g}, "
-                    f"sum {float(y[i].sum()):.6g})"
-                )
-            y = y / y.sum(1, keepdim=True)
-        else:
-            if y.dtype == torch.bool or y.is_complex():
-                raise TypeError(f"targets: expected integer class labels or probabilities; got {y.dtype}")
-            if y.dim() == 2 and y.shape[1] == 1:
-                y = y[:, 0]
-            if tuple(y.shape) != (n,):
-                raise ValueError(f"targets: class labels must have shape ({n},); got {tuple(y.shape)}")
-            y = y.long()
-            bad = ((y < 0) | (y >= c)).nonzero()
-            if len(bad):
-                i = int(bad[0])
-                raise ValueError(
-                    f"targets: label {int(y[i])} of sample {i} is out of range for {c} outputs (0..{c - 1})"
-                )
-            if self.label_smoothing:
-                y = nn.functional.one_hot(y, c).to(torch.float64)
+        y = real_targets(y)
+        y = self._probabilities(y, n, c) if y.is_floating_point() else self._labels(y, n, c)
         if self.label_smoothing:
+            if y.dim() == 1:
+                y = nn.functional.one_hot(y, c).to(torch.float64)
             y = (1 - self.label_smoothing) * y + self.label_smoothing / c
         return y
+
+    def _probabilities(self, y: Tensor, n: int, c: int) -> Tensor:
+        """Rows of sum one; torch's function does not divide by another sum, so that is not done here."""
+        if tuple(y.shape) != (n, c):
+            raise ValueError(
+                f"targets: expected integer class labels of shape ({n},), or probabilities of shape "
+                f"({n}, {c}); got {tuple(y.shape)}, {y.dtype}"
+            )
+        if self.ignore_index >= 0:
+            raise ValueError(
+                f"loss: ignore_index={self.ignore_index} is for class labels; the targets are probabilities"
+            )
+        # what rounding to the dtype makes of the sum, at most: of c numbers, and of the sum they came from
+        rounding = min(1e-4, (c + 8) * torch.finfo(y.dtype).eps)
+        y = y.to(torch.float64)
+        finite(y)
+        bad = ((y < 0).any(1) | ((y.sum(1) - 1).abs() > rounding)).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise ValueError(
+                f"targets: row {i} is no probability vector (minimum {float(y[i].min()):.3g}, "
+                f"sum {float(y[i].sum()):.9g}); divide each row by its sum"
+            )
+        return y / y.sum(1, keepdim=True)
+
+    def _labels(self, y: Tensor, n: int, c: int) -> Tensor:
+        if y.dtype == torch.bool:
+            raise TypeError(f"targets: expected integer class labels or probabilities; got {y.dtype}")
+        if y.dim() == 2 and y.shape[1] == 1:
+            y = y[:, 0]
+        if tuple(y.shape) != (n,):
+            raise ValueError(f"targets: class labels must have shape ({n},); got {tuple(y.shape)}")
+        y = y.long()
+        bad = ((y < 0) | (y >= c) | (y == self.ignore_index)).nonzero()
+        if len(bad):
+            i, label = int(bad[0]), int(y[bad[0]])
+            raise ValueError(
+                f"targets: label {label} of sample {i} is the loss's ignore_index: leave such samples out of "
+                "the data, as the loss leaves them out of its mean"
+                if label == self.ignore_index
+                else f"targets: label {label} of sample {i} is out of range for {c} outputs (0..{c - 1})"
+            )
+        return y
+
+    def output_count(self, y: Tensor) -> int:
+        y = real_targets(y)
+        if not y.is_floating_point() and bool((y == self.ignore_index).any()):
+            self._labels(y, len(y), int(y.max()) + 1)
+        return super().output_count(y)
 
     def attained(self, y: Tensor) -> bool:
         return y.dim() == 2 and bool((y > 0).all())

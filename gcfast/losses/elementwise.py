@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess
+from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess, number, real_targets
 
 
-class _Elementwise(ConvexLoss):
+class Elementwise(ConvexLoss):
     """Losses that are a mean of one-dimensional losses; y (n, C) float64, or (n,) where C = 1."""
 
     separable = True
 
     def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
-        if y.is_complex():
-            raise TypeError(f"targets: expected real numbers; got {y.dtype}")
+        y = real_targets(y)
         if y.dim() == 1 and c == 1:
             y = y.unsqueeze(1)
         if tuple(y.shape) != (n, c):
@@ -27,8 +27,11 @@ class _Elementwise(ConvexLoss):
         finite(y)
         return y
 
+    def output_count(self, y: Tensor) -> int:
+        return y.shape[1] if real_targets(y).dim() > 1 else 1
 
-class MSE(_Elementwise):
+
+class MSE(Elementwise):
     """(1/C) |z - y|^2, as ``F.mse_loss``."""
 
     name = "mse"
@@ -70,7 +73,7 @@ class MSE(_Elementwise):
         return y
 
 
-class BCEWithLogits(_Elementwise):
+class BCEWithLogits(Elementwise):
     """Mean of log(1 + e^z) - y z, as ``F.binary_cross_entropy_with_logits``; y in [0, 1]."""
 
     name = "bce_with_logits"
@@ -136,15 +139,13 @@ class BCEWithLogits(_Elementwise):
         return torch.where(y == 1, z.clamp(min=far), torch.where(y == 0, z.clamp(max=-far), torch.logit(y)))
 
 
-class Huber(_Elementwise):
+class Huber(Elementwise):
     """Mean of t^2/2 for |t| <= delta, delta (|t| - delta/2) beyond; t = z - y; as ``F.huber_loss``."""
 
     name = "huber"
 
     def __init__(self, delta: float = 1.0):
-        if not (delta > 0 and math.isfinite(delta)):
-            raise ValueError(f"delta: expected a positive number; got {delta}")
-        self.delta = float(delta)
+        self.delta = number("delta", delta, 5e-324, sys.float_info.max, "a positive finite number")
 
     def attained(self, y: Tensor) -> bool:
         return True

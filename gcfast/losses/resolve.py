@@ -1,20 +1,53 @@
-"""From what a user calls a loss (a name, a torch.nn module, their own) to a convex loss, checked."""
+"""From what a user calls a loss (a name, a torch.nn module, their own) to a convex loss."""
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from gcfast.losses.base import ConvexLoss
 from gcfast.losses.cross_entropy import CrossEntropy
-from gcfast.losses.elementwise import MSE, BCEWithLogits, Huber
+from gcfast.losses.elementwise import MSE, BCEWithLogits, Elementwise, Huber
 
-_BY_NAME = {"cross_entropy": CrossEntropy, "mse": MSE, "bce_with_logits": BCEWithLogits, "huber": Huber}
+_BY_NAME: dict[str, type[ConvexLoss]] = {
+    "cross_entropy": CrossEntropy,
+    "mse": MSE,
+    "bce_with_logits": BCEWithLogits,
+    "huber": Huber,
+}
+OWN = tuple(_BY_NAME.values())
+
+# the loss of each torch module, and the arguments that it takes over; all others must have their defaults
+_OF_TORCH: dict[type[nn.Module], tuple[type[ConvexLoss], tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (CrossEntropy, ("label_smoothing", "ignore_index")),
+    nn.MSELoss: (MSE, ()),
+    nn.BCEWithLogitsLoss: (BCEWithLogits, ()),
+    nn.HuberLoss: (Huber, ("delta",)),
+    nn.SmoothL1Loss: (Huber, ()),  # with beta = 1 the same function; otherwise Huber's over beta
+}
+_FORWARD = {kind: kind.forward for kind in _OF_TORCH}
+_WAY_OUT = "subclass gcfast.ConvexLoss for a loss of your own"
+_HINTS = {
+    "reduction": "L is the mean over the samples; size_average=False and reduce=False set this too",
+    "beta": "nn.HuberLoss(delta=beta) is beta times this loss: the same minimisers",
+}
 
 
 def resolve_loss(loss: str | nn.Module | ConvexLoss) -> ConvexLoss:
-    """The :class:`ConvexLoss` of ``loss``: a name, a ``torch.nn`` loss with mean reduction, or itself."""
+    """The :class:`ConvexLoss` of ``loss``: a name, a ``torch.nn`` loss with mean reduction, or itself.
+
+    A torch module is taken for what its class computes, so it must be of that very class, without hooks and
+    patches; its options are read here and now. Raises TypeError and ValueError naming ``loss``.
+    """
     if isinstance(loss, ConvexLoss):
+        if isinstance(loss, OWN) and (type(loss) not in OWN or _patched(loss)):
+            raise TypeError(
+                f"loss: {loss!r} changes a loss of gcfast's, whose other methods then belong to another "
+                f"function; {_WAY_OUT}"
+            )
         return loss
     if isinstance(loss, str):
         name = loss.lower().replace("-", "_")
@@ -24,55 +57,61 @@ def resolve_loss(loss: str | nn.Module | ConvexLoss) -> ConvexLoss:
                 f"got {loss!r}"
             )
         return _BY_NAME[name]()
-    if isinstance(loss, nn.Module):
-        if getattr(loss, "reduction", "mean") != "mean":
-            raise ValueError(f"loss: expected reduction='mean'; got reduction={loss.reduction!r}")
-        for extra in ("weight", "pos_weight"):
-            if getattr(loss, extra, None) is not None:
-                raise ValueError(
-                    f"loss: {type(loss).__name__} with {extra} is not supported; subclass gcfast.ConvexLoss"
-                )
-        if isinstance(loss, nn.CrossEntropyLoss):
-            return CrossEntropy(loss.label_smoothing)
-        if isinstance(loss, nn.MSELoss):
-            return MSE()
-        if isinstance(loss, nn.BCEWithLogitsLoss):
-            return BCEWithLogits()
-        if isinstance(loss, nn.HuberLoss):
-            return Huber(loss.delta)
+    if type(loss) in _OF_TORCH:
+        return _resolve_torch(loss)
+    got = f"the class {loss.__name__}, not an instance" if isinstance(loss, type) else type(loss).__name__
+    if isinstance(loss, tuple(_OF_TORCH)):
+        got += ", a subclass, which is a loss of its own"
     raise TypeError(
-        f"loss: expected one of {sorted(_BY_NAME)}, nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, "
-        f"nn.HuberLoss or a gcfast.ConvexLoss (convex in the outputs); got {type(loss).__name__}"
+        f"loss: expected one of {sorted(_BY_NAME)}, {', '.join(f'nn.{kind.__name__}' for kind in _OF_TORCH)} "
+        f"or a gcfast.ConvexLoss (convex in the outputs); got {got}; {_WAY_OUT}"
     )
 
 
-def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor) -> None:
-    """Raise ValueError where a user's loss is seen not to be convex, or its infimum not to be one.
-
-    Probes chords through random outputs around z at several scales: finds a counterexample, proves nothing.
-    """
-    if type(loss) in _BY_NAME.values():
-        return
-    generator = torch.Generator().manual_seed(0)
-    for scale in (0.1, 1.0, 10.0):
-        a = z + scale * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-        b = z + scale * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-        at_a, at_b, middle = loss.value(a, y), loss.value(b, y), loss.value(0.5 * (a + b), y)
-        if not bool(torch.isfinite(at_a).all() and torch.isfinite(at_b).all()):
-            raise ValueError(f"loss: {loss!r} is not finite at finite outputs")
-        slack = 1e-9 * (at_a.abs() + at_b.abs() + 1.0)
-        bad = (middle > 0.5 * (at_a + at_b) + slack).nonzero()
-        if len(bad):
-            i = int(bad[0])
+def _resolve_torch(loss: nn.Module) -> ConvexLoss:
+    kind = type(loss)
+    own, options = _OF_TORCH[kind]
+    hooks = ("forward_hooks", "forward_pre_hooks")
+    found = [f"{name} is replaced" for name in _patched(loss)]
+    found += [f"it has {name}" for name in hooks if getattr(loss, f"_{name}")]
+    found += [f"there are global {name}" for name in hooks if getattr(global_hooks, f"_global_{name}")]
+    if kind.forward is not _FORWARD[kind]:
+        found.append("the forward of its class is replaced")
+    if loss._compiled_call_impl is not None:
+        found.append("it is compiled")
+    if found:
+        raise ValueError(
+            f"loss: expected nn.{kind.__name__} as torch made it, but {', '.join(found)}: it may be another "
+            f"function; give a new one, or {_WAY_OUT}"
+        )
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value, default = getattr(loss, name, parameter.default), parameter.default
+        same = value is default or (isinstance(value, (int, float, str)) and value == default)
+        if name not in options and not same:
+            hint = _HINTS.get(name)
             raise ValueError(
-                f"loss: {loss!r} is not convex: at sample {i} the value {float(middle[i]):.6g} in the "
-                "middle of a chord lies above "
-                f"the mean {0.5 * float(at_a[i] + at_b[i]):.6g} of its ends; "
-                "the guarantee needs a loss convex in the outputs"
+                f"loss: expected nn.{kind.__name__} with {name}={default!r}; got {name}="
+                f"{f'a {type(value).__name__}' if isinstance(value, Tensor) else repr(value)}"
+                f"{f' ({hint})' if hint else ''}; {_WAY_OUT}"
             )
-        below = (torch.minimum(at_a, at_b) < loss.infimum(y) - slack).nonzero()
-        if len(below):
-            raise ValueError(f"loss: {loss!r} falls below its own infimum at sample {int(below[0])}")
+    return own(**{name: getattr(loss, name, None) for name in options})
+
+
+def _patched(thing: object) -> list[str]:
+    """Methods of its class that an object has replaced for itself."""
+    return [name for name in vars(thing) if callable(getattr(type(thing), name, None))]
+
+
+def check_matches_outputs(loss: ConvexLoss, y: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError where torch would broadcast targets y and outputs of one model, ``shape`` a sample.
+
+    (n,) against (n, 1) makes n x n values there, none of which need be a sample's own.
+    """
+    if isinstance(loss, Elementwise) and y.dim() > 0 and len(y.shape) - 1 != len(shape):
+        raise ValueError(
+            f"targets: expected shape {tuple(y.shape[:1] + shape)}, as the model's outputs; got "
+            f"{tuple(y.shape)}, which torch's loss broadcasts or refuses; reshape the targets"
+        )
 
 
 def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
@@ -85,13 +124,3 @@ def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) ->
         total[members] = 0.0
         total[members[sizes.cumsum(0) - sizes]] = loss.group_infimum(y[members], group, len(copies)).to(total)
     return float(total.sum()) / max(len(y), 1)
-
-
-def output_count(targets: Tensor) -> int:
-    if (targets.dim() == 2 and targets.shape[1] > 1) or targets.is_floating_point():
-        return targets.shape[1] if targets.dim() == 2 else 1
-    if len(targets) and int(targets.min()) < 0:
-        i = int((targets.reshape(-1) < 0).nonzero()[0])
-        label = int(targets.reshape(-1)[i])
-        raise ValueError(f"targets: label {label} of sample {i} is out of range (labels count from 0)")
-    return max(int(targets.max()) + 1, 2) if len(targets) else 2

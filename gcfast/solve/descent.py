@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gcfast.features import Features
+from gcfast.losses import MSE
 from gcfast.proofs import Tiles, cholesky, solve_triangular
 from gcfast.solve.grams import TiledGram, build_gram
 from gcfast.solve.problem import HeadProblem
@@ -21,7 +22,7 @@ def exact(
     head_problem: HeadProblem, max_bytes: int | None, weight_decay: float, target_gap: float
 ) -> HeadSolution:
     """V_tau + H1^T (H1 H1^T)^-1 (Y - H1 V_tau): the limit of gradient descent for the squared loss."""
-    if head_problem.loss.name != "mse":
+    if not isinstance(head_problem.loss, MSE):
         raise ValueError(
             f"method: 'exact' is for loss='mse'; got loss {head_problem.loss.name!r} (use 'nearest')"
         )

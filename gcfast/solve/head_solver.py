@@ -17,6 +17,7 @@ from gcfast.features import Features, checked, collect
 from gcfast.losses import (
     ConvexLoss,
     check_convex,
+    check_matches_outputs,
     resolve_loss,
 )
 from gcfast.model import Head
@@ -96,6 +97,7 @@ def solve_head(
         training_set = collect(model_or_features, data_or_targets, head, inspect=False, max_bytes=max_bytes)
         if training_set.targets is None:
             raise ValueError("data: expected (inputs, targets); got inputs alone")
+        check_matches_outputs(convex, training_set.targets, training_set.output_shape)
         module = training_set.head.module
         head_problem = make_problem(
             training_set.features, training_set.targets, convex, (module.weight, module.bias)
@@ -123,7 +125,7 @@ def solve_head(
         )
         keeper = StateFile(checkpoint, "solve_head", fingerprint(*parts), checkpoint_seconds)
     with exact_products(), keeper or contextlib.nullcontext():
-        check_convex(convex, head_problem.start_logits[:256], head_problem.targets[:256])
+        check_convex(convex, head_problem.start_logits, head_problem.targets)
         if method == "exact":
             solution = exact(head_problem, max_bytes, weight_decay, target_gap)
         elif method == "nearest":

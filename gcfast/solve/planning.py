@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gcfast import ops
 from gcfast.features import Features, WideFeatures, checked, sample_count
-from gcfast.losses import ConvexLoss, CrossEntropy, output_count, resolve_loss
+from gcfast.losses import BCEWithLogits, ConvexLoss, CrossEntropy, resolve_loss
 from gcfast.model import find_head
 from gcfast.proofs import Tiles, exact_products, proof_bytes, proof_flops
 from gcfast.solve import gram_forms
@@ -63,7 +63,7 @@ def plan(
     elif any(value is not None for value in (n, m, d, c)):
         raise ValueError("n, m, d, c: give sizes or a model with its data, not both")
     else:
-        sizes, real = _sizes(model_or_features, data, max_bytes)
+        sizes, real = _sizes(model_or_features, data, convex, max_bytes)
         hard = hard and not real
     if isinstance(rates, str):
         if rates not in NOMINAL:
@@ -71,13 +71,13 @@ def plan(
         rates = NOMINAL[rates]
     found = rates or measured(sizes.device)
     room = allowed_bytes(max_bytes, sizes.device)
-    attained = not hard and convex.name != "bce_with_logits"  # as far as sizes tell
+    attained = not hard and not isinstance(convex, BCEWithLogits)  # as far as sizes tell
     stages = [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found, rates)]
     sharded = _sharding(sizes, devices, found) if devices > 1 else None
     return Plan(sizes.n, sizes.m, sizes.d, sizes.c, room, found, stages, sharded)
 
 
-def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
+def _sizes(source: Any, data: Any, loss: ConvexLoss, max_bytes: int | None) -> tuple[Sizes, bool]:
     """Sizes, and whether the targets are known to be real numbers."""
     if isinstance(source, nn.Module):
         from gcfast.features import loader_of, streams
@@ -100,7 +100,7 @@ def _sizes(source: Any, data: Any, max_bytes: int | None) -> tuple[Sizes, bool]:
         return Sizes(n, head.in_features, head.out_features, d, weight.dtype, weight.device), False
     features = checked(source)
     width = features.d if isinstance(features, WideFeatures) else None
-    c = output_count(data) if isinstance(data, Tensor) else 10
+    c = loss.output_count(data) if isinstance(data, Tensor) else 10
     real = isinstance(data, Tensor) and data.is_floating_point()
     return Sizes(features.n, features.m, c, width, features.dtype, features.device), real
 

@@ -13,7 +13,6 @@ from gcfast.features import Features, equal_rows
 from gcfast.losses import (
     ConvexLoss,
     infimum_with_copies,
-    output_count,
 )
 
 
@@ -79,7 +78,7 @@ def make_problem(
             f"targets: expected on the device of the features, {features.device}; got {targets.device}"
         )
     if start is None:
-        c = output_count(targets)
+        c = loss.output_count(targets)
         weight = torch.zeros((c, m), dtype=torch.float64, device=features.device)
         bias: Tensor | None = torch.zeros(c, dtype=torch.float64, device=features.device)
     else:

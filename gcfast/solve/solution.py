@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfast.losses import check_convex
 from gcfast.solve.problem import HeadProblem
 
 
@@ -82,6 +83,7 @@ def evaluate_head(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     z = head_problem.logits(weight, bias)
     value, residual, conjugate = head_problem.loss.terms(z, head_problem.targets)
+    check_convex(head_problem.loss, z, head_problem.targets, seen=head_problem.start_logits)
     loss = float(value.mean())
     grad_w, grad_b = head_problem.transpose(residual / head_problem.n)
     duality_gap = distance = math.nan

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from gcfast import ConvexLoss
 from gcfast.losses import (
@@ -200,27 +199,6 @@ def test_tiny_losses_keep_their_digits():
     exact = 2 * math.exp(-60.0)
     assert math.isclose(float(value), exact, rel_tol=1e-12)
     assert math.isclose(float(residual[0, 1]), -exact, rel_tol=1e-12)
-
-
-def test_torch_losses_are_recognised_with_their_options():
-    assert resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.2)).label_smoothing == 0.2
-    assert resolve_loss(nn.HuberLoss(delta=3.0)).delta == 3.0
-    assert resolve_loss("BCE-with-logits").name == "bce_with_logits"
-
-
-@pytest.mark.parametrize(
-    ("loss", "error", "words"),
-    [
-        ("hinge", ValueError, "expected one of"),
-        (nn.CrossEntropyLoss(weight=torch.ones(3)), ValueError, "weight"),
-        (nn.MSELoss(reduction="sum"), ValueError, "reduction"),
-        (nn.CosineEmbeddingLoss(), TypeError, "convex in the outputs"),
-        (3, TypeError, "got int"),
-    ],
-)
-def test_other_losses_are_refused(loss, error, words):
-    with pytest.raises(error, match=words):
-        resolve_loss(loss)
 
 
 @pytest.mark.parametrize(
