@@ -116,7 +116,11 @@ def check_matches_outputs(loss: ConvexLoss, y: Tensor, shape: torch.Size) -> Non
 
 def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
     """L* = (1/n) sum_i inf loss_i, where equal samples must share one output."""
-    total = loss.infimum(y).to(torch.float64).clone()
+    found = loss.infimum(y)
+    if not isinstance(found, Tensor) or found.shape != y.shape[:1]:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"loss: {loss!r}.infimum must give one number a sample, ({len(y)},); got {got}")
+    total = found.to(torch.float64).clone()
     if copies:
         members = torch.tensor([i for group in copies for i in group], device=y.device)
         sizes = torch.tensor([len(group) for group in copies], device=y.device)

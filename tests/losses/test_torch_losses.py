@@ -349,14 +349,16 @@ def test_every_call_refuses_other_losses(call, name):
 
 
 class _Weighted(gcfast.ConvexLoss):
-    """``nn.CrossEntropyLoss(weight=...)``: what the refusal sends a user to."""
+    """``nn.CrossEntropyLoss(weight=...)``, and samples left out: what the refusals send a user to."""
 
-    def __init__(self, weight):
-        self.weight = weight.double()
+    def __init__(self, weight, ignore_index=-100):
+        self.weight, self.ignore_index = weight.double(), ignore_index
 
     def prepare(self, y, n, c):
-        share = self.weight[y] / self.weight[y].mean()
-        return torch.stack([y.double(), share], 1)
+        kept = y != self.ignore_index
+        label = torch.where(kept, y, 0)
+        share = torch.where(kept, self.weight[label], 0.0)
+        return torch.stack([label.double(), share / share.mean()], 1)
 
     def value(self, z, y):
         return y[:, 1] * F.cross_entropy(z, y[:, 0].long(), reduction="none")
@@ -365,10 +367,37 @@ class _Weighted(gcfast.ConvexLoss):
         return torch.zeros(len(y), dtype=torch.float64)
 
 
-def test_class_weights_by_a_loss_of_the_users_own():
-    weight = torch.tensor([1.0, 2.0, 5.0])
-    model = _net(3).double()
-    expected = nn.CrossEntropyLoss(weight=weight.double())(model(X.double()), LABELS)
-    found = gcfast.certify(model, (X.double(), LABELS), loss=_Weighted(weight))
-    assert found.loss == pytest.approx(float(expected.detach()), rel=1e-12)
-    assert gcfast.solve_head(model, (X.double(), LABELS), loss=_Weighted(weight), target_gap=1e-3).converged
+class _Positive(gcfast.ConvexLoss):
+    """``nn.BCEWithLogitsLoss(pos_weight=...)``, likewise."""
+
+    def __init__(self, pos_weight):
+        self.pos_weight = pos_weight.double()
+
+    def value(self, z, y):
+        loss = F.binary_cross_entropy_with_logits(z, y, pos_weight=self.pos_weight, reduction="none")
+        return loss.mean(1)
+
+    def infimum(self, y):
+        a, b = 1 - y, self.pos_weight * y
+        return -(torch.xlogy(a, a / (a + b)) + torch.xlogy(b, b / (a + b))).mean(1)
+
+
+WEIGHT = torch.tensor([1.0, 2.0, 5.0])
+SOFT = torch.rand((12, 3), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "y"),
+    [
+        (_Weighted(WEIGHT), nn.CrossEntropyLoss(weight=WEIGHT.double()), LABELS),
+        (_Weighted(WEIGHT, 1), nn.CrossEntropyLoss(weight=WEIGHT.double(), ignore_index=1), LABELS),
+        (_Positive(WEIGHT), nn.BCEWithLogitsLoss(pos_weight=WEIGHT.double()), SOFT),
+    ],
+    ids=["weight", "ignore_index", "pos_weight"],
+)
+def test_weights_by_a_loss_of_the_users_own(own, theirs, y):
+    model, x = _net(3).double(), X.double()
+    expected = float(theirs(model(x), y).detach())
+    assert gcfast.certify(model, (x, y), loss=own).loss == pytest.approx(expected, rel=1e-12)
+    found = gcfast.solve_head(model, (x, y), loss=own, target_gap=1e-3)
+    assert found.converged and float(theirs(model(x), y).detach()) == pytest.approx(found.loss, rel=1e-9)

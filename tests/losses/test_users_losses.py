@@ -158,6 +158,7 @@ OF_ALL = {
     "float32": (_half(value=lambda self, z, y: _Half.value(self, z, y).float()), "float64.*float32"),
     "no tensor": (_half(value=lambda self, z, y: 1.0), "value must give .*float"),
     "one infimum": (_half(infimum=lambda self, y: torch.zeros(1)), r"infimum must give .*\(1,\)"),
+    "infimum no tensor": (_half(infimum=lambda self, y: 0.0), "infimum must give .*float"),
     "residual of another shape": (_half(residual=lambda self, z, y: (z - y).sum(1)), "residual must give"),
     "raises": (_half(value=lambda self, z, y: z @ y), "value failed at outputs"),
     "conjugate of all": (
@@ -170,8 +171,12 @@ OF_ALL = {
 @pytest.mark.parametrize("name", OF_ALL)
 def test_what_is_wrong_everywhere_is_found(name):
     loss, words = OF_ALL[name]
-    with pytest.raises(ValueError, match=f"^loss: <Changed half>.*{words}"):
-        check_convex(loss, Z, Y)
+    calls = [check_convex]
+    if "infimum" in name:  # which is asked for before there are outputs
+        calls.append(lambda loss, h, y: gcfast.solve_head(h, y, loss=loss))
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^loss: <Changed half>.*{words}"):
+            call(loss, Z, Y)
 
 
 class _Cosh(ConvexLoss):
