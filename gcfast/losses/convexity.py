@@ -43,17 +43,16 @@ def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor, seen: Tensor | None = N
         generator = torch.Generator(device="cpu").manual_seed(0)
         shape = (len(SCALES), rows, c)
         directions = torch.randn(shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
-    value = _Rows(loss, z, y, 0).value(z)
+    whole = _Rows(loss, z, y, 0).value(z)
     if n > 1:
-        half = _Rows(loss, z[: n // 2], y[: n // 2], 0)
-        half.must_be(half.value(half.z), value[: n // 2])
+        _Rows(loss, z[: n // 2], y[: n // 2], 0).must_be(whole[: n // 2])
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         some = _Rows(loss, z[part], y[part], start)
         if directions is not None:
-            some.check(value[part], directions[:, : some.n])
+            some.check(directions[:, : some.n])
         elif seen is not None:
-            some.compare(value[part], seen[part])
+            some.compare(seen[part])
 
 
 class _Rows:
@@ -65,13 +64,12 @@ class _Rows:
         # what rounding of values and of slopes is measured by where the loss is nearly 0
         self.unit, self.slope = z.new_zeros(self.n), 0.0
 
-    def check(self, value: Tensor, directions: Tensor) -> None:
-        """``value``: that of z among all samples. ``directions``: one (n, C) for each of the scales."""
-        here, infimum = self._begin(value)
+    def check(self, directions: Tensor) -> None:
+        """``directions``: one (n, C) for each of the scales."""
+        here, infimum = self._begin()
         points = [here]
         for way, scale in zip(directions, SCALES, strict=True):
             points.append(self._chord(here, self.z + scale * way, infimum, scale <= NEAR))
-            self._tangent(points[-1], points[-2])
         low = here
         for _ in range(STEPS):  # Polyak's, which go below an infimum that is too high
             step = 1.9 * (low[1] - infimum) / low[2].square().sum(1).clamp(min=1e-300)
@@ -86,14 +84,14 @@ class _Rows:
         if self.n > 1 and self._gives("group_infimum"):
             self._groups()
 
-    def compare(self, value: Tensor, seen: Tensor) -> None:
+    def compare(self, seen: Tensor) -> None:
         """As :meth:`check`, with the chord to other outputs alone."""
-        here, infimum = self._begin(value)
+        here, infimum = self._begin()
         self._chord(here, seen, infimum, near=True)
 
-    def _begin(self, value: Tensor) -> tuple[Point, Tensor]:
+    def _begin(self) -> tuple[Point, Tensor]:
         """What is at z, and the infimum."""
-        z = self.z
+        z, value = self.z, self.value(self.z)
         infimum = self._numbers("infimum", (self.n,), self.y)
         self._refuse(~infimum.isfinite(), "has the infimum {:.6g}, which is not finite", infimum)
         self._finite(value)
@@ -107,8 +105,7 @@ class _Rows:
         self.slope = float((sides / size).amax())
         here = (z, *self.terms(z))
         self._finite(*here)
-        self.must_be(here[1], value)
-        self._above(infimum, value)
+        self._above(infimum, here[1])
         return here, infimum
 
     def _chord(self, here: Point, end: Tensor, infimum: Tensor, near: bool) -> Point:
@@ -126,7 +123,6 @@ class _Rows:
         )
         self._tangent(here, there)
         self._tangent(there, here)
-        self._above(infimum, middle)
         self._above(infimum, there[1])
         return there
 
@@ -135,8 +131,9 @@ class _Rows:
         own = vars(self.loss)
         return any(m in own or getattr(type(self.loss), m) is not getattr(ConvexLoss, m) for m in methods)
 
-    def must_be(self, value: Tensor, among_others: Tensor) -> None:
-        wrong = self._differ(value, among_others)
+    def must_be(self, among_others: Tensor) -> None:
+        """The value is that of a sample alone, whatever else there is."""
+        wrong = self._differ(self.value(self.z), among_others)
         self._refuse(wrong, "is no function of one sample: others change its value")
 
     def value(self, z: Tensor) -> Tensor:

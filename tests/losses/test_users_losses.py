@@ -111,6 +111,10 @@ AT_ONE_SAMPLE = {
     "hardly convex": (_value(lambda z, y, plain: 1e-9 * torch.log1p(z.square().sum(1))), "is not convex"),
     "not a number": (_value(lambda z, y, plain: torch.full_like(plain, math.nan)), "is not finite"),
     "infinite": (_value(lambda z, y, plain: torch.full_like(plain, math.inf)), "is not finite"),
+    "infinite nearby": (
+        _value(lambda z, y, plain: torch.where((z[:, 0] - Z[MARKED, 0]).abs() > 0.05, math.inf, plain)),
+        "is not finite",
+    ),
     "no gradient": (
         _value(lambda z, y, plain: plain.detach() + 0 * z.sum(1)),
         "no gradient of a convex value",
@@ -224,7 +228,15 @@ def test_honest_losses_pass(loss, scale, n):
     check_convex(loss, scale * Z[:n], Y[:n], seen=Z[:n])
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e5])
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_output_far_from_where_its_loss_is_active_passes(scale, seed):
+    """The value is 0 there, and what rounding leaves of it is not to be judged by it."""
+    z = scale * torch.randn((1, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    check_convex(_Logistic(), z, Y[:1])
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-3, 1e5])
 def test_a_loss_is_judged_by_its_own_size(scale):
     class Wave(ConvexLoss):
         def value(self, z, y):
