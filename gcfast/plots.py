@@ -113,6 +113,8 @@ def finish(axes: Axes, narrow: bool, legend: bool = True) -> None:
 
 
 def _power_of_ten(value: float, _: object) -> str:
+    if value <= 0:  # where an axis reaches below the smallest number there is
+        return "0"
     # Raised digits of the font itself: typesetting formulas is slow.
     return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 

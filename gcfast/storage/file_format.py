@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from gcfast.storage.digest import (
     pool,
     raw_bytes,
 )
+from gcfast.storage.memory import check_memory
+from gcfast.storage.untrusted import check_growth, stored_bytes
 
 _MAGIC = b"gcfast\x00state\r\n\x1a\n"
 _VERSION = 1
@@ -61,6 +64,10 @@ class SavedState:
             what = f"its tensor {name!r} has dtype {entry['dtype']}, which torch {torch.__version__} lacks"
             refuse(self._path, what, "Update torch, or give another path")
         order = entry["order"]
+        if dtype.itemsize * math.prod(entry["shape"]) != entry["bytes"]:
+            refuse(self._path, f"it is corrupt: tensor {name!r} is not as long as its shape")
+        what, way_out = f"checkpoint {self._path}: tensor {name!r}", "Free memory, or give another path"
+        check_memory(what, entry["bytes"], None, torch.device("cpu"), way_out)
         result = torch.empty([entry["shape"][axis] for axis in order], dtype=dtype, device="cpu")
         raw = raw_bytes(result)
         self._stream.seek(self._start + entry["offset"])
@@ -118,15 +125,40 @@ def read_header(path: Path, stream: BinaryIO) -> tuple[int, dict[str, Any]]:
             path,
             f"it is truncated, or its header corrupt: {size:,} bytes, its header alone ends at {start:,}",
         )
+    check_growth(f"checkpoint {path}: its header", stored_bytes(stream)[0], length)
     text, digest = stream.read(length), stream.read(DIGEST)
     if digest_of(np.frombuffer(head + text, np.uint8)) != digest:
         refuse(path, "it is corrupt: its header does not match its digest")
-    header: dict[str, Any] = json.loads(text)
-    end = start + sum(entry["bytes"] + -entry["bytes"] % ALIGN for entry in header["tensors"])
-    if end != size:
-        state = "truncated" if size < end else "corrupt"
-        refuse(path, f"it is {state}: {size:,} bytes of {end:,}")
+    try:
+        header: dict[str, Any] = json.loads(text)
+        length = _check_header(header)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        refuse(path, f"it is corrupt: its header is none of gcfast's ({error!r:.200})")
+    if start + length != size:
+        state = "truncated" if size < start + length else "corrupt"
+        refuse(path, f"it is {state}: {size:,} bytes of {start + length:,}")
     return start, header
+
+
+def _check_header(header: Mapping[str, Any]) -> int:
+    """The bytes of all tensors; ValueError, TypeError or KeyError where it says what no ``save`` does.
+
+    Its digest has no key: whoever makes up a header can make up its digest as well.
+    """
+    for key, kind in (("kind", str), ("fingerprint", str), ("values", dict), ("tensors", list)):
+        if type(header[key]) is not kind:
+            raise TypeError(f"{key}: expected a {kind.__name__}")
+    offset = 0
+    for entry in header["tensors"]:
+        counts = [entry["offset"], entry["bytes"], *entry["shape"], *entry["order"]]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError("tensors: expected sizes that are whole numbers")
+        if entry["offset"] != offset or sorted(entry["order"]) != list(range(len(entry["shape"]))):
+            raise ValueError("tensors: expected one behind the other, their axes in some order")
+        if not all(type(entry[key]) is str for key in ("name", "dtype", "digest")):
+            raise TypeError("tensors: expected a name, a dtype and a digest")
+        offset += entry["bytes"] + -entry["bytes"] % ALIGN
+    return offset
 
 
 def refuse(path: Path, what: str, way_out: str = _WAY_OUT) -> NoReturn:

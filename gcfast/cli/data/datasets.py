@@ -161,24 +161,27 @@ def _files(
     return []
 
 
+_GREY28: tuple[tuple[int, ...], ...] = ((28, 28), (), (28, 28), ())  # of images and labels, twice
+
+
 def _mnist(root: Path) -> Raw:
     archive = root if root.is_file() else root / "mnist.npz"
     if archive.is_file():
         keys = ("train_images", "train_labels", "test_images", "test_labels")
-        arrays = read_npz(archive, keys)
+        arrays = read_npz(archive, dict(zip(keys, _GREY28, strict=True)))
         return _grey28([arrays[key] for key in keys], _numbers(10), str(archive))
     files = _idx_files("mnist", root, archive)
-    return _grey28([read_idx(path) for path in files], _numbers(10), str(files[0].parent))
+    return _grey28(list(map(read_idx, files, _GREY28)), _numbers(10), str(files[0].parent))
 
 
 def _kmnist(root: Path) -> Raw:
     stems = [f"kmnist-{part}-{kind}.npz" for part in ("train", "test") for kind in ("imgs", "labels")]
     files = _files("kmnist", [root], stems)
     if files:
-        arrays = [read_npz(path, ("arr_0",))["arr_0"] for path in files]
+        arrays = [read_npz(path, {"arr_0": size})["arr_0"] for path, size in zip(files, _GREY28, strict=True)]
     else:
         files = _idx_files("kmnist", root, root / stems[0])
-        arrays = [read_idx(path) for path in files]
+        arrays = list(map(read_idx, files, _GREY28))
     return _grey28(arrays, _KMNIST_CLASSES, str(files[0].parent))
 
 
@@ -198,26 +201,9 @@ def _idx_files(name: str, root: Path, other: Path) -> list[Path]:
 def _grey28(arrays: Sequence[NDArray[Any]], class_names: tuple[str, ...], source: str) -> Raw:
     """Training images and labels, test images and labels, as MNIST and its namesakes have them."""
     train, test = (
-        Images(_images(images, (28, 28), source), _labels(labels, source))
-        for images, labels in (arrays[:2], arrays[2:])
+        Images(images[:, None], labels.astype(np.int64)) for images, labels in (arrays[:2], arrays[2:])
     )
     return Raw(train, test, class_names, 255.0, source)
-
-
-def _images(array: NDArray[Any], size: tuple[int, int], where: str) -> NDArray[np.uint8]:
-    if array.dtype != np.uint8 or array.shape[1:] != size:
-        raise UserError(
-            f"{where}: expected uint8 images of {size[0]}x{size[1]}, got {array.dtype} of {array.shape[1:]}"
-        )
-    return array[:, None]
-
-
-def _labels(array: NDArray[Any], where: str) -> NDArray[np.int64]:
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise UserError(
-            f"{where}: expected a list of integer labels, got {array.dtype} of shape {array.shape}"
-        )
-    return array.astype(np.int64)
 
 
 def _semeion(root: Path, seed: int) -> Raw:
@@ -226,8 +212,8 @@ def _semeion(root: Path, seed: int) -> Raw:
     if path is None:
         raise _not_found("semeion", candidates)
     if path.suffix == ".npz":
-        arrays = read_npz(path, ("images", "labels"))
-        whole = Images(_images(arrays["images"], (16, 16), str(path)), _labels(arrays["labels"], str(path)))
+        arrays = read_npz(path, {"images": (16, 16), "labels": ()})
+        whole = Images(arrays["images"][:, None], arrays["labels"].astype(np.int64))
     else:
         whole = read_semeion_text(path)
     whole.check(str(path), 10)

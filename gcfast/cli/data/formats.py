@@ -1,25 +1,26 @@
-"""Readers for the files image data sets come in: idx, npz, CIFAR pickles, mat, Semeion text, image folders.
+"""Readers for the files image data sets come in: idx, npz, CIFAR pickles, mat, Semeion text.
 
 Each takes a path and gives what the file holds, whole data sets as uint8 images (n, channels, height,
 width) and int64 labels (n,), or raises :class:`~gcfast.errors.UserError` naming the file and what is
-wrong with it.
+wrong with it. Kind and shape are those that were asked for, and are looked at before the data are read.
 """
 
 from __future__ import annotations
 
-import codecs
 import gzip
-import pickle
+import io
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from gcfast.cli.data.mat import read_mat
 from gcfast.errors import UserError
+from gcfast.storage import Archive, Made, check_growth, read_pickle, read_whole, stored_bytes
 
 
 class Images(NamedTuple):
@@ -38,86 +39,137 @@ class Images(NamedTuple):
         return self
 
 
-def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The named arrays of an ``.npz``; pickled objects are refused, so reading runs no code."""
-    with path.open("rb") as stream:
-        try:
-            with np.load(stream, allow_pickle=False) as archive:
-                held = archive.files
-                arrays = {key: archive[key] for key in keys if key in held}
-        except Exception as error:  # a damaged archive can raise nearly anything
-            raise UserError(f"{path}: not a readable .npz file, corrupt or cut short ({error})") from error
-    missing = [key for key in keys if key not in arrays]
-    if missing:
-        raise UserError(f"{path}: no array named {', '.join(missing)}; it holds {', '.join(held)}")
-    return arrays
+def check_kind(where: str, dtype: DTypeLike, shape: tuple[int, ...], size: tuple[int, ...]) -> None:
+    """Images are n x ``size`` uint8 values; labels, for which ``size`` is (), n integers of any width."""
+    dtype = np.dtype(dtype)
+    if size and (dtype != np.uint8 or len(shape) != 1 + len(size) or shape[1:] != size):
+        raise UserError(
+            f"{where}: expected uint8 images of {'x'.join(map(str, size))}, got {dtype} of {shape[1:]}"
+        )
+    if not size and (len(shape) != 1 or dtype.kind not in "iu"):
+        raise UserError(f"{where}: expected a list of integer labels, got {dtype} of shape {shape}")
+
+
+def read_npz(path: Path, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    """The named arrays of an ``.npz``, each of the size that :func:`check_kind` takes."""
+    try:
+        with Archive(path) as archive:
+            held = [name.removesuffix(".npy") for name in archive.names]
+            missing = [key for key in sizes if key not in held]
+            if missing:
+                shown = ", ".join(held[:10])
+                raise UserError(f"{path}: no array named {', '.join(missing)}; it holds {shown}")
+            names = {key: f"{key}.npy" if f"{key}.npy" in archive.names else key for key in sizes}
+            return {
+                key: _read_npy(archive, names[key], f"{path}: {key}", size) for key, size in sizes.items()
+            }
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise UserError(f"{path}: not a readable .npz file, corrupt or cut short ({error})") from error
+
+
+def _read_npy(archive: Archive, name: str, where: str, size: tuple[int, ...]) -> NDArray[Any]:
+    """One array, by what numpy says of its header; numpy itself would make room for whatever that says."""
+    with archive.open(name) as stream:
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        version = np.lib.format.read_magic(stream)
+        if version not in read_header:
+            raise ValueError(f"{name} has version {version} of numpy's format")
+        shape, fortran, dtype = read_header[version](stream, max_header_size=1000)
+        check_kind(where, dtype, shape, size)
+        promised = dtype.itemsize * math.prod(shape)
+        if min(shape) < 0 or promised != archive.size(name) - stream.tell():
+            raise ValueError(
+                f"{name} promises {promised} bytes of data, it has {archive.size(name) - stream.tell()}"
+            )
+        raw = stream.read(promised)
+    return np.frombuffer(raw, dtype=dtype).reshape(shape, order="F" if fortran else "C")
 
 
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-def read_idx(path: Path) -> NDArray[Any]:
-    """One idx file, as MNIST is distributed, gzipped or not."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as stream:
-                raw = stream.read()
-        else:
-            raw = path.read_bytes()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the gzip stream is corrupt or cut short ({error})") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES or raw[3] == 0:
-        raise UserError(f"{path}: not an idx file (it begins with {raw[:4].hex() or 'nothing'})")
-    dtype, rank = np.dtype(_IDX_TYPES[raw[2]]), raw[3]
-    start = 4 + 4 * rank
-    if len(raw) < start:
+def read_idx(path: Path, size: tuple[int, ...]) -> NDArray[Any]:
+    """One idx file, as MNIST is distributed, gzipped or not, of the size that :func:`check_kind` takes."""
+    with path.open("rb") as file:
+        stored, _ = stored_bytes(file)
+        try:
+            if path.suffix == ".gz":
+                with gzip.open(file) as stream:
+                    return _read_idx(path, stream, stored, size)
+            return _read_idx(path, file, stored, size)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: the gzip stream is corrupt or cut short ({error})") from error
+
+
+def _read_idx(
+    path: Path, stream: IO[bytes] | gzip.GzipFile, stored: int, size: tuple[int, ...]
+) -> NDArray[Any]:
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or magic[3] == 0:
+        raise UserError(f"{path}: not an idx file (it begins with {magic.hex() or 'nothing'})")
+    dtype, rank = np.dtype(_IDX_TYPES[magic[2]]), magic[3]
+    extents = stream.read(4 * rank)
+    if len(extents) < 4 * rank:
         raise UserError(f"{path}: cut short inside its header")
-    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank))
-    expected = dtype.itemsize
-    for extent in shape:
-        expected *= extent
-    if len(raw) - start != expected:
-        raise UserError(f"{path}: its header promises {expected} bytes of data, it has {len(raw) - start}")
-    return np.frombuffer(raw, dtype=dtype, offset=start).reshape(shape)
+    shape = tuple(int(extent) for extent in np.frombuffer(extents, dtype=">u4"))
+    check_kind(str(path), dtype, shape, size)
+    promised = dtype.itemsize * math.prod(shape)
+    check_growth(str(path), stored, promised)
+    raw = stream.read(promised)
+    more = len(raw) == promised and bool(stream.read(1))  # the end of a gzip stream is its checksum
+    if len(raw) < promised or more:
+        has = f"{len(raw)}{' and more' if more else ''}"
+        raise UserError(f"{path}: its header promises {promised} bytes of data, it has {has}")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of arrays and strings and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return _empty_array
-        if module == "numpy" and name == "ndarray":
-            return np.ndarray
-        if module == "numpy" and name == "dtype":
-            return np.dtype
-        if module == "_codecs" and name == "encode":
-            return _encode_latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a batch of images does not need")
+def _encode(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or encoding != "latin1":
+        raise ValueError("it encodes something that is not latin1 text")
+    return text.encode("latin1")
 
 
-def _empty_array(kind: object, shape: tuple[int, ...], dtype: object) -> NDArray[Any]:
-    # What numpy's own _reconstruct is always called with; the contents come by __setstate__.
-    if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("it rebuilds something that is not a plain array")
-    return np.empty(0, dtype=np.uint8)
+# What pickles of arrays of numpy 1 and 2 ask for.
+_ARRAYS = {
+    "numpy.core.multiarray _reconstruct": Made,
+    "numpy._core.multiarray _reconstruct": Made,
+    "numpy dtype": Made,
+    "numpy ndarray": None,
+    "_codecs encode": _encode,
+}
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the text encoding {encoding!r}")
-    return codecs.latin_1_encode(text)[0]
+def _uint8_rows(array: Any) -> NDArray[np.uint8]:
+    """The array that numpy's pickle describes: version, shape, dtype, order and bytes."""
+    _, shape, dtype, fortran, raw = array.state
+    if (
+        type(shape) is not tuple
+        or len(shape) != 2
+        or type(dtype) is not Made
+        or dtype.arguments[0] not in ("u1", "|u1")
+    ):
+        raise ValueError("it is not one of rows of uint8 values")
+    content = raw.encode("latin1") if type(raw) is str else raw  # Python 2 had one type for both
+    rows, columns = shape
+    if type(rows) is not int or rows < 0 or columns != 3072 or len(content) != rows * columns:
+        raise ValueError(f"{len(content)} bytes are not rows of 3072 values")
+    return np.frombuffer(content, dtype=np.uint8).reshape(rows, 3072, order="F" if fortran else "C")
 
 
-def _unpickle(path: Path) -> dict[Any, Any]:
+def _read_dictionary(path: Path) -> dict[str, Any]:
+    raw = read_whole(path)
     try:
-        with path.open("rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything while it is rebuilt
-        if isinstance(error, OSError):
-            raise
+        content = read_pickle(raw, _ARRAYS)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: not a readable CIFAR pickle, corrupt or cut short ({error})") from error
-    if not isinstance(content, dict):
+    if type(content) is not dict:
         raise UserError(f"{path}: expected a pickled dictionary, found {type(content).__name__}")
     return content
 
@@ -128,19 +180,21 @@ def read_cifar_batch(path: Path, key: str) -> Images:
     n rows of 3072 bytes: red, green, blue planes of 32x32. CIFAR-10 has ``labels``, CIFAR-100
     ``fine_labels`` and ``coarse_labels``.
     """
-    content = _unpickle(path)
-    data, labels = content.get("data"), content.get(key)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        raise UserError(f"{path}: expected an array 'data' of uint8 rows of 3072 values")
-    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+    content = _read_dictionary(path)
+    labels = content.get(key)
+    try:
+        rows = _uint8_rows(content.get("data"))
+    except Exception as error:
+        raise UserError(f"{path}: expected an array 'data' of uint8 rows of 3072 values ({error})") from error
+    if type(labels) is not list or not all(type(label) is int and abs(label) < 1 << 62 for label in labels):
         raise UserError(f"{path}: expected a list '{key}' of integers")
-    return Images(data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64))
+    return Images(rows.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64))
 
 
 def read_cifar_names(path: Path, key: str) -> tuple[str, ...]:
     """The list of class names that CIFAR's meta data has under ``key``, in the order of the labels."""
-    names = _unpickle(path).get(key)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = _read_dictionary(path).get(key)
+    if type(names) is not list or not all(type(name) is str for name in names):
         raise UserError(f"{path}: expected a list '{key}' of names")
     return tuple(names)
 
@@ -164,9 +218,10 @@ def _times(array: NDArray[Any]) -> str:
 
 def read_semeion_text(path: Path) -> Images:
     """``semeion.data``: a line a digit, 256 pixels that are 0 or 1, then ten indicators of the class."""
+    text = io.StringIO(read_whole(path).decode("latin1"))  # by its path, numpy would unpack or fetch it
     try:
-        table = np.loadtxt(path, dtype=np.float64, ndmin=2)
-    except (ValueError, UnicodeDecodeError) as error:
+        table = np.loadtxt(text, dtype=np.float64, ndmin=2)
+    except ValueError as error:
         raise UserError(f"{path}: not a readable semeion.data table ({error})") from error
     if table.shape[1] != 266:
         raise UserError(

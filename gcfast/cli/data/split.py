@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gcfast.cli.data.formats import (
-    Images,
-)
+from gcfast.cli.data.formats import Images
 from gcfast.errors import UserError
+from gcfast.storage import check_memory
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ def standardise(
     classes = len(raw.class_names)
     if classes < 2:
         raise UserError(f"{raw.source}: expected at least two classes, found {classes}")
+    for class_name in raw.class_names:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in class_name):
+            raise UserError(f"{raw.source}: expected class names that can be printed, got {class_name!r}")
     train, test = raw.train.check(raw.source, classes), raw.test.check(raw.source, classes)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
@@ -83,11 +89,14 @@ def standardise(
         )
     images, labels = train.images[:limit], train.labels[:limit]
     channels, height, width = (int(extent) for extent in images.shape[1:])
+    rows = len(images) + len(test.images[:test_limit])
+    way_out = "fewer samples (--limit, --test-limit) or smaller images"
+    check_memory(f"{raw.source} in float32", 4 * rows * math.prod(images.shape[1:]), None, _CPU, way_out)
     if statistics is None:
         counts = _pixel_counts(images)
         levels = np.arange(256) / raw.scale
         mean = counts @ levels / counts.sum(axis=1)
-        std = np.sqrt(np.maximum(counts @ levels**2 / counts.sum(axis=1) - mean**2, 0.0))
+        std = np.array([_deviation(values) / raw.scale for values in counts.tolist()])
         std = np.where(std > 0, std, 1.0)  # a constant channel has nothing to scale
     else:
         mean, std = np.asarray(statistics[0], dtype=np.float64), np.asarray(statistics[1], dtype=np.float64)
@@ -124,6 +133,17 @@ def standardise(
         ),
         source=raw.source,
     )
+
+
+def _deviation(counts: Sequence[int]) -> float:
+    """The standard deviation where ``counts[v]`` pixels have the value v: zero only where all are equal.
+
+    In whole numbers: E[x^2] - E[x]^2 in floating point leaves 1e-10 of a constant channel, and by that an
+    unseen pixel would be divided.
+    """
+    n, total = sum(counts), sum(level * count for level, count in enumerate(counts))
+    squares = sum(level * level * count for level, count in enumerate(counts))
+    return math.sqrt(n * squares - total * total) / n
 
 
 def _pixel_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:

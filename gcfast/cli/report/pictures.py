@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gcfast.plots import BASE, INK, NEAREST, TWO_PHASE, finish, new_figure, svg_text
 
-if TYPE_CHECKING:
-    pass
+_LEAST = 1e-300  # a logarithmic axis needs room below its smallest value
 
 
 def loss_curves(values: Mapping[str, Any], narrow: bool = False) -> str:
@@ -19,7 +18,7 @@ def loss_curves(values: Mapping[str, Any], narrow: bool = False) -> str:
         ("base", f"{base_name} alone", BASE),
         ("two_phase", f"A({base_name})", TWO_PHASE),
     ):
-        points = [point for point in values["curves"][name] if point["loss"] and point["loss"] > 0]
+        points = [point for point in values["curves"][name] if point["loss"] and point["loss"] > _LEAST]
         if points:
             epochs = [point["epoch"] for point in points]
             axes.plot(epochs, [point["loss"] for point in points], color=colour, label=label, lw=1.8)
@@ -36,7 +35,7 @@ def loss_curves(values: Mapping[str, Any], narrow: bool = False) -> str:
         ha="right",
     )
     switch, final = values["loss"]["switch"], values["loss"]["final"]
-    if switch and final and final > 0:
+    if switch and final and final > _LEAST:
         axes.plot([tau, tau], [switch, final], color=NEAREST, lw=1.8)
         axes.plot([tau], [final], "o", color=NEAREST, ms=7, label="nearest: the head, solved at tau")
         axes.annotate(f"{final:.1e}", (tau, final), (9, -3), textcoords="offset points", color=INK)
@@ -52,7 +51,7 @@ def loss_curves(values: Mapping[str, Any], narrow: bool = False) -> str:
 def lambda_path(values: Mapping[str, Any], narrow: bool = False) -> str:
     """The way from V_tau to the global minimum: training loss along falling regularisation."""
     figure, axes = new_figure(3.2, narrow, legend=False)
-    points = [(weight, loss) for weight, loss in values["path"] if weight > 0 and loss > 0]
+    points = [(weight, loss) for weight, loss in values["path"] if weight > _LEAST and loss > _LEAST]
     axes.plot(
         [weight for weight, _ in points], [loss for _, loss in points], "o-", color=NEAREST, lw=1.8, ms=4
     )
@@ -80,7 +79,9 @@ def lambda_path(values: Mapping[str, Any], narrow: bool = False) -> str:
 def singular_values(values: Mapping[str, Any], narrow: bool = False) -> str:
     """Estimated singular values of [features, 1], the proved bound, and where float32 rank gives up."""
     figure, axes = new_figure(3.2, narrow)
-    spectrum = [value for value in values["spectrum"] or [] if value > 0]
+    # What equal samples leave is rounding, down to the smallest number there is: no axis has room for it.
+    found = values["spectrum"] or [0.0]
+    spectrum = [value for value in found if value > 1e-30 * found[0]]
     n, width = values["n"], values["width"]
     axes.plot(range(1, len(spectrum) + 1), spectrum, color=TWO_PHASE, lw=1.8, label="estimated")
     if spectrum:

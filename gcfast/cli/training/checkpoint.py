@@ -1,11 +1,11 @@
 """Checkpoints of the command line: weights with the recipe of the model and of the data they were trained on.
 
-Plain values and tensors only, so that they load with ``torch.load(..., weights_only=True)``.
+Plain values and tensors only, so that ``torch.load(..., weights_only=True)`` reads them as well.
 """
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from gcfast.cli.data.datasets import load_dataset
 from gcfast.cli.data.split import DataSplit
 from gcfast.cli.training.models import ModelSpec
 from gcfast.errors import UserError
-from gcfast.storage import save_torch
+from gcfast.storage import load_torch, save_torch
 
 _FORMAT = "gcfast-checkpoint"
 _VERSION = 1
@@ -56,6 +56,15 @@ class DataSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
         mean = tuple(float(value) for value in values["mean"])
         std = tuple(float(value) for value in values["std"])
+        if not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
+            raise ValueError("expected finite means and positive standard deviations")
+        kinds = {"name": str, "fingerprint": str, "seed": int}
+        counts = {
+            key: values[key] for key in ("limit", "test_limit", "image_size") if values[key] is not None
+        }
+        for key, value in {**counts, **{key: values[key] for key in kinds}}.items():
+            if type(value) is not kinds.get(key, int):
+                raise TypeError(f"{key}: {type(value).__name__}")
         return cls(**{**values, "mean": mean, "std": std})
 
 
@@ -92,14 +101,10 @@ class RunCheckpoint:
     def load(cls, path: Path) -> RunCheckpoint:
         if not path.is_file():
             raise UserError(f"CHECKPOINT: expected a file written by gcfast train, {path} is not there")
-        raw = path.read_bytes()
         try:
-            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged archive raises nearly anything
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"CHECKPOINT: {path} is not a readable checkpoint, corrupt or cut short ({first})"
-            ) from error
+            content = load_torch(path)
+        except UserError as error:
+            raise UserError(f"CHECKPOINT: {path} is not a readable checkpoint ({error})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise UserError(f"CHECKPOINT: {path} was not written by gcfast train")
         if content.get("version") != _VERSION:
@@ -114,17 +119,35 @@ class RunCheckpoint:
                 loss=str(content["loss"]),
                 stage=str(content["stage"]),
                 step=int(content["step"]),
-                state_dict=content["state_dict"],
-                heads=content["heads"],
+                state_dict=_tensors(content["state_dict"]),
+                heads={name: _tensors(head) for name, head in content["heads"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"CHECKPOINT: {path} is incomplete ({error!r})") from error
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"CHECKPOINT: {path} is incomplete ({error!r:.200})") from error
 
     def build(self) -> nn.Module:
         """The model with these weights, in evaluation mode, as phase two sees it."""
-        model = self.model.build()
+        # First without memory: the recipe may name any widths, the weights are as large as their file.
+        layers = len(self.model.hidden)
         try:
-            model.load_state_dict(dict(self.state_dict))
-        except RuntimeError as error:
-            raise UserError(f"CHECKPOINT: its weights do not fit its own model recipe ({error})") from error
+            if layers > len(self.state_dict):
+                raise RuntimeError(f"{layers} hidden layers, {len(self.state_dict)} tensors")
+            with torch.device("meta"):
+                model = self.model.build()
+            for name, value in model.state_dict().items():
+                given = self.state_dict.get(name, value).dtype
+                if given != value.dtype:
+                    raise RuntimeError(f"{name} is {given}, expected {value.dtype}")
+            copies = {name: value.clone() for name, value in self.state_dict.items()}
+            model.load_state_dict(copies, assign=True)
+        except (RuntimeError, TypeError, OverflowError) as error:  # torch has no sizes of 64 bits and more
+            raise UserError(
+                f"CHECKPOINT: its weights do not fit its own model recipe ({error!s:.500})"
+            ) from error
         return model.eval()
+
+
+def _tensors(values: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise TypeError("expected tensors by name")
+    return values
