@@ -6,7 +6,7 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_MOST = 1 << 20  # instructions; CIFAR-100's training batch has 200,000
+_MOST = 1 << 19  # instructions; CIFAR-100's training batch has 200,000
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
     [

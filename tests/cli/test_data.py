@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import struct
+import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +29,10 @@ from image_files import (
     write_zip,
 )
 
+from gcfast.cli import main
 from gcfast.cli.data.datasets import load_dataset
 from gcfast.cli.data.formats import Images, read_svhn
+from gcfast.cli.data.image_tree import ImageTree
 from gcfast.cli.data.split import DataSplit, Raw, standardise
 from gcfast.errors import UserError
 
@@ -249,17 +256,36 @@ def test_given_statistics_replace_the_data_s_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.x_train[:, 0].numpy(), (arrays["train"] / 255.0 - 0.5) / 0.25, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("value", range(0, 256, 15))
 def test_a_constant_channel_is_centred_and_not_scaled(value: int) -> None:
-    images = random_images(12, 4, 4, 3)
+    images = random_images(12, 3, 4, 7)
     images[:, 1] = value
-    unseen = random_images(5, 4, 4, 3)
+    unseen = random_images(5, 3, 4, 7)
     labels = np.arange(12) % 2
     raw = Raw(Images(images, labels), Images(unseen, labels[:5]), ("a", "b"), 255.0, "here")
     data = standardise("folder", raw, None, None, None)
     assert data.std[1] == 1.0 and data.mean[1] == value / 255
     assert bool((data.x_train[:, 1] == 0).all())
     np.testing.assert_allclose(data.x_test[:, 1].numpy(), (unseen[:, 1] / 255.0 - value / 255), atol=1e-6)
+
+
+def test_a_channel_of_which_one_pixel_differs_is_scaled() -> None:
+    images = np.full((500, 1, 40, 40), 77, dtype=np.uint8)
+    images[3, 0, 5, 6] = 78
+    labels = np.arange(500) % 2
+    raw = Raw(Images(images, labels), Images(images[:9], labels[:9]), ("a", "b"), 255.0, "here")
+    data = standardise("folder", raw, None, None, None)
+    assert data.std[0] == pytest.approx((images / 255).std(), rel=1e-6) and data.x_train.max() > 100
+
+
+def test_class_names_that_cannot_be_printed_are_refused() -> None:
+    images = Images(random_images(4, 1, 2, 2), np.arange(4) % 2)
+    for name in ("\x1b[2Jcat", "cat\udcff", "cat\n"):
+        raw = Raw(images, images, ("dog", name), 255.0, "here")
+        with pytest.raises(
+            UserError, match=r"here: expected class names that can be printed, got '(cat|.x1b)"
+        ):
+            standardise("folder", raw, None, None, None)
 
 
 def test_bad_arguments() -> None:
@@ -468,6 +494,170 @@ def test_folder_with_a_class_only_in_test(tmp_path: Path) -> None:
     files = {"train/cat/1.png": b"", "train/dog/1.png": b"", "test/owl/1.png": b""}
     with pytest.raises(UserError, match="classes that train/ has not: owl"):
         load_dataset("folder", write_tree(tmp_path, files))
+
+
+def saved(picture: Any, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_pictures_of_every_mode_of_eight_bits_are_what_pillow_makes_of_them(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    coloured = image.fromarray(random_images(1, 6, 6, 4)[0], "RGBA")
+    palette = coloured.convert("RGB").quantize(20)
+    pictures = {
+        "1.png": saved(coloured.convert("1")),
+        "L.png": saved(coloured.convert("L")),
+        "LA.png": saved(coloured.convert("LA")),
+        "P.png": saved(palette),
+        "transparent P.png": saved(palette, transparency=bytes(range(0, 200, 10))),
+        "transparent P.gif": saved(palette, "GIF", transparency=3),
+        "RGB.tif": saved(coloured.convert("RGB"), "TIFF"),
+        "RGB of LZW.tif": saved(coloured.convert("RGB"), "TIFF", compression="tiff_lzw"),
+        "RGBA.webp": saved(coloured, "WEBP"),
+        "CMYK.jfif": saved(coloured.convert("CMYK"), "JPEG"),
+        "YCbCr.jpg": saved(coloured.convert("RGB"), "JPEG"),
+        "RGB.bmp": saved(coloured.convert("RGB"), "BMP"),
+        "RGB.ppm": saved(coloured.convert("RGB"), "PPM"),
+    }
+    for mode, channels in (("L", 1), ("RGB", 3)):
+        held = {name: content for name, content in pictures.items() if (name[0] in "1L") == (mode == "L")}
+        places = [f"{part}/{group}/" for part in ("train", "test") for group in "ab"]
+        files = {place + name: content for place in places for name, content in held.items()}
+        tree = ImageTree(write_tree(tmp_path / mode, files))
+        chosen = tree.pick("train", None, 0)
+        images, labels = tree.decode(chosen)
+        assert images.shape == (2 * len(held), channels, 6, 6)
+        assert labels.tolist() == [label for _, label in chosen]
+        for found, (name, _) in zip(images, chosen, strict=True):
+            expected = np.asarray(image.open(io.BytesIO(files[name])).convert(mode)).reshape(6, 6, channels)
+            assert np.array_equal(found.transpose(1, 2, 0), expected), name
+
+
+def png_of_16_bits(colour: int, channels: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        start, end = struct.pack(">I", len(content)), struct.pack(">I", zlib.crc32(kind + content))
+        return start + kind + content + end
+
+    rows = b"".join(b"\0" + random_images(1, 12 * channels, seed=row).tobytes() for row in range(6))
+    header = struct.pack(">IIBBBBB", 6, 6, 16, colour, 0, 0, 0)
+    ends = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
+
+
+def test_pictures_of_more_than_eight_bits_are_refused_by_name(tmp_path: Path) -> None:
+    """Pillow clips some of them to white, and of others leaves out the lower half without a word."""
+    image = pytest.importorskip("PIL.Image")
+    numbers = np.random.default_rng(0).integers(256, 65536, (6, 6))
+    pictures = {
+        "I16.png": saved(image.fromarray(numbers.astype(np.uint16))),
+        "I16.tif": saved(image.fromarray(numbers.astype(np.uint16)), "TIFF"),
+        "I.tif": saved(image.fromarray(numbers.astype(np.int32)), "TIFF"),
+        "F.tif": saved(image.fromarray(numbers.astype(np.float32)), "TIFF"),
+        "grey.png": png_of_16_bits(0, 1),
+        "RGB.png": png_of_16_bits(2, 3),
+        "LA.png": png_of_16_bits(4, 2),
+        "RGBA.png": png_of_16_bits(6, 4),
+        "RGB.ppm": b"P6 6 6 65535\n" + random_images(1, 216).tobytes(),
+        "grey.pgm": b"P2 6 6 1023\n" + b"1000 " * 36,
+    }
+    for name, content in pictures.items():
+        files = {**folder_images(), f"train/dog/{name}": content}
+        message = rf"train/dog/{name} is not .*expected 8 bits a channel.*got (16|32) bits"
+        with pytest.raises(UserError, match=message):
+            load_dataset("folder", write_tree(tmp_path / name, files))
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("train/fox/", r"got none in train/fox: fill or remove it"),
+        ("test/emu/.gitkeep", None),
+        ("train/fox/.gitkeep", r"got none in train/fox"),
+        ("train/fox/notes.txt", r"got none in train/fox"),
+        ("train/fox/1.heic", r"got train/fox/1.heic: move"),
+        ("train/cat/1.HEIC", r"got train/cat/1.HEIC: move"),
+        ("train/fox/deep/1.png", r"got train/fox/deep/"),
+        ("train/cat/deep/1.png", r"got train/cat/deep/"),
+        ("train/1.png", r"got train/1.png"),
+        ("train/fox.zip", r"got train/fox.zip"),
+        ("train/labels.csv", None),
+        ("train/cat/Thumbs.db", None),
+        ("train/.cache/1.png", None),
+        ("val/cat/1.png", None),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_no_class_of_pictures_is_named_or_changes_nothing(
+    tmp_path: Path, added: str, message: str | None, packed: bool
+) -> None:
+    """A class that went missing would shift the labels of those behind it."""
+    files = {f"{part}/{group}/1.png": b"" for part in ("train", "test") for group in ("cat", "emu", "gnu")}
+    if packed:
+        root = write_zip(tmp_path / "tree.zip", {**files, added: b""}, "around/")
+    else:
+        root = write_tree(tmp_path, files if added.endswith("/") else {**files, added: b""})
+        (root / added).parent.mkdir(parents=True, exist_ok=True)
+        (root / added if added.endswith("/") else root).mkdir(exist_ok=True)
+    if message is None:
+        tree = ImageTree(root)
+        tree.close()
+        assert tree.classes == ["cat", "emu", "gnu"]
+        assert [label for _, label in tree.pick("train", None, 0)] == [0, 1, 2]
+    else:
+        with pytest.raises(UserError, match=message.replace("train", "(around/)?train", 1)):
+            ImageTree(root)
+
+
+def test_links_that_lead_nowhere_pipes_and_devices_are_named(tmp_path: Path) -> None:
+    files = {f"{part}/{group}/1.png": b"" for part in ("train", "test") for group in ("cat", "emu")}
+    for name, target, message in (
+        ("fox", "nowhere", "none in train/fox"),
+        ("cat/up", "..", "got train/cat/up/"),
+        ("up", ".", "got train/up/"),
+        ("cat/itself.png", "itself.png", "got train/cat/itself.png/"),
+        ("cat/gone.png", "nowhere", "got train/cat/gone.png/"),
+        ("cat/device.png", "/dev/zero", "got train/cat/device.png/"),
+        ("cat/pipe.png", None, "got train/cat/pipe.png/"),
+    ):
+        place = write_tree(tmp_path / f"tree of {name}".replace("/", " "), files) / "train" / name
+        if target is None:
+            os.mkfifo(place)
+        else:
+            place.symlink_to(target)
+        with pytest.raises(UserError, match=message):
+            ImageTree(tmp_path / f"tree of {name}".replace("/", " "))
+    os.mkfifo(tmp_path / "pipe")
+    for kind in ("folder", "semeion", "mnist", "cifar10"):
+        with pytest.raises(UserError, match=r"expected a regular file|none of these is there"):
+            load_dataset(kind, tmp_path / "pipe")
+
+
+def test_zip_files_of_two_trees_or_two_members_of_one_name(tmp_path: Path) -> None:
+    files = {f"{part}/{group}/1.png": b"" for part in ("train", "test") for group in ("cat", "emu")}
+    both = {f"{top}/{name}": content for top in ("old", "new") for name, content in files.items()}
+    with pytest.raises(UserError, match=r"expected one folder with train/ and test/, got new, old"):
+        ImageTree(write_zip(tmp_path / "two.zip", both))
+    path = write_zip(tmp_path / "twice.zip", files)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("train/cat/1.png", b"another")
+    with pytest.raises(UserError, match="two of its members have one name"):
+        ImageTree(path)
+
+
+def test_forty_equal_images_end_in_a_clear_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    pytest.importorskip("matplotlib")
+    one = png(random_images(1, 8, 8)[0])
+    counts = {"train": 20, "test": 5}
+    files = {f"{part}/{c}/{i}.png": one for part, count in counts.items() for c in "ab" for i in range(count)}
+    root, out = write_tree(tmp_path / "tree", files), tmp_path / "out"
+    where = ["--data-root", str(root), "--out", str(out)]
+    code = main(["train", "folder", *where, "--epochs", "3", "--no-compare"])
+    told = capsys.readouterr()
+    assert code == 0 and "groups of equal samples" in told.out and (out / "report.html").is_file(), told.err
 
 
 def test_semeion_text_damage(tmp_path: Path) -> None:

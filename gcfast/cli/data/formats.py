@@ -110,7 +110,7 @@ def _read_idx(
     path: Path, stream: IO[bytes] | gzip.GzipFile, stored: int, size: tuple[int, ...]
 ) -> NDArray[Any]:
     magic = stream.read(4)
-    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or magic[3] == 0:
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or not 0 < magic[3] < 5:
         raise UserError(f"{path}: not an idx file (it begins with {magic.hex() or 'nothing'})")
     dtype, rank = np.dtype(_IDX_TYPES[magic[2]]), magic[3]
     extents = stream.read(4 * rank)

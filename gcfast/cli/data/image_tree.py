@@ -44,7 +44,7 @@ _NOTES = frozenset([".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".y
 _LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
 _WORKER = Path(__file__).with_name("picture_worker.py")
 _MOST = 1 << 28  # bytes of a picture's file
-_MEMORY, _SECONDS = 3 << 29, 10  # of the process that decodes, the latter a picture
+_MEMORY, _SECONDS = 3 << 29, 2  # of the process that decodes, the latter for a small picture
 
 
 class ImageTree:
@@ -74,14 +74,21 @@ class ImageTree:
             if parts[: len(around)] != around:
                 continue
             part, *inside = parts[len(around) :] or ("",)
-            if part not in ("train", "test") or not inside or any(map(_is_litter, inside)):
+            if part not in ("train", "test") or not inside or _is_litter(inside[0]):
                 continue
-            suffix = PurePosixPath(name).suffix.lower()
-            if name.endswith("/") and len(inside) == 1:
-                self.entries.setdefault(part, {}).setdefault(inside[0], [])
-            elif len(inside) == 2 and suffix in _IMAGE_SUFFIXES and not name.endswith("/"):
-                self.entries.setdefault(part, {}).setdefault(inside[0], []).append(name)
-            elif suffix not in _NOTES or name.endswith("/"):
+            folder, suffix = name.endswith("/"), PurePosixPath(name).suffix.lower()
+            if folder or len(inside) > 1:
+                held = self.entries.setdefault(part, {}).setdefault(inside[0], [])
+                if (
+                    len(inside) == 2
+                    and suffix in _IMAGE_SUFFIXES
+                    and not folder
+                    and not _is_litter(inside[1])
+                ):
+                    held.append(name)
+                    continue
+            passed_over = len(inside) == 1 if folder else suffix in _NOTES
+            if not passed_over and not any(map(_is_litter, inside)):
                 strange.append(name)
         try:
             self._check(strange)
@@ -230,11 +237,17 @@ def _names_in(path: Path) -> list[str]:
         if not (path / part).is_dir():
             continue
         for group in os.scandir(path / part):
-            names.append(f"{part}/{group.name}{'' if group.is_file() else '/'}")
+            names.append(f"{part}/{_marked(group)}")
             if group.is_dir() and not _is_litter(group.name):
-                inside = [f"{entry.name}{'' if entry.is_file() else '/'}" for entry in os.scandir(group)]
-                names += [f"{part}/{group.name}/{name}" for name in inside]
+                names += [f"{part}/{group.name}/{_marked(entry)}" for entry in os.scandir(group)]
     return names
+
+
+def _marked(entry: os.DirEntry[str]) -> str:
+    with contextlib.suppress(OSError):  # a link that leads to itself
+        if entry.is_file():
+            return entry.name
+    return f"{entry.name}/"
 
 
 def _is_litter(name: str) -> bool:

@@ -4,8 +4,9 @@ Image formats are many and their decoders trusting: whatever a picture makes of 
 limited by the system, and a crash ends this process only. It imports nothing of gcfast and starts at once.
 
 Standard input has a line of JSON (``count`` of the pictures, ``size`` to bring them to or null, ``free``
-bytes, the ``memory`` of this process and the ``seconds`` a picture may take), then for each picture eight bytes that say how long it is, and the picture. The file whose
-descriptor is the argument gets, in eight bytes, the index of the picture at work, then the pixels.
+bytes, the ``memory`` of this process and the ``seconds`` that a small picture may take), then for each
+picture eight bytes that say how long it is, and the picture. The file whose descriptor is the argument
+gets, in eight bytes, the index of the picture at work, then the pixels.
 Standard output gets a line of JSON at the end: what was read, or the picture at which it ended, and why.
 """
 
@@ -21,9 +22,9 @@ import time
 import warnings
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-FORMATS = (
+_FORMATS = (
     "BMP",
     "GIF",
     "JPEG",
@@ -36,6 +37,7 @@ FORMATS = (
 _GREY = ("1", "L", "LA")
 _COLOURED = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _SMALL, _GROWTH = 1 << 26, 100  # as check_growth has them
+_PIXELS_A_SECOND = 10_000_000  # decoders do ten times as many
 
 
 def main() -> None:
@@ -51,12 +53,12 @@ def main() -> None:
         length = source.read(8)
         if len(length) < 8:  # whoever sends them ended
             return
-        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + task["seconds"])
+        _limit_seconds(task["seconds"])
         os.pwrite(pixels, struct.pack("<Q", index), 0)
         try:
             raw = _exactly(source, *struct.unpack("<Q", length))
             stored += len(raw)
-            with Image.open(io.BytesIO(raw), formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(raw), formats=_FORMATS) as picture:
                 grey = _is_grey(picture)
                 size = (task["size"],) * 2 if task["size"] else picture.size
                 if size != tuple(answer.setdefault("size", size)):
@@ -70,6 +72,7 @@ def main() -> None:
                 if 3 * size[0] * size[1] * task["count"] > task["free"]:
                     answer |= {"error": "memory", "index": index, "other": size}
                     break
+                _limit_seconds(task["seconds"] + picture.width * picture.height // _PIXELS_A_SECOND)
                 decoded = picture.convert("L" if grey else "RGB")
             if decoded.size != size:
                 decoded = decoded.resize(size, Image.Resampling.BILINEAR)
@@ -78,7 +81,8 @@ def main() -> None:
             answer |= {"error": f"decoding it takes more than {task['memory'] >> 20} MiB", "index": index}
             break
         except Exception as error:  # decoders raise nearly anything on damaged bytes
-            answer |= {"error": str(error)[:300] or type(error).__name__, "index": index}
+            text = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+            answer |= {"error": text[:300] or type(error).__name__, "index": index}
             break
         answer["modes"] += "L" if grey else "C"
         try:
@@ -93,6 +97,10 @@ def main() -> None:
 def _limit(what: int, most: int) -> None:
     _, hard = resource.getrlimit(what)
     resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _limit_seconds(more: int) -> None:
+    _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + more)
 
 
 def _exactly(source: BinaryIO, length: int) -> bytes:

@@ -93,10 +93,8 @@ def standardise(
     way_out = "fewer samples (--limit, --test-limit) or smaller images"
     check_memory(f"{raw.source} in float32", 4 * rows * math.prod(images.shape[1:]), None, _CPU, way_out)
     if statistics is None:
-        counts = _pixel_counts(images)
-        levels = np.arange(256) / raw.scale
-        mean = counts @ levels / counts.sum(axis=1)
-        std = np.array([_deviation(values) / raw.scale for values in counts.tolist()])
+        moments = [_moments(counts) for counts in _pixel_counts(images).tolist()]
+        mean, std = np.array(moments).T / raw.scale
         std = np.where(std > 0, std, 1.0)  # a constant channel has nothing to scale
     else:
         mean, std = np.asarray(statistics[0], dtype=np.float64), np.asarray(statistics[1], dtype=np.float64)
@@ -135,15 +133,15 @@ def standardise(
     )
 
 
-def _deviation(counts: Sequence[int]) -> float:
-    """The standard deviation where ``counts[v]`` pixels have the value v: zero only where all are equal.
+def _moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of pixels of which ``counts[v]`` have the value v.
 
-    In whole numbers: E[x^2] - E[x]^2 in floating point leaves 1e-10 of a constant channel, and by that an
-    unseen pixel would be divided.
+    In whole numbers: E[x^2] - E[x]^2 in floating point leaves 1e-10 of a constant channel, by which unseen
+    pixels would be divided. So the deviation is zero where all are equal, and only there.
     """
     n, total = sum(counts), sum(level * count for level, count in enumerate(counts))
     squares = sum(level * level * count for level, count in enumerate(counts))
-    return math.sqrt(n * squares - total * total) / n
+    return total / n, math.sqrt(n * squares - total * total) / n
 
 
 def _pixel_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:

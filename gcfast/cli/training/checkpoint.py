@@ -128,10 +128,10 @@ class RunCheckpoint:
     def build(self) -> nn.Module:
         """The model with these weights, in evaluation mode, as phase two sees it."""
         # First without memory: the recipe may name any widths, the weights are as large as their file.
-        layers = len(self.model.hidden)
+        sizes = (*self.model.hidden, *self.model.shape, self.model.classes, self.model.wide)
         try:
-            if layers > len(self.state_dict):
-                raise RuntimeError(f"{layers} hidden layers, {len(self.state_dict)} tensors")
+            if len(self.model.hidden) > len(self.state_dict) or max(sizes) >= 1 << 31:
+                raise RuntimeError(f"it names {len(sizes)} sizes up to {max(sizes):.3g}")
             with torch.device("meta"):
                 model = self.model.build()
             for name, value in model.state_dict().items():
@@ -140,10 +140,9 @@ class RunCheckpoint:
                     raise RuntimeError(f"{name} is {given}, expected {value.dtype}")
             copies = {name: value.clone() for name, value in self.state_dict.items()}
             model.load_state_dict(copies, assign=True)
-        except (RuntimeError, TypeError, OverflowError) as error:  # torch has no sizes of 64 bits and more
-            raise UserError(
-                f"CHECKPOINT: its weights do not fit its own model recipe ({error!s:.500})"
-            ) from error
+        except (RuntimeError, OverflowError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise UserError(f"CHECKPOINT: its weights do not fit its own model recipe ({what})") from error
         return model.eval()
 
 
