@@ -46,6 +46,7 @@ def certify(
     callback: Callable[[str, float], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 120.0,
+    fixed: bool = False,
 ) -> Certificate:
     """Prove, or refute, that phase two reaches the global minimum for this model and training set.
 
@@ -53,8 +54,9 @@ def certify(
         model_or_features: the model with its frozen weights, or its features (n, m) without the ones column:
             a tensor, a numpy array (memory-mapped too), blocks of rows, or :class:`gcfast.WideFeatures`,
             which are never stored.
-        data: (inputs, targets), inputs alone, a Dataset, or a DataLoader in a fixed order; with features,
-            the targets or None.
+        data: (inputs, targets), inputs alone, a Dataset, a DataLoader, or batches (inputs, targets); with
+            features, the targets or None. What is no tensor is read a second time without the model, and
+            refused where it changes; a DataLoader that shuffles is read in its dataset's order.
         loss: as for ``solve_head``; needed for L, L*, the gap and ``steps_to``.
         head: module or name, where it is not the last Linear applied.
         route: only this one; by default the direct route, and the theorem where that does not decide.
@@ -65,6 +67,8 @@ def certify(
         callback: called with (step, fraction done), the fraction by operations counted.
         checkpoint: a file in which the direct route keeps its state every ``checkpoint_seconds``; a run that
             was killed takes up from it, and it is removed when the work is done.
+        fixed: the data are the same at every reading, by your word: they are read once, and the certificate
+            lists an assumption that was not checked. What is no Dataset and has no length needs it.
 
     Raises:
         ValueError, TypeError: naming the argument; MemoryError: the direct route does not fit and the theorem
@@ -77,7 +81,7 @@ def certify(
     if isinstance(model_or_features, nn.Module):
         if data is None:
             raise ValueError("data: a model needs its training set")
-        training_set = collect(model_or_features, data, head, max_bytes=max_bytes)
+        training_set = collect(model_or_features, data, head, max_bytes=max_bytes, fixed=fixed, told=callback)
         features, targets = training_set.features, training_set.targets
         ones = training_set.head.bias is not None
     else:
@@ -154,6 +158,8 @@ class Certification:
         kind = "equal inputs" if self.training_set is not None else "equal features"
         for group in groups:
             evidence.add_offender(kind, group)
+        if self.training_set is not None and self.training_set.fixed is not None:
+            evidence.note("fixed data", *self.training_set.fixed)
         enough = self.n <= self.m + int(self.ones)
         evidence.note(
             "width",

@@ -4,8 +4,9 @@ from gcfast.features.cache import FeatureCache
 from gcfast.features.checks import checked
 from gcfast.features.collection import TrainingSet, collect, streams
 from gcfast.features.duplicates import equal_rows, equal_samples
-from gcfast.features.loader import loader_of, sample_count
+from gcfast.features.loader import Source, source_of
 from gcfast.features.matrix import Features, StoredFeatures
+from gcfast.features.second_reading import second_reading_seconds
 from gcfast.features.stacked_ones import PANEL, FeaturesWithOnes
 from gcfast.features.wide import WideFeatures
 
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureCache",
     "Features",
     "FeaturesWithOnes",
+    "Source",
     "StoredFeatures",
     "TrainingSet",
     "WideFeatures",
@@ -21,7 +23,7 @@ __all__ = [
     "collect",
     "equal_rows",
     "equal_samples",
-    "loader_of",
-    "sample_count",
+    "second_reading_seconds",
+    "source_of",
     "streams",
 ]

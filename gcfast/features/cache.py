@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from gcfast.features.cached_head import CachedHead, EntranceTap, output_shape
 from gcfast.features.checks import check_features
-from gcfast.features.collection import head_by_forward, same_again
+from gcfast.features.collection import head_by_forward
 from gcfast.features.frozen_body import BodySnapshot
-from gcfast.features.loader import batches_of, count, device_of, loader_of, tensors, to_device
+from gcfast.features.loader import device_of, to_device
 from gcfast.features.row_buffer import RowBuffer
+from gcfast.features.second_look import SecondLook, by_rows, taken
+from gcfast.features.second_reading import Reading
 from gcfast.model import (
     FeatureTap,
     Head,
@@ -33,7 +34,7 @@ from gcfast.model import (
 from gcfast.nn import WideLayer
 
 STORES = ("auto", "below", "features")
-_FEW = 32
+_FEW = 16
 _COMPARED = 64
 
 
@@ -54,7 +55,8 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         model: in phase two, plain or wrapped: nothing below its head requires gradients.
-        data: the training set: (inputs, targets), a `Dataset`, or a `DataLoader` in a fixed order.
+        data: the training set: (inputs, targets), a `Dataset`, a `DataLoader`, or batches (inputs, targets);
+            what is no tensor is read a second time without the model, and compared.
         head: the last affine layer, a module or its name, where the model does not tell.
         store: what to hold of each sample. "features": the m numbers that enter the head, any float type.
             "below": the d numbers that enter the `gcfast.WideLayer` below it; `head` is then that layer and
@@ -62,6 +64,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
             "features" is the faster one, several times so for m much above d, where m numbers a sample fit.
         device: where to hold the rows; the model's device by default.
         max_bytes: refuse beforehand to hold more than this; by default more than the device has free.
+        fixed: the data are the same at every reading, by your word: they are read once, and not compared.
 
     Attributes:
         features: (n, d) or (n, m), what `head` takes, in the type the model computes it in.
@@ -79,8 +82,9 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
     that, as does `batches`, the fastest, without a DataLoader.
 
     Raises:
-        ValueError: something below the head requires gradients; the data shuffle, augment, are empty or have
-            no targets; a feature is not finite; "below" is asked for without a WideLayer.
+        ValueError: something below the head requires gradients; the data change, drop or repeat samples, are
+            empty or have no targets; a feature is not finite, or not of one sample alone; "below" is asked
+            for without a WideLayer.
         HeadError: the model has no head. MemoryError: see `max_bytes`.
         RuntimeError: from `head`, `batches` and `check`, once a weight or buffer below the head has changed.
     """
@@ -100,50 +104,57 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         store: str = "auto",
         device: torch.device | str | None = None,
         max_bytes: int | None = None,
+        fixed: bool = False,
     ) -> None:
         if store not in STORES:
             raise ValueError(f"store: expected one of {', '.join(map(repr, STORES))}; got {store!r}")
         root = unwrap(model)
         with keeping_random_state(root):  # a DataLoader draws a seed for every pass
-            self._fill(root, data, head, store, device, max_bytes)
+            self._fill(root, data, head, store, device, max_bytes, fixed)
 
     def _fill(
-        self, model: nn.Module, data: Any, head: Any, store: str, device: Any, max_bytes: int | None
+        self,
+        model: nn.Module,
+        data: Any,
+        head: Any,
+        store: str,
+        device: Any,
+        max_bytes: int | None,
+        fixed: bool,
     ) -> None:
-        place, loader = device_of(model), loader_of(data)
-        first = next(iter(batches_of(loader)), None)
-        if first is None:
-            raise ValueError("data: the training set is empty")
-        if first[1] is None:
-            raise ValueError("data: expected (inputs, targets); there are no targets")
-        x, y = _few(to_device(first[0], place), first[1])
-        found = head_by_forward(model, x, head)
-        _check_frozen(model, found)
-        wide = _wide_below(model, found, x, store)
-        self.stored = "features" if wide is None else "below"
-        self.compared = None if wide is None else _some_columns(wide.m).to(place)
-        self._snapshot = BodySnapshot(model, found)
-        with FeatureTap(model, found) as tap:
-            h, out = tap(x)
-
-        rows = RowBuffer(
-            count(loader), torch.device(device or place), max_bytes, _way_out(found, wide, store)
-        )
-        for inputs, targets in batches_of(loader):
+        place, reading = device_of(model), Reading(data, fixed)
+        rows: RowBuffer | None = None
+        for inputs, targets in reading:
+            if targets is None:
+                raise ValueError("data: expected (inputs, targets); there are no targets")
             inputs = to_device(inputs, place)
-            if not rows.used:  # before anything large is held
-                same_again(model, found, (x, y), _few(inputs, targets), h)
+            if rows is None:
+                x = _few(inputs, targets)
+                found = head_by_forward(model, x, head)
+                _check_frozen(model, found)
+                wide = _wide_below(model, found, x, store)
+                self.stored = "features" if wide is None else "below"
+                self.compared = None if wide is None else _some_columns(wide.m).to(place)
+                self._snapshot = BodySnapshot(model, found)
+                with FeatureTap(model, found) as tap:
+                    h, out = tap(x)
+                looks = SecondLook(model, found if wide is None else wide.module)
+                rows = RowBuffer(reading.source.n, device or place, max_bytes, _way_out(found, wide, store))
             if wide is None:
                 with EntranceTap(model, found) as tap:
                     z, _ = tap(inputs)
             else:
                 z = _entering(model, found, wide, inputs, self.compared, rows.used)
-            if targets is None or len(targets) != len(z):
-                got = "no" if targets is None else len(targets)
-                raise ValueError(f"data: a batch of {len(z)} inputs came with {got} targets")
+            if len(targets) != len(z):
+                raise ValueError(f"data: a batch of {len(z)} inputs came with {len(targets)} targets")
+            looks.keep(inputs, z)
             rows.add(z, targets)
+        if rows is None:
+            raise ValueError("data: the training set is empty")
         self.features, self.targets = rows.taken()
         check_features(self.features, "features")
+        looks.finish()
+        reading.again()
         layer = None if wide is None else wide.module
         assert layer is None or isinstance(layer, WideLayer)
         self.head = CachedHead(found, layer, output_shape(out, len(h), found), self._snapshot)
@@ -239,12 +250,11 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         return f"FeatureCache({n} {kind}, {k} wide, {self.dtype}, {self.device}, {self.nbytes:,} bytes)"
 
 
-def _few(inputs: Any, targets: Tensor | None) -> tuple[Any, Tensor | None]:
+def _few(inputs: Any, targets: Tensor) -> Any:
     """The first samples of a batch, enough to look at a model with; all of it where samples are not rows."""
-    n = None if targets is None else len(targets)
-    if targets is None or any(t.dim() == 0 or len(t) != n for t in tensors(inputs)):
-        return inputs, targets
-    return tree_map(lambda t: t[:_FEW] if isinstance(t, Tensor) else t, inputs), targets[:_FEW]
+    if not by_rows(inputs, len(targets)):
+        return inputs
+    return taken(inputs, range(min(_FEW, len(targets))))
 
 
 def _check_frozen(model: nn.Module, head: Head) -> None:

@@ -1,19 +1,29 @@
-"""Collect features, targets and duplicates in one pass over model and data."""
+"""Collect features, targets and duplicates in one pass over model and data, and look at both again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gcfast.features.checks import check_features
-from gcfast.features.duplicates import RowKeys
-from gcfast.features.loader import batches_of, device_of, loader_of, sample_count, tensors, to_device
+from gcfast.features.loader import device_of, tensors, to_device
 from gcfast.features.matrix import Features, StoredFeatures
+from gcfast.features.second_look import SecondLook
+from gcfast.features.second_reading import Reading
 from gcfast.features.wide import WideFeatures
-from gcfast.model import FeatureTap, Head, HeadError, WideLayerFound, find_head, wide_activation
+from gcfast.model import (
+    FeatureTap,
+    Head,
+    HeadError,
+    WideLayerFound,
+    copy_tensors,
+    find_head,
+    wide_activation,
+)
 from gcfast.nn import WideLayer
 from gcfast.storage import allowed_bytes
 
@@ -25,7 +35,8 @@ class TrainingSet:
     ``features`` (n, m) enter the head: stored, or recomputed from what enters a :class:`gcfast.WideLayer`
     where storing them would take too much; ``below`` (n, d) enter the wide layer (None where there is none);
     ``outputs`` (n, C) are the model's, which gave each sample's in ``output_shape``; ``duplicate_groups``
-    lists groups of samples whose inputs are equal, number for number.
+    lists groups of samples whose inputs are equal, number for number; ``fixed`` has status and words of the
+    assumption that the data are, None for tensors.
     """
 
     features: Features
@@ -37,6 +48,7 @@ class TrainingSet:
     below: Tensor | None
     duplicate_groups: list[list[int]]
     first_batch: Any
+    fixed: tuple[Literal["holds", "not checked"], str] | None
 
 
 def collect(
@@ -46,40 +58,46 @@ def collect(
     *,
     inspect: bool = True,
     max_bytes: int | None = None,
+    fixed: bool = False,
+    told: Callable[[str, float], None] | None = None,
 ) -> TrainingSet:
     """Run the model over the data once, in evaluation mode, and look at a few rows a second time.
+
+    Data that are no tensors are read a second time without the model and compared, unless the user says that
+    they are ``fixed``; ``told`` hears of it.
 
     The features of a :class:`gcfast.WideLayer` are stored where they take no more than a quarter of
     ``max_bytes`` (default: of what is free), and recomputed from what enters it otherwise.
 
-    Raises ValueError where the data change between passes (a shuffling or augmenting loader), are empty, or
-    the features are not finite; HeadError where the model has no head.
+    Raises ValueError where the data change between the readings, drop or repeat samples, or are empty, where
+    the features are not finite or not those of one sample alone; HeadError where the model has no head.
     """
     device = device_of(model)
-    loader = loader_of(data)
+    reading = Reading(data, fixed, copies=inspect)
     first: Any = None
     features: list[Tensor] = []
     below: list[Tensor] = []
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
-    keys = RowKeys()
     wide: WideLayerFound | None = None
     recomputed = False
-    for x, y in batches_of(loader):
+    for x, y in reading:
         x = to_device(x, device)
         if first is None:
-            first = (x, y)
+            first = x if reading.held else copy_tensors(x)
             head = head_by_forward(model, x, head)
             wide = wide_activation(model, head, x)
             recomputed = (
                 wide is not None
                 and wide.recomputable
-                and streams(sample_count(loader), head.module.weight, max_bytes)
+                and streams(reading.source.n, head.module.weight, max_bytes)
             )
             looked_below = wide is not None and (recomputed or (inspect and wide.caveat is None))
             tap = FeatureTap(model, head, wide.module) if wide and looked_below else FeatureTap(model, head)
+            looks = SecondLook(model, wide.module if wide and recomputed else head)
         with tap:
             h, *z, out = tap(x)
+        looks.keep(x, z[0] if recomputed else h)
         if wide is not None and z:
             differs = wide.difference(z[0], h, sum(map(len, below)))
             if differs is not None and recomputed:
@@ -93,25 +111,20 @@ def collect(
         outputs.append(out.detach().reshape(-1, head.out_features))
         differs = head.difference(h, outputs[-1], sum(map(len, outputs)) - len(h))
         if differs is not None:
-            raise HeadError(
-                f"model: {differs}; a hook or a wrapper changes it, or the head depends on the batch"
-            )
+            raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
         if not recomputed:
             features.append(h)
-        if inspect:
-            keys.add([t.detach().cpu() for t in tensors(x)])
         if y is not None:
             if len(y) != len(h):
                 raise ValueError(f"data: a batch of {len(h)} inputs came with {len(y)} targets")
-            targets.append(y.to(device))
+            targets.append(y.to(device, copy=not reading.held))
     if first is None:
         raise ValueError("data: the training set is empty")
     h = torch.cat(below if recomputed else features)
     del features
     check_features(h, "what enters the wide layer" if recomputed else "features")
-    again, y = next(iter(batches_of(loader)))
-    tapped = wide.module if wide is not None and recomputed else head
-    same_again(model, tapped, first, (to_device(again, device), y), h)
+    looks.finish()
+    groups = reading.again(told)
     found: Features
     if wide is not None and recomputed:
         assert isinstance(wide.module, WideLayer)
@@ -126,8 +139,9 @@ def collect(
         head=head,
         wide=wide if inspect else None,
         below=torch.cat(below) if below else None,
-        duplicate_groups=keys.confirm(tensors(x) for x, _ in batches_of(loader)) if inspect else [],
-        first_batch=first[0],
+        duplicate_groups=groups,
+        first_batch=first,
+        fixed=reading.statement(),
     )
 
 
@@ -139,38 +153,15 @@ def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:
 
 
 def head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
+    """The head, by one pass; what torch says of the inputs names ``data``."""
     try:
         return find_head(model, x, head)
-    except RuntimeError as error:
+    except ValueError as error:
+        if error.__cause__ is None:  # not what torch says of the inputs, but what find_head does of the model
+            raise
         given = {t.dtype for t in tensors(x) if t.is_floating_point()}
         expected = {p.dtype for p in model.parameters() if p.is_floating_point()}
         if given and expected and not given & expected:
             names = " and ".join(", ".join(sorted(map(str, dtypes))) for dtypes in (given, expected))
             raise ValueError(f"data: inputs and model differ in dtype: {names} ({error})") from error
-        raise
-
-
-def same_again(model: nn.Module, head: Any, first: Any, again: Any, features: Tensor) -> None:
-    (x, y), (x2, y2) = first, again
-    same = len(tensors(x)) == len(tensors(x2)) and all(
-        a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-        if a.is_floating_point()
-        else torch.equal(a, b)
-        for a, b in zip(tensors(x), tensors(x2), strict=True)
-    )
-    if not same or (y is not None and not torch.equal(y, y2)):
-        raise ValueError(
-            "data: the first batch is another one in the second pass: the loader shuffles or augments. "
-            "Give the samples in a fixed order and without random transforms; the guarantee is about one "
-            "fixed training set"
-        )
-    with FeatureTap(model, head) as tap:
-        h, _ = tap(x2)
-    scale = float(h.abs().amax()) + 1e-30
-    difference = float((h - features[: len(h)]).abs().amax()) / scale
-    if difference > 1e-4:
-        raise ValueError(
-            "model: the same inputs gave other features in a second look "
-            f"(relative difference {difference:.1e}): "
-            "something random stays active in evaluation mode"
-        )
+        raise ValueError(f"data: {error}") from error.__cause__

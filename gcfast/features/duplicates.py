@@ -227,11 +227,11 @@ class RowKeys:
         return sum(len(keys) for keys in self._blocks)
 
     def _checked(self, block: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        parts = _parts(block, "block")
+        parts = _parts(block, "data")
         dtypes = [part.dtype for part in parts]
         self._dtypes = self._dtypes or dtypes
         if dtypes != self._dtypes:
-            raise ValueError(f"block: expected tensors of dtypes {self._dtypes} as before; got {dtypes}")
+            raise ValueError(f"data: expected tensors of dtypes {self._dtypes} as before; got {dtypes}")
         return parts
 
     def add(self, block: Tensor | Sequence[Tensor]) -> None:
@@ -242,6 +242,18 @@ class RowKeys:
         if len(self._blocks) > 1 or any(keys.device.type != "cpu" for keys in self._blocks):
             self._blocks = [torch.cat([keys.cpu() for keys in self._blocks])]
         return self._blocks[0] if self._blocks else torch.zeros(0, dtype=torch.int64)
+
+    def first_other(self, start: int, block: Tensor | Sequence[Tensor]) -> int | None:
+        """The first sample of a block of a second pass, which begins at ``start``, that has another key.
+
+        The number of samples where all agree but the block goes on beyond them; None where nothing differs.
+        """
+        keys = _keys(self._checked(block)).cpu()
+        known = self._all()[start : start + len(keys)]
+        other = (keys[: len(known)] != known).nonzero()
+        if len(other):
+            return start + int(other[0])
+        return start + len(known) if len(known) < len(keys) else None
 
     def candidates(self) -> list[list[int]]:
         """Groups of samples with equal keys, ascending: all equal samples, and rarely others."""
@@ -269,13 +281,13 @@ class RowKeys:
                 number = _equal(local, every, every)  # NaN equals nothing, and its key may change
                 here, local = here[number], [p[number] for p in local]
                 if not torch.equal(_keys(local), keys[here]):
-                    raise ValueError("blocks: samples are others than in the first pass, or in another order")
+                    raise ValueError("data: samples are others than in the first pass, or in another order")
                 kept.setdefault(tuple(p.shape[1:] for p in local), _Kept()).add(here, keys[here], local)
             start, done = end, upto
             if done == len(suspects):
                 break
         if done < len(suspects):
-            raise ValueError(f"blocks: {start} samples, where the first pass had {len(keys)}")
+            raise ValueError(f"data: {start} samples, where the first pass had {len(keys)}")
         found = [k.close() for k in kept.values()]
         if not found:
             return []

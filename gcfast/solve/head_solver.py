@@ -53,6 +53,7 @@ def solve_head(
     generator: torch.Generator | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 120.0,
+    fixed: bool = False,
 ) -> HeadSolution:
     """Solve phase two: minimise L over the head (W, b) with the hidden weights frozen.
 
@@ -60,8 +61,10 @@ def solve_head(
         model_or_features: a model, whose head is updated in place, or features (n, m) without the ones
             column: a tensor, a numpy array (memory-mapped too), blocks of rows, or
             :class:`gcfast.WideFeatures`, which are never stored.
-        data_or_targets: the training set (inputs, targets), a Dataset or DataLoader with a fixed order; with
-            features, the targets: class labels (n,), probabilities (n, C), or real (n, C), by the loss.
+        data_or_targets: the training set (inputs, targets), a Dataset, a DataLoader, or batches (inputs,
+            targets), where what is no tensor is read a second time without the model, and refused where it
+            changes; with features, the targets: class labels (n,), probabilities (n, C), or real (n, C), by
+            the loss.
         loss: "cross_entropy", "mse", "bce_with_logits", "huber", a ``torch.nn`` loss, or a
             ``gcfast.ConvexLoss``.
         start: V_tau = (weight (C, m), bias (C,)), the point the answer is nearest to. Default: the model's
@@ -80,6 +83,7 @@ def solve_head(
         max_iterations: of gd (default 10,000) and sgd (epochs, default 200).
         checkpoint: a file in which ``nearest`` keeps its state every ``checkpoint_seconds``; a run that was
             killed takes up from it, and it is removed when the work is done.
+        fixed: the data are the same at every reading, by your word: they are read once.
 
     Raises:
         ValueError, TypeError: naming the argument. MemoryError: with the bytes it would take and the way out.
@@ -94,7 +98,9 @@ def solve_head(
     if isinstance(model_or_features, nn.Module):
         if start is not None:
             raise ValueError("start: the model's own head is the start; give features to start elsewhere")
-        training_set = collect(model_or_features, data_or_targets, head, inspect=False, max_bytes=max_bytes)
+        training_set = collect(
+            model_or_features, data_or_targets, head, inspect=False, max_bytes=max_bytes, fixed=fixed
+        )
         if training_set.targets is None:
             raise ValueError("data: expected (inputs, targets); got inputs alone")
         check_matches_outputs(convex, training_set.targets, training_set.output_shape)

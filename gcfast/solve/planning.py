@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast.features import Features, WideFeatures, checked, sample_count
+from gcfast.features import (
+    Features,
+    Source,
+    WideFeatures,
+    checked,
+    second_reading_seconds,
+    source_of,
+    streams,
+)
 from gcfast.losses import BCEWithLogits, ConvexLoss, CrossEntropy, resolve_loss
-from gcfast.model import find_head
+from gcfast.model import alteration, find_head, keeping_random_state
+from gcfast.nn import WideLayer
 from gcfast.proofs import Tiles, exact_products, proof_bytes, proof_flops
 from gcfast.solve import gram_forms
 from gcfast.solve.gram_forms import GramForm, Rates, Sizes
@@ -36,6 +45,7 @@ def plan(
     max_bytes: int | None = None,
     devices: int = 1,
     rates: Rates | str | None = None,
+    fixed: bool = False,
 ) -> Plan:
     """Count what ``certify`` and ``solve_head`` would hold and do, before any work; print it.
 
@@ -47,6 +57,8 @@ def plan(
         max_bytes: memory allowed a device (default: what is free here).
         devices: over which a sharded run would be spread, see :class:`Sharding`.
         rates: :class:`gcfast.Rates`, "h100" (nominal), or None: measured here, in half a second.
+        fixed: as for ``certify``. Without it a second reading of data that are no tensors is a stage of its
+            own, whose time is judged by their first batches, read for half a second.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -54,6 +66,7 @@ def plan(
     convex = resolve_loss(loss)
     device = torch.device("cpu")
     hard = isinstance(convex, CrossEntropy) and not convex.label_smoothing
+    stages: list[Stage] = []
     if model_or_features is None:
         for name, value in (("n", n), ("m", m), ("c", c), ("devices", devices)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -62,8 +75,16 @@ def plan(
         sizes = Sizes(n, m, c, d, dtype, device)
     elif any(value is not None for value in (n, m, d, c)):
         raise ValueError("n, m, d, c: give sizes or a model with its data, not both")
+    elif isinstance(model_or_features, nn.Module):
+        if data is None:
+            raise ValueError("data: a model needs its training set")
+        with keeping_random_state(model_or_features):  # a DataLoader draws a seed for every pass
+            source = source_of(data, fixed)
+            sizes = _sizes_of_model(model_or_features, source, max_bytes)
+            if source.kind == "read twice":
+                stages.append(_second_reading(source, sizes.n))
     else:
-        sizes, real = _sizes(model_or_features, data, convex, max_bytes)
+        sizes, real = _sizes(model_or_features, data, convex)
         hard = hard and not real
     if isinstance(rates, str):
         if rates not in NOMINAL:
@@ -72,37 +93,37 @@ def plan(
     found = rates or measured(sizes.device)
     room = allowed_bytes(max_bytes, sizes.device)
     attained = not hard and not isinstance(convex, BCEWithLogits)  # as far as sizes tell
-    stages = [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found, rates)]
+    stages += [_certify(sizes, room, found), _solve(sizes, hard, attained, room, found, rates)]
     sharded = _sharding(sizes, devices, found) if devices > 1 else None
     return Plan(sizes.n, sizes.m, sizes.d, sizes.c, room, found, stages, sharded)
 
 
-def _sizes(source: Any, data: Any, loss: ConvexLoss, max_bytes: int | None) -> tuple[Sizes, bool]:
-    """Sizes, and whether the targets are known to be real numbers."""
-    if isinstance(source, nn.Module):
-        from gcfast.features import loader_of, streams
-        from gcfast.model import alteration
-        from gcfast.nn import WideLayer
+def _sizes_of_model(model: nn.Module, source: Source, max_bytes: int | None) -> Sizes:
+    head = find_head(model)
+    if source.n is None:
+        raise ValueError("data: expected data that say how many samples they have")
+    weight = head.module.weight
+    wide = [layer for layer in model.modules() if type(layer) is WideLayer]
+    d = None
+    plain = wide and alteration(wide[-1]) is None
+    if plain and wide[-1].m == head.in_features and streams(source.n, weight, max_bytes):
+        d = wide[-1].d
+    return Sizes(source.n, head.in_features, head.out_features, d, weight.dtype, weight.device)
 
-        if data is None:
-            raise ValueError("data: a model needs its training set")
-        head = find_head(source)
-        loader = loader_of(data)
-        n = sample_count(loader)
-        if n is None:
-            raise ValueError("data: expected data that say how many samples they have")
-        weight = head.module.weight
-        wide = [layer for layer in source.modules() if type(layer) is WideLayer]
-        d = None
-        plain = wide and alteration(wide[-1]) is None
-        if plain and wide[-1].m == head.in_features and streams(n, weight, max_bytes):
-            d = wide[-1].d
-        return Sizes(n, head.in_features, head.out_features, d, weight.dtype, weight.device), False
+
+def _sizes(source: Any, data: Any, loss: ConvexLoss) -> tuple[Sizes, bool]:
+    """Sizes, and whether the targets are known to be real numbers."""
     features = checked(source)
     width = features.d if isinstance(features, WideFeatures) else None
     c = loss.output_count(data) if isinstance(data, Tensor) else 10
     real = isinstance(data, Tensor) and data.is_floating_point()
     return Sizes(features.n, features.m, c, width, features.dtype, features.device), real
+
+
+def _second_reading(source: Source, n: int) -> Stage:
+    """certify, solve_head and FeatureCache each read what is no tensor once more, without the model."""
+    form = f"data read once more, {n:,} samples compared by 64-bit digests"
+    return Stage("data", form, 16 * n, 0.0, second_reading_seconds(source, n), True)
 
 
 def _certify(s: Sizes, room: int | None, rates: Rates) -> Stage:

@@ -309,7 +309,7 @@ def test_errors():
     with pytest.raises(ValueError, match="got a scalar"):
         equal_samples([torch.tensor(1.0)])
     keys = RowKeys()
-    with pytest.raises(TypeError, match="block: expected tensors with samples first; got str"):
+    with pytest.raises(TypeError, match="data: expected tensors with samples first; got str"):
         keys.add(["a"])
     keys.add(torch.zeros(2, 3))
     for other in (torch.zeros(2, 3).double(), [torch.zeros(2, 3)] * 2):
