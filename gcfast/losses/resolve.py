@@ -94,7 +94,10 @@ def _resolve_torch(loss: nn.Module) -> ConvexLoss:
                 f"{f'a {type(value).__name__}' if isinstance(value, Tensor) else repr(value)}"
                 f"{f' ({hint})' if hint else ''}; {_WAY_OUT}"
             )
-    return own(**{name: getattr(loss, name, None) for name in options})
+    try:
+        return own(**{name: getattr(loss, name, None) for name in options})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"loss: nn.{kind.__name__} with {error}") from error
 
 
 def _patched(thing: object) -> list[str]:

@@ -33,7 +33,7 @@ REFUSED = {
 }
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("loss: ", "targets: ", "label_smoothing: ", "ignore_index: ", "delta: ")
+NAMES = ("loss: ", "targets: ")
 
 
 def arguments(kind):
@@ -239,9 +239,8 @@ ALTERED = {
 @pytest.mark.parametrize("name", ALTERED)
 def test_other_losses_are_refused(name):
     make, error, words = ALTERED[name]
-    with pytest.raises(error, match=words) as info:
+    with pytest.raises(error, match=f"^loss: .*{words}"):
         resolve_loss(make())
-    assert "loss" in str(info.value) or "label_smoothing" in str(info.value)
 
 
 @pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook"])
