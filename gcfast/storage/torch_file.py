@@ -1,7 +1,7 @@
 """Files of ``torch.save`` that hold plain values and dense tensors, read without trusting them.
 
-Not by ``torch.load``: even with ``weights_only`` it believes what a file says of the length of its tensors,
-reads beyond their bytes (torch 2.14), and makes a ``bytearray`` of any size on request.
+Not by ``torch.load``: even with ``weights_only`` it makes a ``bytearray`` of any size on request, and undoes
+compression without a limit (torch 2.14).
 """
 
 from __future__ import annotations

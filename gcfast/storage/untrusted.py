@@ -40,12 +40,17 @@ def stored_bytes(stream: IO[bytes]) -> tuple[int, int]:
     return min(status.st_size, 512 * status.st_blocks or status.st_size), status.st_size
 
 
-def read_whole(path: Path) -> bytes:
-    """The bytes of a regular file, refused by :func:`check_growth` before they are read."""
+def read_whole(path: Path, most: int = 1 << 30) -> bytes:
+    """The bytes of a regular file of at most ``most`` bytes.
+
+    Raises UserError for anything else, before it is read: what is read becomes several times as large.
+    """
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path}: expected a regular file")
     with path.open("rb") as stream:
         stored, size = stored_bytes(stream)
+        if size > most:
+            raise UserError(f"{path}: {size:,} bytes, expected at most {most:,}")
         check_growth(str(path), stored, size)
         return stream.read(size)
 

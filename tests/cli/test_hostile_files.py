@@ -90,11 +90,11 @@ DTYPE = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR"
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
 DEEP = b"\x85" * 200_000  # a tuple in a tuple in a tuple ...
 PICKLES = {
-    "a dtype with a forged state": b"\x80\x02}U\x04data"
+    "bytes that numpy takes for pointers": b"\x80\x02}U\x04data"
     + ARRAY
-    + b"(K\x01(K\x01t"
-    + DTYPE
-    + b"(K\x03U\x01|NN(U\x01at}J\xff\xff\xff\x7fK\x01K?tb\x89U\x00tbs.",
+    + b"(K\x01(K\x01K\x02t"
+    + DTYPE.replace(b"\x02u1", b"\x02O8")
+    + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x01tb\x89U\x10AAAAAAAABBBBBBBBtbs.",
     "a state of the dtype that is no tuple": b"\x80\x02}U\x04data" + DTYPE + b"](K\x01K\x02ebs.",
     "a memo index of 2^28": b"\x80\x02Nr" + struct.pack("<I", 1 << 28) + b".",
     "bytes of 2^62": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.",

@@ -197,11 +197,12 @@ class ImageTree:
         worker.write(json.dumps(task).encode() + b"\n")
         for name in names:
             try:
-                archive = self._archive
-                size = archive.size(name) if archive is not None else (self.path / name).stat().st_size
-                if size > _MOST:
-                    raise ValueError(f"{size:,} bytes, expected at most {_MOST:,}")
-                raw = archive.read(name) if archive is not None else read_whole(self.path / name)
+                if self._archive is None:
+                    raw = read_whole(self.path / name, _MOST)
+                elif self._archive.size(name) > _MOST:
+                    raise ValueError(f"{self._archive.size(name):,} bytes, expected at most {_MOST:,}")
+                else:
+                    raw = self._archive.read(name)
             except (UserError, OSError):
                 raise
             except Exception as error:  # a damaged member raises nearly anything

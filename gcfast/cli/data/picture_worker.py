@@ -131,10 +131,10 @@ def _is_grey(picture: Image.Image) -> bool:
 
 
 def _check_growth(stored: int, promised: int) -> None:
-    most = _SMALL + _GROWTH * stored
-    if promised > most:
+    bound = _SMALL + _GROWTH * stored
+    if promised > bound:
         raise ValueError(
-            f"{stored:,} bytes promise to become {promised:,} of pixels, expected at most {most:,}"
+            f"{stored:,} bytes promise to become {promised:,} of pixels, expected at most {bound:,}"
         )
 
 
