@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import math
 import numbers
+import os
 from collections.abc import Collection, Iterator
 from types import ModuleType
 from typing import Any
@@ -81,6 +82,22 @@ def is_number(name: str, value: Any, least: float = -math.inf, *, above: float |
         raise (ValueError if real else TypeError)(
             f"{name}: expected a finite number{bound}; got {came(value)}"
         )
+
+
+def is_dense(name: str, value: torch.Tensor) -> None:
+    """A tensor whose numbers lie in memory, one by one."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        raise TypeError(
+            f"{name}: expected a dense tensor of numbers; got one that is {value.layout}, {value.dtype}, on "
+            f"{value.device}"
+        )
+
+
+def is_checkpoint(path: Any, seconds: Any) -> None:
+    """``checkpoint``, a path or None, and ``checkpoint_seconds``."""
+    if path is not None:
+        is_a("checkpoint", path, (str, os.PathLike), "a path")
+    is_number("checkpoint_seconds", seconds, 0)
 
 
 def is_generator(name: str, value: Any) -> None:

@@ -14,15 +14,16 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.certificate.certificate import Certificate
 from gcfast.certificate.direct import SHARP, prove_directly
 from gcfast.certificate.evidence import Evidence
 from gcfast.certificate.theorem import theorem_applies
-from gcfast.features import Features, TrainingSet, WideFeatures, checked, collect, equal_rows
+from gcfast.features import Features, TrainingSet, WideFeatures, as_targets, checked, collect, equal_rows
 from gcfast.losses import (
     ConvexLoss,
     check_convex,
@@ -31,9 +32,10 @@ from gcfast.losses import (
     resolve_loss,
 )
 from gcfast.model import Head
-from gcfast.storage import StateFile, fingerprint
+from gcfast.storage import StateFile, allowed_bytes, fingerprint
 
 
+@ordinary()
 def certify(
     model_or_features: nn.Module | Tensor | Features | Any,
     data: Any = None,
@@ -75,8 +77,14 @@ def certify(
         route does not decide, with the bytes and the way out; OSError: the disk has no room for tiles or for
         the checkpoint; CheckpointError: the checkpoint is torn, or of something else.
     """
-    if route not in (None, "direct", "theorem"):
-        raise ValueError(f"route: expected 'direct', 'theorem' or None; got {route!r}")
+    if route is not None:
+        errors.is_choice("route", route, ("direct", "theorem"))
+    if sharp is not None:
+        errors.is_flag("sharp", sharp)
+    errors.is_flag("fixed", fixed)
+    errors.is_function("callback", callback)
+    errors.is_checkpoint(checkpoint, checkpoint_seconds)
+    allowed_bytes(max_bytes, torch.device("cpu"))  # its own check
     training_set: TrainingSet | None = None
     if isinstance(model_or_features, nn.Module):
         if data is None:
@@ -91,13 +99,8 @@ def certify(
                 "route: the theorem needs the model, or gcfast.WideFeatures; features alone admit the direct "
                 "route only"
             )
-        if isinstance(data, np.ndarray):
-            data = torch.from_numpy(np.array(data))
-        if data is not None and not isinstance(data, Tensor):
-            raise TypeError(
-                f"data: with features, expected the targets as a tensor; got {type(data).__name__}"
-            )
-        targets, ones = data, True
+        targets = None if data is None else as_targets(data, "data")
+        ones = True
         if targets is not None and targets.device != features.device:
             raise ValueError(f"data: expected targets on {features.device}, got {targets.device}")
     if loss is not None and targets is None:

@@ -6,6 +6,7 @@ from gcfast.features.collection import TrainingSet, collect, streams
 from gcfast.features.duplicates import equal_rows, equal_samples
 from gcfast.features.loader import Source, source_of
 from gcfast.features.matrix import Features, StoredFeatures
+from gcfast.features.reading import as_targets
 from gcfast.features.second_reading import second_reading_seconds
 from gcfast.features.stacked_ones import PANEL, FeaturesWithOnes
 from gcfast.features.wide import WideFeatures
@@ -19,6 +20,7 @@ __all__ = [
     "StoredFeatures",
     "TrainingSet",
     "WideFeatures",
+    "as_targets",
     "checked",
     "collect",
     "equal_rows",

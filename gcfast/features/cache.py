@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gcfast import errors
+from gcfast.ambient import ordinary
 from gcfast.features.cached_head import CachedHead, EntranceTap, output_shape
 from gcfast.features.checks import check_features
 from gcfast.features.collection import head_by_forward
@@ -95,6 +97,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
     stored: str
     compared: Tensor | None
 
+    @ordinary()
     def __init__(
         self,
         model: nn.Module,
@@ -106,11 +109,14 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         max_bytes: int | None = None,
         fixed: bool = False,
     ) -> None:
-        if store not in STORES:
-            raise ValueError(f"store: expected one of {', '.join(map(repr, STORES))}; got {store!r}")
+        errors.is_choice("store", store, STORES)
+        errors.is_flag("fixed", fixed)
+        place = None if device is None else errors.as_device("device", device)
+        if place is not None and place.type == "meta":
+            raise ValueError("device: expected one that holds numbers; got meta")
         root = unwrap(model)
         with keeping_random_state(root):  # a DataLoader draws a seed for every pass
-            self._fill(root, data, head, store, device, max_bytes, fixed)
+            self._fill(root, data, head, store, place, max_bytes, fixed)
 
     def _fill(
         self,
@@ -201,8 +207,10 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             ValueError: batch_size < 1. RuntimeError: the cache is stale.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive int; got {batch_size!r}")
+        errors.is_count("batch_size", batch_size)
+        errors.is_generator("generator", generator)
+        errors.is_flag("shuffle", shuffle)
+        errors.is_flag("drop_last", drop_last)
         self._snapshot.check()
         n = len(self)
         order = None

@@ -27,6 +27,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from gcfast import errors
+
 log = logging.getLogger("gcfast")
 
 BATCH = 512
@@ -83,8 +85,7 @@ def source_of(data: Any, fixed: bool = False) -> Source:
     the dataset's order, or in the order of a sampler that this module does not know, asked once; a warning
     in the log says so. ``fixed``: what one reading gives is the training set, by the user's word.
     """
-    if not isinstance(fixed, bool):
-        raise TypeError(f"fixed: expected True or False; got {type(fixed).__name__}")
+    errors.is_flag("fixed", fixed)
     if isinstance(data, DataLoader):
         return _of_loader(data, fixed)
     if isinstance(data, Tensor):
@@ -115,6 +116,8 @@ def source_of(data: Any, fixed: bool = False) -> Source:
 def _of_tensors(parts: Sequence[Tensor], size: int) -> Source:
     if len(parts) > 2:
         raise TypeError(f"data: expected (inputs, targets); got {len(parts)} tensors")
+    for t in parts:
+        errors.is_dense("data", t)
     if any(t.dim() == 0 for t in parts):
         raise ValueError("data: expected tensors with the samples first; got a scalar")
     if any(len(t) != len(parts[0]) for t in parts):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcfast import errors
 from gcfast.storage import available, reserve_file
 
 
@@ -32,11 +33,21 @@ def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool
         raise TypeError(
             f"{name}: expected a tensor {shape}, an array or blocks of rows; got {type(data).__name__}"
         )
+    errors.is_dense(name, matrix)
     if matrix.dim() != 2:
         raise ValueError(f"{name}: expected shape {shape}; got {tuple(matrix.shape)}")
     if not matrix.is_floating_point():
         raise TypeError(f"{name}: expected a real floating point dtype; got {matrix.dtype}")
     return matrix, mapped
+
+
+def as_targets(data: Any, name: str) -> Tensor:
+    """Targets as a dense tensor, from one or from an array of numbers; TypeError naming the argument."""
+    if isinstance(data, np.ndarray) and data.dtype.kind in "fiub":
+        data = torch.from_numpy(np.array(data))
+    errors.is_a(name, data, Tensor, "the targets as a tensor or an array of numbers")
+    errors.is_dense(name, data)
+    return data
 
 
 def _writable_view(data: np.ndarray) -> np.ndarray:

@@ -77,6 +77,7 @@ def trainability(
     """
     errors.is_module("model", model)
     errors.is_a("y", y, Tensor, "a tensor")
+    errors.is_dense("y", y)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float64 or torch.float32; got {errors.came(dtype)}")
     convex = resolve_loss(loss)

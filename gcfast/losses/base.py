@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfast import errors
+
 
 class ConvexLoss(ABC):
     """A convex, differentiable loss of the outputs; subclass it for a loss of your own.
@@ -40,12 +42,12 @@ class ConvexLoss(ABC):
         y = real_targets(y)
         if (y.dim() > 1 and y.shape[1] > 1) or y.is_floating_point():
             return y.shape[1] if y.dim() > 1 else 1
-        if len(y) and int(y.min()) < 0:
+        if y.numel() and int(y.min()) < 0:
             i = int((y.reshape(-1) < 0).nonzero()[0])
             raise ValueError(
                 f"targets: label {int(y.reshape(-1)[i])} of sample {i} is out of range (labels count from 0)"
             )
-        return max(int(y.max()) + 1, 2) if len(y) else 2
+        return max(int(y.max()) + 1, 2) if y.numel() else 2
 
     def attained(self, y: Tensor) -> bool:
         """Whether every infimum is attained at finite outputs (not so for cross-entropy with hard labels)."""
@@ -130,10 +132,11 @@ def log_excess(u: float) -> float:
 
 def real_targets(y: Tensor) -> Tensor:
     """``y``, detached; TypeError and ValueError where it is no dense tensor of real numbers a sample."""
-    if y.layout != torch.strided or y.is_quantized or y.is_complex():
-        raise TypeError(f"targets: expected a dense tensor of real numbers; got {y.layout}, {y.dtype}")
-    if y.dim() == 0:
-        raise ValueError("targets: expected one row per sample; got a tensor without dimensions")
+    errors.is_dense("targets", y)
+    if y.is_complex():
+        raise TypeError(f"targets: expected real numbers; got {y.dtype}")
+    if y.dim() == 0 or 0 in y.shape[1:]:
+        raise ValueError(f"targets: expected one row per sample, not empty; got shape {tuple(y.shape)}")
     return y.detach()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast import ops
+from gcfast import errors, ops
+from gcfast.ambient import ordinary
 from gcfast.features import (
     Features,
     Source,
@@ -32,6 +33,7 @@ from gcfast.storage import allowed_bytes
 NOMINAL = {"h100": Rates(f32=3.0e13, f64=3.0e13, memory=2.4e12)}
 
 
+@ordinary()
 def plan(
     model_or_features: nn.Module | Tensor | Features | Any = None,
     data: Any = None,
@@ -63,14 +65,20 @@ def plan(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    errors.is_count("devices", devices)
+    if rates is not None and not isinstance(rates, str):
+        errors.is_a("rates", rates, Rates, "gcfast.Rates, 'h100' or None")
     convex = resolve_loss(loss)
     device = torch.device("cpu")
     hard = isinstance(convex, CrossEntropy) and not convex.label_smoothing
     stages: list[Stage] = []
     if model_or_features is None:
-        for name, value in (("n", n), ("m", m), ("c", c), ("devices", devices)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, where no model is given; got {value!r}")
+        for name, value in (("n", n), ("m", m), ("c", c), ("d", 1 if d is None else d)):
+            if value is None:
+                raise ValueError(f"{name}: expected a positive int, where no model is given; got None")
+            errors.is_count(name, value)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype; got {errors.came(dtype)}")
         assert n is not None and m is not None and c is not None
         sizes = Sizes(n, m, c, d, dtype, device)
     elif any(value is not None for value in (n, m, d, c)):
@@ -164,7 +172,7 @@ def _reason(o: GramForm, best: GramForm, room: int | None) -> str:
 def _sharding(s: Sizes, p: int, rates: Rates) -> Sharding:
     rows, ring = -(-s.n // p), (p - 1) / p
     if s.d is None:
-        raise ValueError("d: sharding is planned for features recomputed from Z (n, d); got None")
+        raise ValueError("devices: sharding is planned for features recomputed from Z (n, d), and d is None")
     triangle = 8.0 * Tiles.count(s.n, s.device)
     work = 2.0 * rows * s.m * s.d + 4.0 * rows * s.m * s.c
     # some dozens of (n, C) in float64, as on one device; Z; the reduced (m + 1) x C

@@ -71,7 +71,7 @@ def test_arguments_are_named():
         gcfast.FeatureCache(model, data(), store="below")
     cache = gcfast.FeatureCache(model, data())
     for size in (0, 2.0, True):
-        with pytest.raises(ValueError, match="batch_size: expected a positive int"):
+        with pytest.raises((TypeError, ValueError), match="batch_size: expected a positive int"):
             cache.batches(size)
 
 

@@ -496,7 +496,7 @@ def test_copies_in_what_is_read_once_cannot_be_confirmed():
 
 @pytest.mark.parametrize("use", [*USES, lambda data, **options: gcfast.plan(model(), data, **options)])
 def test_fixed_is_true_or_false(use):
-    with pytest.raises(TypeError, match="fixed: expected True or False; got str"):
+    with pytest.raises(TypeError, match="fixed: expected True or False; got 'yes'"):
         use(xy(), fixed="yes")
 
 

@@ -196,7 +196,7 @@ BAD = [
     ({}, "n: expected a positive int"),
     ({"n": 5, "m": 6}, "c: expected a positive int"),
     ({"n": 5, "m": 6, "c": 2, "rates": "abacus"}, "rates: expected one of"),
-    ({"n": 5, "m": 6, "c": 2, "devices": 2, "rates": RATES}, "d: sharding"),
+    ({"n": 5, "m": 6, "c": 2, "devices": 2, "rates": RATES}, "devices: sharding"),
     ({"n": 5, "m": 6, "c": 2, "max_bytes": -1, "rates": RATES}, "max_bytes"),
     ({"model_or_features": torch.ones(3, 4), "n": 3}, "not both"),
     ({"n": 5, "m": 6, "c": 2, "loss": "hinge"}, "loss"),
