@@ -241,7 +241,7 @@ class RowKeys:
     def _all(self) -> Tensor:
         if len(self._blocks) > 1 or any(keys.device.type != "cpu" for keys in self._blocks):
             self._blocks = [torch.cat([keys.cpu() for keys in self._blocks])]
-        return self._blocks[0] if self._blocks else torch.zeros(0, dtype=torch.int64)
+        return self._blocks[0] if self._blocks else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def first_other(self, start: int, block: Tensor | Sequence[Tensor]) -> int | None:
         """The first sample of a block of a second pass, which begins at ``start``, that has another key.
@@ -277,7 +277,7 @@ class RowKeys:
             here = suspects[done:upto]
             if len(here):
                 local = [p.index_select(0, (here - start).to(p.device)).cpu() for p in parts]
-                every = torch.arange(len(here))
+                every = torch.arange(len(here), device="cpu")
                 number = _equal(local, every, every)  # NaN equals nothing, and its key may change
                 here, local = here[number], [p[number] for p in local]
                 if not torch.equal(_keys(local), keys[here]):
@@ -317,7 +317,7 @@ class _Kept:
             parts.append(torch.cat(columns.pop(0)))
         members, leaders = _matches(parts, keys)
         self.found.append((index[members], index[leaders]))
-        wanted = torch.ones(len(index), dtype=torch.bool)
+        wanted = torch.ones(len(index), dtype=torch.bool, device="cpu")
         wanted[members[members != leaders]] = False
         if not bool(wanted.all()):
             index, keys, parts = index[wanted], keys[wanted], [p[wanted] for p in parts]
