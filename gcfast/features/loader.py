@@ -64,7 +64,8 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
         if len(batch) == 1:
             return batch[0], None
         try:
-            y = torch.as_tensor(batch[1])
+            # without a device torch would move a tensor to the default one
+            y = batch[1] if isinstance(batch[1], Tensor) else torch.as_tensor(batch[1], device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             what = type(batch[1]).__name__
             raise TypeError(f"data: expected targets as a tensor or numbers; got {what} ({error})") from None

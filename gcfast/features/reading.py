@@ -70,7 +70,7 @@ def _gather(blocks: Iterable[Any], name: str) -> tuple[Tensor, bool]:
                 f"{name}: expected blocks of rows as tensors or arrays; block {i} of this "
                 f"{type(blocks).__name__} is a {type(block).__name__}"
             )
-        part = torch.as_tensor(block)
+        part = block if isinstance(block, Tensor) else torch.as_tensor(block, device="cpu")
         if part.dim() != 2 or (parts and part.shape[1] != parts[0].shape[1]) or not part.is_floating_point():
             first = f", {parts[0].shape[1]}" if parts else ", k"
             raise ValueError(
