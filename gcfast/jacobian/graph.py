@@ -184,10 +184,18 @@ _receivers: dict[int, Callable[[Tensor], None]] = {}
 _numbers = itertools.count()
 
 
+def _receiver(key: int) -> Callable[[Tensor], None]:
+    if key not in _receivers:
+        raise ValueError(f"key must be of a backward pass that is being captured; got {key}")
+    return _receivers[key]
+
+
 @torch.library.custom_op("gcfast::capture_cotangent", mutates_args=())
 def capture_cotangent(g: Tensor, key: int) -> Tensor:
     """Hands a cotangent over; an op, because vmap gives an op the whole batch."""
-    _receivers[key](g)
+    if not isinstance(g, Tensor):  # torch takes None for one
+        raise TypeError(f"g must be a tensor; got {type(g).__name__}")
+    _receiver(key)(g)
     return g.new_empty(0)
 
 
@@ -198,7 +206,7 @@ def _(g: Tensor, key: int) -> Tensor:
 
 def _capture_batch(info: Any, in_dims: tuple[int | None, ...], g: Tensor, key: int) -> tuple[Tensor, None]:
     at = in_dims[0]
-    _receivers[key](g.expand(info.batch_size, *g.shape) if at is None else g.movedim(at, 0))
+    _receiver(key)(g.expand(info.batch_size, *g.shape) if at is None else g.movedim(at, 0))
     return g.new_empty(0), None
 
 

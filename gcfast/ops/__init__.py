@@ -14,7 +14,7 @@ from gcfast.ops.dispatch import BackendError, BackendTable, backend, backends, l
 from gcfast.ops.error_bounds import abs_products, gram_error_bound
 from gcfast.ops.jacobian import gradient_gram, jacobian_gram
 from gcfast.ops.products import add_product, gram_product
-from gcfast.ops.rank import RankBounds, batched_rank, kernel_ranks, rank_outputs
+from gcfast.ops.rank import RankBounds, batched_rank, kernel_ranks, rank_operator
 from gcfast.ops.softmax import softmax_curvature, softmax_residual
 from gcfast.ops.wide import wide_features, wide_forward
 from gcfast.ops.wide_products import wide_gram_product, wide_head_grad, wide_panel
@@ -35,7 +35,7 @@ __all__ = [
     "jacobian_gram",
     "kernel_ranks",
     "last_backend",
-    "rank_outputs",
+    "rank_operator",
     "softmax_curvature",
     "softmax_residual",
     "wide_features",

@@ -10,6 +10,7 @@ from torch import Tensor
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.arguments import as_rows
+from gcfast.ops.registration import Derivative, operator, save
 
 # The order of Act in csrc/core/activations.h.
 ACTIVATION_CODES = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
@@ -81,39 +82,32 @@ def _run_triton(
     activation(x, bias, grad, out, kind, order, beta)
 
 
-@torch.library.custom_op("gcfast::activation", mutates_args=())
-def activation_op(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
-    return run_activation(dispatch.choose("activation", x), x, bias, activation, beta, order)
+def _check_bias(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> None:
+    arguments.is_float("x", x)
+    arguments.is_activation(activation, beta, order)
+    if bias is not None:
+        arguments.matches("bias", bias, "x", x)
+        if x.dim() == 0:
+            raise ValueError("bias needs an x with at least one dimension; got an x without dimensions")
+        arguments.has_shape("bias", bias, x.shape[-1:], "the last dimension of x")
 
 
-@torch.library.custom_op("gcfast::activation_grad", mutates_args=())
-def activation_grad_op(
+def _check_grad(
     grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int
-) -> Tensor:
-    """grad * act^(order)(x + bias)."""
-    return run_activation(dispatch.choose("activation", x), x, bias, activation, beta, order, grad)
-
-
-@torch.library.custom_op("gcfast::activation_out", mutates_args=("out",))
-def activation_out_op(
-    x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int, out: Tensor
 ) -> None:
-    run_activation(dispatch.choose("activation", x), x, bias, activation, beta, order, None, out)
+    _check_bias(x, bias, activation, beta, order)
+    arguments.matches("grad", grad, "x", x)
+    arguments.has_shape("grad", grad, x.shape, "as x")
 
 
-@activation_op.register_fake
-def _(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
+def _check_out(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int, out: Tensor) -> None:
+    _check_bias(x, bias, activation, beta, order)
+    arguments.matches("out", out, "x", x)
+    arguments.has_shape("out", out, x.shape, "as x")
+
+
+def _like_x(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@activation_grad_op.register_fake
-def _(grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@activation_out_op.register_fake
-def _(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int, out: Tensor) -> None:
-    return None
 
 
 def _next_order(activation: str, order: int) -> int:
@@ -131,19 +125,35 @@ def _sum_to_bias(g: Tensor) -> Tensor:
 
 def _setup_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, ctx.activation, ctx.beta, ctx.order = inputs
-    ctx.save_for_backward(x, bias)
+    save(ctx, x, bias)
+
+
+def _moved(x: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor | None:
+    """The tangent of x + bias."""
+    if bias is None:
+        return x
+    return bias.expand_as(like) if x is None else x + bias
 
 
 def _backward_activation(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     dx = activation_grad_op(g, x, bias, ctx.activation, ctx.beta, _next_order(ctx.activation, ctx.order))
     db = _sum_to_bias(dx) if ctx.needs_input_grad[1] else None
-    return dx, db, None, None, None
+    return dx, db
+
+
+def _forward_activation(
+    ctx: Any, saved: Any, tx: Tensor | None, tbias: Tensor | None, *settings: None
+) -> Tensor | None:
+    x, bias = saved
+    moved = _moved(tx, tbias, x)
+    order = _next_order(ctx.activation, ctx.order)
+    return None if moved is None else activation_grad_op(moved, x, bias, ctx.activation, ctx.beta, order)
 
 
 def _setup_activation_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, x, bias, ctx.activation, ctx.beta, ctx.order = inputs
-    ctx.save_for_backward(grad, x, bias)
+    save(ctx, grad, x, bias)
 
 
 def _backward_activation_grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,11 +165,62 @@ def _backward_activation_grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         order = _next_order(ctx.activation, ctx.order)
         dx = activation_grad_op(g * grad, x, bias, ctx.activation, ctx.beta, order)
     db = _sum_to_bias(dx) if need_bias and dx is not None else None
-    return dgrad, dx, db, None, None, None
+    return dgrad, dx, db
 
 
-activation_op.register_autograd(_backward_activation, setup_context=_setup_activation)
-activation_grad_op.register_autograd(_backward_activation_grad, setup_context=_setup_activation_grad)
+def _forward_activation_grad(
+    ctx: Any, saved: Any, tgrad: Tensor | None, tx: Tensor | None, tbias: Tensor | None, *settings: None
+) -> Tensor | None:
+    grad, x, bias = saved
+    moved, found = _moved(tx, tbias, x), None
+    if moved is not None:
+        order = _next_order(ctx.activation, ctx.order)
+        found = activation_grad_op(moved * grad, x, bias, ctx.activation, ctx.beta, order)
+    if tgrad is not None:
+        part = activation_grad_op(tgrad, x, bias, ctx.activation, ctx.beta, ctx.order)
+        found = part if found is None else found + part
+    return found
+
+
+@operator(
+    "activation",
+    _check_bias,
+    _like_x,
+    derivative=Derivative(_setup_activation, _backward_activation, _forward_activation),
+    rows=("x",),
+    any_axes=True,
+)
+def activation_op(x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int) -> Tensor:
+    return run_activation(dispatch.choose("activation", x), x, bias, activation, beta, order)
+
+
+@operator(
+    "activation_grad",
+    _check_grad,
+    lambda grad, *rest: _like_x(grad),
+    derivative=Derivative(_setup_activation_grad, _backward_activation_grad, _forward_activation_grad),
+    rows=("grad", "x"),
+    any_axes=True,
+)
+def activation_grad_op(
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int
+) -> Tensor:
+    """grad * act^(order)(x + bias)."""
+    return run_activation(dispatch.choose("activation", x), x, bias, activation, beta, order, grad)
+
+
+@operator(
+    "activation_out",
+    _check_out,
+    lambda *given: None,
+    mutates=("out",),
+    in_place=("x",),
+    refusal="out= cannot be differentiated: leave it out, detach {name}, or work under torch.no_grad()",
+)
+def activation_out_op(
+    x: Tensor, bias: Tensor | None, activation: str, beta: float, order: int, out: Tensor
+) -> None:
+    run_activation(dispatch.choose("activation", x), x, bias, activation, beta, order, None, out)
 
 
 def activation(
@@ -194,18 +255,7 @@ def activation(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    arguments.is_float("x", x)
-    arguments.is_activation(activation, beta, order)
-    if bias is not None:
-        arguments.matches("bias", bias, "x", x)
-        arguments.has_shape("bias", bias, x.shape[-1:] if x.dim() else (1,), "the last dimension of x")
-        if x.dim() == 0:
-            raise ValueError("bias needs an x with at least one dimension; got an x without dimensions")
     if out is None:
-        return activation_op(x, bias, activation, float(beta), order)
-    arguments.matches("out", out, "x", x)
-    arguments.has_shape("out", out, x.shape, "as x")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, out)):
-        raise RuntimeError("out= cannot be differentiated: leave it out, or work under torch.no_grad()")
-    activation_out_op(x, bias, activation, float(beta), order, out)
+        return activation_op(x, bias, activation, beta, order)
+    activation_out_op(x, bias, activation, beta, order, out)
     return out

@@ -12,18 +12,30 @@ from torch import Tensor
 
 from gcfast import errors, reference
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")  # of float32 products, the most exact first
 
 
-def _short(dtype: torch.dtype) -> str:
+def _short(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def is_float(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a floating dtype; got {_short(value.dtype)}")
+    if value.dtype not in FLOATS:
+        wanted = (
+            "float32, float64, bfloat16 or float16" if value.dtype.is_floating_point else "a floating dtype"
+        )
+        raise TypeError(f"{name} must have {wanted}; got {_short(value.dtype)}")
+    is_strided(name, value)
+
+
+def is_strided(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a strided tensor; got layout {_short(value.layout)}: {name}.to_dense()"
+        )
 
 
 def has_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
@@ -42,32 +54,28 @@ def matches(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
 
 
-def is_float64(name: str, value: Tensor, device: torch.device) -> None:
+def is_float64(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """float64 and on the device of `other`."""
     is_float(name, value)
     if value.dtype != torch.float64:
         raise TypeError(f"{name} must be float64; got {_short(value.dtype)}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device}; got {value.device}")
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
 
 
 def is_added_to(out: Tensor, shape: str) -> None:
-    """A matrix of float32 or float64 that an op may add to: no element is there twice."""
+    """A matrix of float32 or float64 that an op may add to."""
     is_float("out", out)
     if out.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"out must be float32 or float64; got {_short(out.dtype)}")
     if out.dim() != 2:
         raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
-        raise ValueError(f"out must not be expanded: its strides are {tuple(out.stride())}")
 
 
-def matrix_without_gradient(op: str, name: str, value: Tensor, *others: Tensor | None) -> None:
-    """2-d and floating; an error if `op`, which has no gradient, would need one."""
+def is_matrix(name: str, value: Tensor) -> None:
     is_float(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape (n, m); got {tuple(value.shape)}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (value, *others)):
-        raise RuntimeError(f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()")
 
 
 def is_activation(activation: Any, beta: Any, order: Any = 0) -> None:
@@ -77,12 +85,29 @@ def is_activation(activation: Any, beta: Any, order: Any = 0) -> None:
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < float(beta) < math.inf:
         raise ValueError(f"beta must be a finite number > 0; got {errors.came(beta)}")
     if beta != 1.0 and activation != "softplus":
-        raise ValueError(f"beta is softplus's sharpness: {activation} takes beta=1.0 only; got {beta!r}")
+        raise ValueError(
+            f"beta is softplus's sharpness: activation {activation} takes beta=1.0 only; got {beta!r}"
+        )
     if order not in (0, 1, 2):
         raise ValueError(f"order must be 0, 1 or 2 (the derivative's order); got {order!r}")
 
 
+def is_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def is_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}; got {value!r}")
+    if value >= 1 << 63:
+        raise ValueError(f"{name} must be below 2^63; got {value!r}")
+
+
 def smoothing(label_smoothing: float) -> None:
+    is_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing!r}")
 
@@ -97,6 +122,7 @@ def logits_and_target(logits: Tensor, target: Tensor) -> None:
     is_logits(logits)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor; got {type(target).__name__}")
+    is_strided("target", target)
     if target.dtype == torch.int64:
         has_shape("target", target, logits.shape[:1], "one class index a row of logits")
         if target.device != logits.device:
@@ -104,8 +130,6 @@ def logits_and_target(logits: Tensor, target: Tensor) -> None:
     elif target.dtype.is_floating_point:
         has_shape("target", target, logits.shape, "class probabilities, as logits")
         matches("target", target, "logits", logits)
-        if target.requires_grad:
-            raise ValueError("target must not require a gradient: pass target.detach()")
     else:
         raise TypeError(
             f"target must hold int64 class indices or floating probabilities; got {_short(target.dtype)}"
@@ -135,25 +159,20 @@ def target_values(target: Tensor, c: int) -> None:
         )
 
 
-def wide(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    head_weight: Tensor | None = None,
-    head_bias: Tensor | None = None,
-) -> None:
+def wide(z: Tensor, weight: Tensor, bias: Tensor) -> None:
     is_float("z", z)
     if z.dim() < 1:
         raise ValueError("z must have shape (..., d); got a tensor without dimensions")
     matches("weight", weight, "z", z)
     if weight.dim() != 2 or weight.shape[1] != z.shape[-1]:
         raise ValueError(f"weight must have shape (m, {z.shape[-1]}), d from z; got {tuple(weight.shape)}")
-    m = weight.shape[0]
     matches("bias", bias, "z", z)
-    has_shape("bias", bias, (m,), "m from weight")
-    if head_weight is None:
-        return
+    has_shape("bias", bias, weight.shape[:1], "m from weight")
+
+
+def wide_head(z: Tensor, weight: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
     matches("head_weight", head_weight, "z", z)
+    m = weight.shape[0]
     if head_weight.dim() != 2 or head_weight.shape[1] != m:
         got = tuple(head_weight.shape)
         raise ValueError(f"head_weight must have shape (C, {m}), m from weight; got {got}")
@@ -162,31 +181,31 @@ def wide(
         has_shape("head_bias", head_bias, head_weight.shape[:1], "C from head_weight")
 
 
-def wide_right_hand_sides(
-    op: str, z: Tensor, weight: Tensor, bias: Tensor, name: str, right_hand_sides: Tensor
-) -> None:
-    """z (n, d), weight, bias and right-hand sides (n, C) of an op on the wide layer without a gradient."""
-    wide_rows(op, z, weight, bias)
-    matches(name, right_hand_sides, "z", z)
-    if right_hand_sides.dim() != 2 or right_hand_sides.shape[0] != z.shape[0]:
-        raise ValueError(
-            f"{name} must have shape ({z.shape[0]}, C), n from z; got {tuple(right_hand_sides.shape)}"
-        )
-    without_gradient(op, **{name: right_hand_sides})
-
-
-def wide_rows(op: str, z: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """z (n, d), weight and bias of an op on the wide layer that has no gradient."""
+def wide_matrices(z: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """z (n, d), weight (m, d) and bias (m,)."""
     wide(z, weight, bias)
     if z.dim() != 2:
         raise ValueError(f"z must have shape (n, d); got {tuple(z.shape)}")
-    without_gradient(op, z=z, weight=weight, bias=bias)
 
 
-def without_gradient(op: str, **tensors: Tensor) -> None:
-    """An error if `op`, which has no gradient, would need one."""
+def wide_right_hand_sides(z: Tensor, weight: Tensor, bias: Tensor, name: str, sides: Tensor) -> None:
+    """The layer, and right-hand sides (n, C)."""
+    wide_matrices(z, weight, bias)
+    matches(name, sides, "z", z)
+    if sides.dim() != 2 or sides.shape[0] != z.shape[0]:
+        raise ValueError(f"{name} must have shape ({z.shape[0]}, C), n from z; got {tuple(sides.shape)}")
+
+
+def wide_settings(z: Tensor, activation: str, beta: float, value: str | None) -> None:
+    is_activation(activation, beta)
+    precision(value, z.dtype)
+
+
+def wide_rows(op: str, z: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """z (n, d), weight and bias of a function on the wide layer that has no gradient."""
+    wide_matrices(z, weight, bias)
     if torch.is_grad_enabled():
-        for name, value in tensors.items():
+        for name, value in (("z", z), ("weight", weight), ("bias", bias)):
             if value.requires_grad:
                 raise RuntimeError(
                     f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
+from gcfast.ops.registration import operator
 
 
 def gram_error_bound(h: Tensor) -> Tensor:
@@ -25,7 +26,6 @@ def gram_error_bound(h: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: h requires a gradient.
     """
-    arguments.matrix_without_gradient("gram_error_bound", "h", h)
     return gram_error_bound_op(h)
 
 
@@ -44,11 +44,6 @@ def abs_products(a: Tensor, left: Tensor | None = None, right: Tensor | None = N
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.matrix_without_gradient("abs_products", "a", a, left, right)
-    for name, weights, size, side in (("left", left, 0, "n"), ("right", right, 1, "m")):
-        if weights is not None:
-            arguments.is_float64(name, weights, a.device)
-            arguments.has_shape(name, weights, a.shape[size : size + 1], f"{side} from a")
     return abs_products_op(a, left, right)
 
 
@@ -56,7 +51,20 @@ def _weights(w: Tensor | None) -> int:
     return 0 if w is None else w.data_ptr()
 
 
-@torch.library.custom_op("gcfast::abs_products", mutates_args=())
+def _check_abs_products(a: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+    arguments.is_matrix("a", a)
+    for name, weights, size, side in (("left", left, 0, "n"), ("right", right, 1, "m")):
+        if weights is not None:
+            arguments.is_float64(name, weights, "a", a)
+            arguments.has_shape(name, weights, a.shape[size : size + 1], f"{side} from a")
+
+
+def _row_and_column_sums(a: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, columns = (a.new_empty(size, dtype=torch.float64) for size in a.shape)
+    return rows, columns
+
+
+@operator("abs_products", _check_abs_products, _row_and_column_sums)
 def abs_products_op(a: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
     backend = dispatch.choose("gram_error_bound", a)
     if backend == "reference":
@@ -69,7 +77,7 @@ def abs_products_op(a: Tensor, left: Tensor | None, right: Tensor | None) -> tup
 
         return kernels.abs_products(a, left, right)
     assert native.cpu is not None
-    rows, columns = (torch.empty(k, dtype=torch.float64) for k in a.shape)
+    rows, columns = _row_and_column_sums(a)
     kernel = native.cpu.abs_products_f64 if a.dtype == torch.float64 else native.cpu.abs_products_f32
     weights = (_weights(left), _weights(right))
     threads = torch.get_num_threads()
@@ -77,7 +85,11 @@ def abs_products_op(a: Tensor, left: Tensor | None, right: Tensor | None) -> tup
     return rows, columns
 
 
-@torch.library.custom_op("gcfast::gram_error_bound", mutates_args=())
+@operator(
+    "gram_error_bound",
+    lambda h: arguments.is_matrix("h", h),
+    lambda h: h.new_empty(h.shape[0], dtype=torch.float64),
+)
 def gram_error_bound_op(h: Tensor) -> Tensor:
     backend = dispatch.choose("gram_error_bound", h)
     if backend == "reference":

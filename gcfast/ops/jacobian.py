@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
+from gcfast.ops.registration import operator
 from gcfast.ops.wide_calls import chosen_precision
 
 
@@ -17,7 +18,26 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("gcfast::jacobian_gram", mutates_args=("out",))
+def _check_jacobian_gram(
+    out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: Sequence[int], lower: bool
+) -> None:
+    arguments.is_added_to(out, "(n C, n2 C2)")
+    for name, value in (("g", g), ("h", h), ("scale", scale)):
+        arguments.matches(name, value, "out", out)
+    if g.dim() != 4:
+        raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
+    if h.dim() != 4 or h.shape[3] != g.shape[3]:
+        raise ValueError(f"h must have shape (n2, C2, T2, {g.shape[3]}), R from g; got {tuple(h.shape)}")
+    if lower and g.shape != h.shape:
+        raise ValueError(f"h must have g's shape, {tuple(g.shape)}, with lower=True; got {tuple(h.shape)}")
+    (n, c, t, r), (n2, c2, t2, _) = g.shape, h.shape
+    arguments.has_shape("out", out, (n * c, n2 * c2), "n C from g, n2 C2 from h")
+    if any(a > b for a, b in zip((0, *ends), ends)) or (list(ends) or [0])[-1] != r:
+        raise ValueError(f"ends must not descend and the last be R, {r} from g; got {tuple(ends)}")
+    arguments.has_shape("scale", scale, (len(ends), n * t, n2 * t2), "L from ends, n T from g, n2 T2 from h")
+
+
+@operator("jacobian_gram", _check_jacobian_gram, lambda *given: None, mutates=("out",))
 def jacobian_gram_op(out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: list[int], lower: bool) -> None:
     backend = dispatch.choose("jacobian_gram", out)
     if not (out.numel() and g.numel() and h.numel() and scale.numel()):
@@ -40,12 +60,29 @@ def jacobian_gram_op(out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: lis
     kernel(*pointers, *sizes, *strides, lower, torch.get_num_threads())
 
 
-@jacobian_gram_op.register_fake
-def _(out: Tensor, g: Tensor, h: Tensor, scale: Tensor, ends: list[int], lower: bool) -> None:
-    return None
+def _check_gradient_gram(out: Tensor, g: Tensor, a: Tensor, h: Tensor | None, b: Tensor | None) -> None:
+    arguments.is_added_to(out, "(n C, n2 C2)")
+    if (h is None) != (b is None):
+        raise ValueError(f"{'h' if h is None else 'b'} must be given with {'b' if h is None else 'h'}")
+    given = {"g": g, "a": a} if h is None or b is None else {"g": g, "a": a, "h": h, "b": b}
+    for name, value in given.items():
+        arguments.matches(name, value, "out", out)
+    if g.dim() != 4:
+        raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
+    n, c, t, r = g.shape
+    if a.dim() != 3 or a.shape[:2] != (n, t):
+        raise ValueError(f"a must have shape ({n}, {t}, S), n and T from g; got {tuple(a.shape)}")
+    rows = columns = n * c
+    if h is not None and b is not None:
+        if h.dim() != 4 or h.shape[3] != r:
+            raise ValueError(f"h must have shape (n2, C2, T2, {r}), R from g; got {tuple(h.shape)}")
+        n2, c2, t2, _ = h.shape
+        arguments.has_shape("b", b, (n2, t2, a.shape[2]), "n2 and T2 from h, S from a")
+        columns = n2 * c2
+    arguments.has_shape("out", out, (rows, columns), "n C from g, n2 C2 from h or g")
 
 
-@torch.library.custom_op("gcfast::gradient_gram", mutates_args=("out",))
+@operator("gradient_gram", _check_gradient_gram, lambda *given: None, mutates=("out",))
 def gradient_gram_op(out: Tensor, g: Tensor, a: Tensor, h: Tensor | None, b: Tensor | None) -> None:
     backend = dispatch.choose("gradient_gram", out)
     if not (out.numel() and g.numel() and a.numel() and (b is None or b.numel())):
@@ -61,11 +98,6 @@ def gradient_gram_op(out: Tensor, g: Tensor, a: Tensor, h: Tensor | None, b: Ten
     sizes = (*g.shape[:3], *h.shape[:3], g.shape[3], a.shape[2])
     strides = [stride for t in (out, g, a, h, b) for stride in t.stride()]
     kernel(*pointers, *sizes, *strides, lower, torch.get_num_threads())
-
-
-@gradient_gram_op.register_fake
-def _(out: Tensor, g: Tensor, a: Tensor, h: Tensor | None, b: Tensor | None) -> None:
-    return None
 
 
 def jacobian_gram(
@@ -103,23 +135,9 @@ def jacobian_gram(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.is_added_to(out, "(n C, n2 C2)")
-    for name, value in (("g", g), ("h", h), ("scale", scale)):
-        arguments.matches(name, value, "out", out)
-    if g.dim() != 4:
-        raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
-    if h.dim() != 4 or h.shape[3] != g.shape[3]:
-        raise ValueError(f"h must have shape (n2, C2, T2, {g.shape[3]}), R from g; got {tuple(h.shape)}")
-    if lower and g.shape != h.shape:
-        raise ValueError(f"h must have g's shape, {tuple(g.shape)}, with lower=True; got {tuple(h.shape)}")
-    (n, c, t, r), (n2, c2, t2, _) = g.shape, h.shape
-    arguments.has_shape("out", out, (n * c, n2 * c2), "n C from g, n2 C2 from h")
-    ends = (r,) if ends is None else tuple(ends)
-    if any(a > b for a, b in zip((0, *ends), ends)) or (ends or (0,))[-1] != r:
-        raise ValueError(f"ends must not descend and the last be R, {r} from g; got {ends}")
-    arguments.has_shape("scale", scale, (len(ends), n * t, n2 * t2), "L from ends, n T from g, n2 T2 from h")
-    arguments.without_gradient("jacobian_gram", out=out, g=g, h=h, scale=scale)
-    jacobian_gram_op(out, g, h, scale, list(ends), bool(lower))
+    if ends is None:
+        ends = [g.shape[-1]] if isinstance(g, Tensor) and g.dim() else []
+    jacobian_gram_op(out, g, h, scale, list(ends), lower)
 
 
 def gradient_gram(
@@ -148,24 +166,4 @@ def gradient_gram(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.is_added_to(out, "(n C, n2 C2)")
-    if (h is None) != (b is None):
-        raise ValueError(f"{'h' if h is None else 'b'} must be given with {'b' if h is None else 'h'}")
-    given = {"g": g, "a": a} if h is None or b is None else {"g": g, "a": a, "h": h, "b": b}
-    for name, value in given.items():
-        arguments.matches(name, value, "out", out)
-    if g.dim() != 4:
-        raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
-    n, c, t, r = g.shape
-    if a.dim() != 3 or a.shape[:2] != (n, t):
-        raise ValueError(f"a must have shape ({n}, {t}, S), n and T from g; got {tuple(a.shape)}")
-    rows = columns = n * c
-    if h is not None and b is not None:
-        if h.dim() != 4 or h.shape[3] != r:
-            raise ValueError(f"h must have shape (n2, C2, T2, {r}), R from g; got {tuple(h.shape)}")
-        n2, c2, t2, _ = h.shape
-        arguments.has_shape("b", b, (n2, t2, a.shape[2]), "n2 and T2 from h, S from a")
-        columns = n2 * c2
-    arguments.has_shape("out", out, (rows, columns), "n C from g, n2 C2 from h or g")
-    arguments.without_gradient("gradient_gram", out=out, **given)
     gradient_gram_op(out, g, a, h, b)

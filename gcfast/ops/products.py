@@ -7,10 +7,24 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
-from gcfast.ops.error_bounds import abs_products_op, gram_error_bound_op
+from gcfast.ops.registration import operator
 
 
-@torch.library.custom_op("gcfast::gram_product", mutates_args=())
+def _check_gram_product(gram: Tensor, x: Tensor) -> None:
+    arguments.is_float("gram", gram)
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram must have shape (n, n); got {tuple(gram.shape)}")
+    arguments.matches("x", x, "gram", gram)
+    if x.dim() != 2 or x.shape[0] != gram.shape[0]:
+        raise ValueError(f"x must have shape ({gram.shape[0]}, c); got {tuple(x.shape)}")
+
+
+@operator(
+    "gram_product",
+    _check_gram_product,
+    lambda gram, x: x.new_empty(x.shape),
+    refusal="{op} cannot be differentiated: use gram @ x, detach {name}, or work under torch.no_grad()",
+)
 def gram_product_op(gram: Tensor, x: Tensor) -> Tensor:
     if dispatch.choose("gram_product", gram) == "reference":
         return reference.gram_product(gram, x)
@@ -28,14 +42,28 @@ def gram_product_op(gram: Tensor, x: Tensor) -> Tensor:
     return out.mT.contiguous()
 
 
-@gram_product_op.register_fake
-def _(gram: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _check_add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
+    arguments.is_added_to(out, "(r, c)")
+    r, c = out.shape
+    for name, value in (("a", a), ("b", b)):
+        arguments.matches(name, value, "out", out)
+    if a.dim() != 2 or a.shape[0] != r:
+        raise ValueError(f"a must have shape ({r}, k), r from out; got {tuple(a.shape)}")
+    arguments.has_shape("b", b, (a.shape[1], c), "k from a, c from out")
+    if alpha not in (1.0, -1.0):
+        raise ValueError(f"alpha must be 1 or -1; got {alpha!r}")
+    arguments.is_whole("inner", inner, 1)
+    if lower and r != c:
+        raise ValueError(f"out must be square with lower=True; got {(r, c)}")
 
 
-@torch.library.custom_op("gcfast::add_product", mutates_args=("out",))
+@operator("add_product", _check_add_product, lambda *given: None, mutates=("out",))
 def add_product_op(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
-    if dispatch.choose("add_product", out) == "reference":
+    backend = dispatch.choose("add_product", out)
+    if not (out.numel() and a.numel()):
+        return
+    inner = min(inner, a.shape[1])  # what comes after the last column is not counted with
+    if backend == "reference":
         reference.add_product(out, a, b, alpha=alpha, inner=inner, lower=lower)
         return
     assert native.cpu is not None
@@ -43,22 +71,6 @@ def add_product_op(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, 
     strides = (*out.stride(), *a.stride(), *b.stride())
     settings = (inner, alpha, lower, torch.get_num_threads())
     kernel(out.data_ptr(), a.data_ptr(), b.data_ptr(), *out.shape, a.shape[1], *strides, *settings)
-
-
-@add_product_op.register_fake
-def _(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: int, lower: bool) -> None:
-    return None
-
-
-@abs_products_op.register_fake
-def _(a: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
-    n, m = a.shape
-    return a.new_empty(n, dtype=torch.float64), a.new_empty(m, dtype=torch.float64)
-
-
-@gram_error_bound_op.register_fake
-def _(h: Tensor) -> Tensor:
-    return h.new_empty(h.shape[0], dtype=torch.float64)
 
 
 def add_product(
@@ -82,21 +94,7 @@ def add_product(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.is_added_to(out, "(r, c)")
-    r, c = out.shape
-    for name, value in (("a", a), ("b", b)):
-        arguments.matches(name, value, "out", out)
-    if a.dim() != 2 or a.shape[0] != r:
-        raise ValueError(f"a must have shape ({r}, k), r from out; got {tuple(a.shape)}")
-    arguments.has_shape("b", b, (a.shape[1], c), "k from a, c from out")
-    if alpha not in (1.0, -1.0):
-        raise ValueError(f"alpha must be 1 or -1; got {alpha!r}")
-    if inner < 1:
-        raise ValueError(f"inner must be >= 1; got {inner!r}")
-    if lower and r != c:
-        raise ValueError(f"out must be square with lower=True; got {(r, c)}")
-    arguments.without_gradient("add_product", out=out, a=a, b=b)
-    add_product_op(out, a, b, float(alpha), inner, bool(lower))
+    add_product_op(out, a, b, alpha, inner, lower)
 
 
 def gram_product(gram: Tensor, x: Tensor) -> Tensor:
@@ -112,14 +110,4 @@ def gram_product(gram: Tensor, x: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.is_float("gram", gram)
-    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram must have shape (n, n); got {tuple(gram.shape)}")
-    arguments.matches("x", x, "gram", gram)
-    if x.dim() != 2 or x.shape[0] != gram.shape[0]:
-        raise ValueError(f"x must have shape ({gram.shape[0]}, c); got {tuple(x.shape)}")
-    if torch.is_grad_enabled() and (gram.requires_grad or x.requires_grad):
-        raise RuntimeError(
-            "gram_product cannot be differentiated: use gram @ x, or work under torch.no_grad()"
-        )
     return gram_product_op(gram, x)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
+from gcfast.ops.registration import operator
 
 # The shorter side of the largest matrix that the CPU kernel takes; a larger one fills the machine by itself.
 CPU_LIMIT = 256
@@ -100,15 +102,26 @@ def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -
     return out
 
 
-@torch.library.custom_op("gcfast::batched_rank", mutates_args=())
+def _check(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> None:
+    arguments.is_float("a", a)
+    if a.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a must be float32 or float64; got {a.dtype}")
+    if a.dim() != 3:
+        raise ValueError(f"a must have shape (B, n, m); got {tuple(a.shape)}")
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        arguments.is_float64(name, value, "a", a)
+        arguments.has_shape(name, value, a.shape[:1], "B from a")
+
+
+def rank_operator(name: str) -> Any:
+    """Makes an operator of a kernel that takes a batch of matrices and the tolerances of each."""
+    return operator(name, _check, lambda a, *rest: rank_outputs(a))
+
+
+@rank_operator("batched_rank")
 def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
     found = kernel_ranks(a, atol, rtol, check_tolerance)
     return reference.batched_rank(a, atol, rtol) if found is None else found
-
-
-@batched_rank_op.register_fake
-def _(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
-    return rank_outputs(a)
 
 
 def batched_rank(
@@ -128,12 +141,5 @@ def batched_rank(
     Raises:
         TypeError, ValueError: naming the argument; a matrix that is not finite with its index.
     """
-    arguments.is_float("a", a)
-    if a.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"a must be float32 or float64; got {a.dtype}")
-    if a.dim() != 3:
-        raise ValueError(f"a must have shape (B, n, m); got {tuple(a.shape)}")
-    for name, value in (("atol", atol), ("rtol", rtol)):
-        arguments.is_float64(name, value, a.device)
-        arguments.has_shape(name, value, a.shape[:1], "B from a")
-    return batched_rank_op(a.detach(), atol, rtol, bool(check_tolerance))
+    a, atol, rtol = (t.detach() if isinstance(t, Tensor) else t for t in (a, atol, rtol))
+    return batched_rank_op(a, atol, rtol, check_tolerance)  # type: ignore[no-any-return]

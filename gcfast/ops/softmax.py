@@ -10,11 +10,110 @@ from torch import Tensor
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.arguments import as_rows
+from gcfast.ops.registration import Derivative, operator, save
 
 _CLAMP = -1e4  # exp of it is 0 in any dtype, and 0 * _CLAMP is no NaN
 
 
-@torch.library.custom_op("gcfast::softmax_residual", mutates_args=())
+def _check_residual(
+    logits: Tensor, target: Tensor, label_smoothing: float, check_target: bool = True
+) -> None:
+    arguments.logits_and_target(logits, target)
+    arguments.smoothing(label_smoothing)
+
+
+def _check_curvature(logits: Tensor, v: Tensor) -> None:
+    arguments.is_logits(logits)
+    arguments.matches("v", v, "logits", logits)
+    arguments.has_shape("v", v, logits.shape, "as logits")
+
+
+def _residual_results(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n, c = logits.shape
+    return logits.new_empty(n), logits.new_empty(n, c), logits.new_empty(n)
+
+
+def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    save(ctx, inputs[0], output[1])
+
+
+def _backward_softmax(
+    ctx: Any, g_loss: Tensor | None, g_residual: Tensor | None, g_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """residual has the Jacobian S = diag(p) - p p^T, sum p log p the gradient S log p = S (f - max f)."""
+    logits, residual = ctx.saved_tensors
+    dlogits = None if g_loss is None else g_loss.unsqueeze(-1) * residual
+    pull = g_residual
+    if g_entropy is not None:
+        part = g_entropy.unsqueeze(-1) * _logits_less_their_maximum(logits)
+        pull = part if pull is None else pull + part
+    if pull is not None:
+        rest = softmax_curvature_op(logits, pull)
+        dlogits = rest if dlogits is None else dlogits + rest
+    return (dlogits,)
+
+
+def _forward_softmax(
+    ctx: Any, saved: Any, tangent: Tensor | None, *rest: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same formulas: the Jacobian of the residual is symmetric."""
+    if tangent is None:
+        return None, None, None
+    logits, residual = saved
+    moved = softmax_curvature_op(logits, tangent)
+    entropy = (moved * _logits_less_their_maximum(logits)).sum(dim=-1)
+    return (residual * tangent).sum(dim=-1), moved, entropy
+
+
+def _logits_less_their_maximum(logits: Tensor) -> Tensor:
+    top = logits.detach().amax(dim=-1, keepdim=True)  # a constant in a row changes nothing
+    return (logits - top).clamp(min=_CLAMP)
+
+
+def _setup_curvature(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    save(ctx, *inputs)
+
+
+def _third(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The derivative in the logits of S a along b, or of S b along a: S ((a - p.a)(b - p.b)).
+
+    That is S (a b - (p.b) a - (p.a) b) with a multiple of the ones vector added, which S maps to zero; both
+    factors are formed from differences to the first maximum, as the op's own.
+    """
+    k = logits.detach().argmax(dim=-1, keepdim=True)
+    p = torch.softmax(logits, dim=-1)
+
+    def centred(x: Tensor) -> Tensor:
+        x = x - x.gather(-1, k)
+        return x - (p * x).sum(dim=-1, keepdim=True)
+
+    return softmax_curvature_op(logits, centred(a) * centred(b))
+
+
+def _backward_curvature(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """In v: S g, S being symmetric."""
+    logits, v = ctx.saved_tensors
+    need_logits, need_v = ctx.needs_input_grad[:2]
+    dv = softmax_curvature_op(logits, g) if need_v else None
+    return _third(logits, g, v) if need_logits else None, dv
+
+
+def _forward_curvature(ctx: Any, saved: Any, tlogits: Tensor | None, tv: Tensor | None) -> Tensor | None:
+    logits, v = saved
+    found = None if tv is None else softmax_curvature_op(logits, tv)
+    if tlogits is not None:
+        part = _third(logits, tlogits, v)
+        found = part if found is None else found + part
+    return found
+
+
+@operator(
+    "softmax_residual",
+    _check_residual,
+    _residual_results,
+    derivative=Derivative(_setup_softmax, _backward_softmax, _forward_softmax, constant=("target",)),
+    rows=("logits", "target"),
+)
 def softmax_residual_op(
     logits: Tensor, target: Tensor, label_smoothing: float, check_target: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,8 +123,7 @@ def softmax_residual_op(
     if backend == "reference":
         return reference.softmax_residual(logits, target, label_smoothing=label_smoothing)
     n, c = logits.shape
-    loss, neg_entropy = logits.new_empty(n), logits.new_empty(n)
-    residual = logits.new_empty(n, c)
+    loss, residual, neg_entropy = _residual_results(logits)
     if n == 0:
         return loss, residual, neg_entropy
     rows = as_rows(logits)
@@ -56,7 +154,13 @@ def softmax_residual_op(
     return loss, residual, neg_entropy
 
 
-@torch.library.custom_op("gcfast::softmax_curvature", mutates_args=())
+@operator(
+    "softmax_curvature",
+    _check_curvature,
+    lambda logits, v: logits.new_empty(logits.shape),
+    derivative=Derivative(_setup_curvature, _backward_curvature, _forward_curvature),
+    rows=("logits", "v"),
+)
 def softmax_curvature_op(logits: Tensor, v: Tensor) -> Tensor:
     """(diag(p) - p p^T) v a row."""
     backend = dispatch.choose("softmax_curvature", logits)
@@ -78,71 +182,6 @@ def softmax_curvature_op(logits: Tensor, v: Tensor) -> Tensor:
     strides, threads = (rows.stride(0), vectors.stride(0)), torch.get_num_threads()
     kernel(rows.data_ptr(), vectors.data_ptr(), out.data_ptr(), n, c, *strides, threads)
     return out
-
-
-@softmax_residual_op.register_fake
-def _(
-    logits: Tensor, target: Tensor, label_smoothing: float, check_target: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = logits.shape
-    return logits.new_empty(n), logits.new_empty(n, c), logits.new_empty(n)
-
-
-@softmax_curvature_op.register_fake
-def _(logits: Tensor, v: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], output[1])
-
-
-def _backward_softmax(
-    ctx: Any, g_loss: Tensor | None, g_residual: Tensor | None, g_entropy: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """residual has the Jacobian S = diag(p) - p p^T, sum p log p the gradient S log p = S (f - max f)."""
-    logits, residual = ctx.saved_tensors
-    dlogits = None if g_loss is None else g_loss.unsqueeze(-1) * residual
-    pull = g_residual
-    if g_entropy is not None:
-        top = logits.detach().amax(dim=-1, keepdim=True)  # a constant in a row changes nothing
-        part = g_entropy.unsqueeze(-1) * (logits - top).clamp(min=_CLAMP)
-        pull = part if pull is None else pull + part
-    if pull is not None:
-        rest = softmax_curvature_op(logits, pull)
-        dlogits = rest if dlogits is None else dlogits + rest
-    return dlogits, None, None, None
-
-
-def _setup_curvature(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_curvature(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """In v: S g, S being symmetric. In logits: S ((g - p.g)(v - p.v)).
-
-    That is S (g v - (p.v) g - (p.g) v) with a multiple of the ones vector added, which S maps to zero; both
-    factors are formed from differences to the first maximum, as the op's own.
-    """
-    logits, v = ctx.saved_tensors
-    need_logits, need_v = ctx.needs_input_grad
-    dv = softmax_curvature_op(logits, g) if need_v else None
-    dlogits = None
-    if need_logits:
-        k = logits.detach().argmax(dim=-1, keepdim=True)
-        p = torch.softmax(logits, dim=-1)
-
-        def centred(x: Tensor) -> Tensor:
-            x = x - x.gather(-1, k)
-            return x - (p * x).sum(dim=-1, keepdim=True)
-
-        dlogits = softmax_curvature_op(logits, centred(g) * centred(v))
-    return dlogits, dv
-
-
-softmax_residual_op.register_autograd(_backward_softmax, setup_context=_setup_softmax)
-softmax_curvature_op.register_autograd(_backward_curvature, setup_context=_setup_curvature)
 
 
 def softmax_residual(
@@ -170,9 +209,8 @@ def softmax_residual(
     Raises:
         TypeError, ValueError: naming the argument; a label out of range with its index and value.
     """
-    arguments.logits_and_target(logits, target)
-    arguments.smoothing(label_smoothing)
-    return softmax_residual_op(logits, target, float(label_smoothing), bool(check_target))
+    found: tuple[Tensor, Tensor, Tensor] = softmax_residual_op(logits, target, label_smoothing, check_target)
+    return found
 
 
 def softmax_curvature(logits: Tensor, v: Tensor) -> Tensor:
@@ -193,7 +231,5 @@ def softmax_curvature(logits: Tensor, v: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    arguments.is_logits(logits)
-    arguments.matches("v", v, "logits", logits)
-    arguments.has_shape("v", v, logits.shape, "as logits")
-    return softmax_curvature_op(logits, v)
+    found: Tensor = softmax_curvature_op(logits, v)
+    return found

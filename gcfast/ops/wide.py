@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gcfast import reference
-from gcfast.ops import arguments
-from gcfast.ops.activations import ACTIVATION_CODES, activation_op, activation_out_op
+from gcfast.ops import arguments, memory
+from gcfast.ops.activations import ACTIVATION_CODES, activation_grad_op, activation_op, activation_out_op
+from gcfast.ops.registration import Derivative, operator, save
 from gcfast.ops.wide_calls import (
     chosen_backend,
     chosen_precision,
@@ -21,11 +22,9 @@ from gcfast.ops.wide_calls import (
     uses_bf16,
     working,
 )
-from gcfast.ops.wide_products import wide_gram_product_op, wide_head_grad_op, wide_panel_out_op
 
 
-@torch.library.custom_op("gcfast::wide_forward", mutates_args=())
-def wide_forward_op(
+def _check_forward(
     z: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -34,29 +33,99 @@ def wide_forward_op(
     activation: str,
     beta: float,
     precision: str | None,
-) -> Tensor:
-    """z (n, d) to (n, C)."""
-    precision = chosen_precision(precision, z)
-    backend = chosen_backend("wide_forward", z, weight, head_weight)
-    if backend == "reference":
-        return reference.wide_forward(
-            z, weight, bias, head_weight, head_bias, activation=activation, beta=beta
-        )
-    if backend == "triton":
-        layer = (z, weight, bias, head_weight, head_bias, ACTIVATION_CODES[activation], beta, precision)
-        with library_products(precision):
-            out: Tensor = triton("wide_forward")(*layer)
-        return out
-    x, w, b, h, hb = working(z, weight, bias, head_weight, head_bias)
-    assert x is not None and w is not None and b is not None and h is not None
-    out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
-    layer = layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision))
-    head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
-    cpu("wide_forward", x.dtype)(*layer, *head)
-    return out.to(z.dtype)
+) -> None:
+    arguments.wide_matrices(z, weight, bias)
+    arguments.wide_head(z, weight, head_weight, head_bias)
+    arguments.wide_settings(z, activation, beta, precision)
 
 
-@torch.library.custom_op("gcfast::wide_backward", mutates_args=())
+def _check_backward(
+    g: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+    *needs: bool,
+) -> None:
+    _check_forward(z, weight, bias, head_weight, None, activation, beta, precision)
+    arguments.matches("g", g, "z", z)
+    arguments.has_shape("g", g, (z.shape[0], head_weight.shape[0]), "n from z, C from head_weight")
+
+
+def _gradients(
+    g: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_weight: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+    need_z: bool,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        z.new_empty(z.shape if need_z else 0),
+        z.new_empty(weight.shape if need_hidden else 0),
+        z.new_empty(weight.shape[0] if need_hidden else 0),
+        z.new_empty(head_weight.shape if need_head else 0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, weight, bias, head_weight, _, ctx.activation, ctx.beta, ctx.precision = inputs
+    save(ctx, z, weight, bias, head_weight)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    z, weight, bias, head_weight = ctx.saved_tensors
+    need_z, need_weight, need_bias, need_head, need_head_bias = ctx.needs_input_grad[:5]
+    dz = dweight = dbias = dhead = None
+    if need_z or need_weight or need_bias or need_head:
+        needs = (need_z, need_weight or need_bias, need_head)
+        settings = (ctx.activation, ctx.beta, ctx.precision)
+        dz, dweight, dbias, dhead = wide_backward_op(g, z, weight, bias, head_weight, *settings, *needs)
+    return (
+        dz if need_z else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+        dhead if need_head else None,
+        g.sum(dim=0) if need_head_bias else None,
+    )
+
+
+def _forward(ctx: Any, saved: Any, *tangents: Tensor | None) -> Tensor | None:
+    """By the two products, one after the other: here the features are stored."""
+    z, weight, bias, head_weight = saved
+    tz, tweight, tbias, thead, thead_bias = tangents[:5]
+    pre, linear = torch.nn.functional.linear(z, weight), torch.nn.functional.linear
+    settings = (ctx.activation, ctx.beta)
+    moved = [linear(tz, weight)] if tz is not None else []
+    moved += [linear(z, tweight)] if tweight is not None else []
+    moved += [tbias.expand_as(pre)] if tbias is not None else []
+    parts = [linear(activation_grad_op(sum(moved), pre, bias, *settings, 1), head_weight)] if moved else []
+    parts += [linear(activation_op(pre, bias, *settings, 0), thead)] if thead is not None else []
+    parts += [thead_bias.expand(len(z), -1)] if thead_bias is not None else []
+    return sum(parts) if parts else None  # type: ignore[return-value]
+
+
+def _once(ctx: Any, *of_no_use: Any) -> Any:
+    raise RuntimeError(
+        "gcfast.ops.wide_forward can be differentiated once; for second derivatives set fused = False on the "
+        "gcfast.WideHead, or compose gcfast.ops.wide_features with torch.nn.functional.linear"
+    )
+
+
+@operator(
+    "wide_backward",
+    _check_backward,
+    _gradients,
+    derivative=Derivative(lambda ctx, inputs, output: None, _once, _once),
+)
 def wide_backward_op(
     g: Tensor,
     z: Tensor,
@@ -96,8 +165,14 @@ def wide_backward_op(
     return dz, dw, db, dh
 
 
-@wide_forward_op.register_fake
-def _(
+@operator(
+    "wide_forward",
+    _check_forward,
+    lambda z, weight, bias, head_weight, *rest: z.new_empty(z.shape[0], head_weight.shape[0]),
+    derivative=Derivative(_setup, _backward, _forward),
+    rows=("z",),
+)
+def wide_forward_op(
     z: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -107,96 +182,25 @@ def _(
     beta: float,
     precision: str | None,
 ) -> Tensor:
-    return z.new_empty(z.shape[0], head_weight.shape[0])
-
-
-@wide_backward_op.register_fake
-def _(
-    g: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    head_weight: Tensor,
-    activation: str,
-    beta: float,
-    precision: str | None,
-    need_z: bool,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        z.new_empty(z.shape) if need_z else z.new_empty(0),
-        z.new_empty(weight.shape) if need_hidden else z.new_empty(0),
-        z.new_empty(weight.shape[0]) if need_hidden else z.new_empty(0),
-        z.new_empty(head_weight.shape) if need_head else z.new_empty(0),
-    )
-
-
-@wide_head_grad_op.register_fake
-def _(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    activation: str,
-    beta: float,
-    precision: str | None,
-) -> Tensor:
-    return z.new_empty(residual.shape[1], weight.shape[0])
-
-
-@wide_gram_product_op.register_fake
-def _(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    r: Tensor,
-    activation: str,
-    beta: float,
-    precision: str | None,
-) -> Tensor:
-    return z.new_empty(r.shape)
-
-
-@wide_panel_out_op.register_fake
-def _(z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor) -> None:
-    return None
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, weight, bias, head_weight, _, ctx.activation, ctx.beta, ctx.precision = inputs
-    ctx.save_for_backward(z, weight, bias, head_weight)
-
-
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    z, weight, bias, head_weight = ctx.saved_tensors
-    need_z, need_weight, need_bias, need_head, need_head_bias = ctx.needs_input_grad[:5]
-    dz = dweight = dbias = dhead = None
-    if need_z or need_weight or need_bias or need_head:
-        needs = (need_z, need_weight or need_bias, need_head)
-        settings = (ctx.activation, ctx.beta, ctx.precision)
-        dz, dweight, dbias, dhead = wide_backward_op(g, z, weight, bias, head_weight, *settings, *needs)
-    return (
-        dz if need_z else None,
-        dweight if need_weight else None,
-        dbias if need_bias else None,
-        dhead if need_head else None,
-        g.sum(dim=0) if need_head_bias else None,
-        None,
-        None,
-        None,
-    )
-
-
-def _no_second(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "gcfast.ops.wide_forward can be differentiated once; for second derivatives set fused = False on the "
-        "gcfast.WideHead, or compose gcfast.ops.wide_features with torch.nn.functional.linear"
-    )
-
-
-wide_forward_op.register_autograd(_backward, setup_context=_setup)
-wide_backward_op.register_autograd(_no_second)
+    """z (n, d) to (n, C)."""
+    precision = chosen_precision(precision, z)
+    backend = chosen_backend("wide_forward", z, weight, head_weight)
+    if backend == "reference":
+        return reference.wide_forward(
+            z, weight, bias, head_weight, head_bias, activation=activation, beta=beta
+        )
+    if backend == "triton":
+        layer = (z, weight, bias, head_weight, head_bias, ACTIVATION_CODES[activation], beta, precision)
+        with library_products(precision):
+            out: Tensor = triton("wide_forward")(*layer)
+        return out
+    x, w, b, h, hb = working(z, weight, bias, head_weight, head_bias)
+    assert x is not None and w is not None and b is not None and h is not None
+    out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
+    layer = layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision))
+    head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
+    cpu("wide_forward", x.dtype)(*layer, *head)
+    return out.to(z.dtype)
 
 
 def wide_features(
@@ -224,6 +228,8 @@ def wide_features(
         raise ValueError(f"out must be contiguous; got strides {tuple(out.stride())}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight, bias, out)):
         raise RuntimeError("out= cannot be differentiated: leave it out, or work under torch.no_grad()")
+    for name, value in (("z", z), ("weight", weight), ("bias", bias)):
+        memory.shares_nothing("out", out, name, value)
     torch.mm(z.reshape(-1, z.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
     activation_out_op(out, bias, activation, float(beta), 0, out)
     return out
@@ -270,9 +276,9 @@ def wide_forward(
         dtype = torch.get_autocast_dtype(z.device.type)
         operands = (z, weight, bias, head_weight, head_bias)
         z, weight, bias, head_weight, head_bias = (_autocast(t, dtype) for t in operands)
-    arguments.wide(z, weight, bias, head_weight, head_bias)
-    arguments.is_activation(activation, beta)
-    arguments.precision(precision, z.dtype)
-    flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
-    out = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, float(beta), precision)
-    return out.reshape(*z.shape[:-1], head_weight.shape[0])
+    arguments.is_float("z", z)
+    if z.dim() < 1:
+        raise ValueError("z must have shape (..., d); got a tensor without dimensions")
+    flat = z if z.dim() == 2 else z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+    out: Tensor = wide_forward_op(flat, weight, bias, head_weight, head_bias, activation, beta, precision)
+    return out if z.dim() == 2 else out.reshape(*z.shape[:-1], out.shape[1])

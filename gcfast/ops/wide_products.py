@@ -9,6 +9,7 @@ from gcfast import reference
 from gcfast.ops import arguments, native
 from gcfast.ops.activations import ACTIVATION_CODES
 from gcfast.ops.arguments import as_rows
+from gcfast.ops.registration import operator
 from gcfast.ops.wide_calls import (
     chosen_backend,
     chosen_precision,
@@ -44,10 +45,8 @@ def wide_head_grad(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.wide_right_hand_sides("wide_head_grad", z, weight, bias, "residual", residual)
-    arguments.is_activation(activation, beta)
-    arguments.precision(precision, z.dtype)
-    return wide_head_grad_op(z, weight, bias, residual, activation, float(beta), precision)
+    found: Tensor = wide_head_grad_op(z, weight, bias, residual, activation, beta, precision)
+    return found
 
 
 def wide_gram_product(
@@ -75,10 +74,8 @@ def wide_gram_product(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.wide_right_hand_sides("wide_gram_product", z, weight, bias, "r", r)
-    arguments.is_activation(activation, beta)
-    arguments.precision(precision, z.dtype)
-    return wide_gram_product_op(z, weight, bias, r, activation, float(beta), precision)
+    found: Tensor = wide_gram_product_op(z, weight, bias, r, activation, beta, precision)
+    return found
 
 
 def wide_panel(
@@ -106,19 +103,41 @@ def wide_panel(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
-    arguments.wide_rows("wide_panel", z, weight, bias)
-    arguments.is_activation(activation, beta)
-    shape = (z.shape[0], weight.shape[0])
     if out is None:
-        out = torch.empty(shape, dtype=torch.float64, device=z.device)
-    else:
-        arguments.is_float64("out", out, z.device)
-        arguments.has_shape("out", out, shape, "n from z, w from weight")
-        if out.stride(1) != 1 and shape[1] > 1:
-            raise ValueError(f"out must have a unit column stride; got strides {tuple(out.stride())}")
-    layer = (t.detach().double() for t in (z, weight, bias))
-    wide_panel_out_op(*layer, activation, float(beta), out)
+        arguments.wide_matrices(z, weight, bias)  # which give its shape
+        out = torch.empty(z.shape[0], weight.shape[0], dtype=torch.float64, device=z.device)
+    wide_panel_out_op(z, weight, bias, activation, beta, out)
     return out
+
+
+def _check_head_grad(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    activation: str,
+    beta: float,
+    precision: str | None,
+) -> None:
+    arguments.wide_right_hand_sides(z, weight, bias, "residual", residual)
+    arguments.wide_settings(z, activation, beta, precision)
+
+
+def _check_gram_product(
+    z: Tensor, weight: Tensor, bias: Tensor, r: Tensor, activation: str, beta: float, precision: str | None
+) -> None:
+    arguments.wide_right_hand_sides(z, weight, bias, "r", r)
+    arguments.wide_settings(z, activation, beta, precision)
+
+
+def _check_panel(z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor) -> None:
+    arguments.wide_matrices(z, weight, bias)
+    arguments.is_activation(activation, beta)
+    arguments.is_float64("out", out, "z", z)
+    shape = (z.shape[0], weight.shape[0])
+    arguments.has_shape("out", out, shape, "n from z, w from weight")
+    if out.stride(1) != 1 and shape[1] > 1:
+        raise ValueError(f"out must have a unit column stride; got strides {tuple(out.stride())}")
 
 
 def _with_right_hand_sides(
@@ -151,7 +170,11 @@ def _with_right_hand_sides(
     return out.to(z.dtype)
 
 
-@torch.library.custom_op("gcfast::wide_head_grad", mutates_args=())
+@operator(
+    "wide_head_grad",
+    _check_head_grad,
+    lambda z, weight, bias, residual, *rest: z.new_empty(residual.shape[1], weight.shape[0]),
+)
 def wide_head_grad_op(
     z: Tensor,
     weight: Tensor,
@@ -168,7 +191,11 @@ def wide_head_grad_op(
     )
 
 
-@torch.library.custom_op("gcfast::wide_gram_product", mutates_args=())
+@operator(
+    "wide_gram_product",
+    _check_gram_product,
+    lambda z, weight, bias, r, *rest: z.new_empty(r.shape),
+)
 def wide_gram_product_op(
     z: Tensor,
     weight: Tensor,
@@ -183,11 +210,12 @@ def wide_gram_product_op(
     return _with_right_hand_sides("wide_gram_product", shape, z, weight, bias, r, activation, beta, precision)
 
 
-@torch.library.custom_op("gcfast::wide_panel_out", mutates_args=("out",))
+@operator("wide_panel_out", _check_panel, lambda *given: None, mutates=("out",))
 def wide_panel_out_op(
     z: Tensor, weight: Tensor, bias: Tensor, activation: str, beta: float, out: Tensor
 ) -> None:
-    """Phi (n, m) into out; all float64, out with a unit column stride."""
+    """Phi (n, m) into out, float64 with a unit column stride."""
+    z, weight, bias = z.double(), weight.double(), bias.double()
     backend = chosen_backend("wide_panel", z, weight)
     if backend == "reference" or out.numel() == 0:
         out.copy_(reference.wide_features(z, weight, bias, activation=activation, beta=beta))

@@ -11,7 +11,6 @@ from conftest import TARGETS
 
 from gcfast import ops
 from gcfast.ops import dispatch
-from gcfast.ops.error_bounds import abs_products_op, gram_error_bound_op
 from gcfast.proofs.full_rank import prove_full_rank
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -197,10 +196,10 @@ def test_repeats_bit_for_bit(target):
 def test_library_contract(target):
     h = torch.randn(9, 14, device=target.device)
     left, right = (torch.rand(k, dtype=torch.float64, device=target.device) for k in h.shape)
-    torch.library.opcheck(gram_error_bound_op, (h,))
-    torch.library.opcheck(gram_error_bound_op, (h.T,))
-    torch.library.opcheck(abs_products_op, (h, left, right))
-    torch.library.opcheck(abs_products_op, (h, None, None))
+    torch.library.opcheck(torch.ops.gcfast.gram_error_bound.default, (h,))
+    torch.library.opcheck(torch.ops.gcfast.gram_error_bound.default, (h.T,))
+    torch.library.opcheck(torch.ops.gcfast.abs_products.default, (h, left, right))
+    torch.library.opcheck(torch.ops.gcfast.abs_products.default, (h, None, None))
 
     @torch.compile(fullgraph=True, dynamic=True, backend="eager")
     def both(x, w):
@@ -263,7 +262,11 @@ A, W = torch.zeros(3, 4), torch.zeros(3, dtype=torch.float64)
         (lambda: ops.abs_products(A, W.float()), TypeError, "left must be float64; got float32"),
         (lambda: ops.abs_products(A, None, W), ValueError, r"right must have shape \(4,\) \(m from a\)"),
         (lambda: ops.abs_products(A, W[:2]), ValueError, r"left must have shape \(3,\) \(n from a\)"),
-        (lambda: ops.abs_products(A, W.to("meta")), ValueError, "left must be on cpu; got meta"),
+        (
+            lambda: ops.abs_products(A, W.to("meta")),
+            ValueError,
+            "left must be on the device of a, cpu; got meta",
+        ),
         (lambda: ops.abs_products(A, W.clone().requires_grad_()), RuntimeError, "abs_products cannot be"),
     ],
 )

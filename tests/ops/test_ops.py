@@ -17,9 +17,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import gcfast.ops as ops
 from gcfast import reference
 from gcfast.ops import dispatch
-from gcfast.ops.activations import activation_grad_op, activation_op, activation_out_op
-from gcfast.ops.softmax import softmax_curvature_op, softmax_residual_op
-from gcfast.ops.wide import wide_backward_op, wide_forward_op
 
 F64 = torch.float64
 
@@ -32,23 +29,29 @@ def wide_args(n=5, d=3, m=7, c=2, dtype=F64, grad=False):
 @pytest.mark.parametrize("rows", [(4, 6), (6,), (0, 6)])
 def test_opcheck(rows):
     x, b = torch.randn(rows, requires_grad=True), torch.randn(6, requires_grad=True)
-    torch.library.opcheck(activation_op, (x, b, "softplus", 2.0, 0))
-    torch.library.opcheck(activation_op, (x, None, "gelu", 1.0, 1))
-    torch.library.opcheck(activation_grad_op, (torch.randn(rows), x, b, "tanh", 1.0, 1))
-    torch.library.opcheck(activation_out_op, (x.detach(), b.detach(), "silu", 1.0, 0, torch.empty(rows)))
+    torch.library.opcheck(torch.ops.gcfast.activation.default, (x, b, "softplus", 2.0, 0))
+    torch.library.opcheck(torch.ops.gcfast.activation.default, (x, None, "gelu", 1.0, 1))
+    torch.library.opcheck(torch.ops.gcfast.activation_grad.default, (torch.randn(rows), x, b, "tanh", 1.0, 1))
+    torch.library.opcheck(
+        torch.ops.gcfast.activation_out.default, (x.detach(), b.detach(), "silu", 1.0, 0, torch.empty(rows))
+    )
 
 
 def test_opcheck_softmax_and_wide():
     f, y = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 4, 2, 2])
-    torch.library.opcheck(softmax_residual_op, (f, y, 0.1))
-    torch.library.opcheck(softmax_residual_op, (f, torch.softmax(torch.randn(4, 5), 1), 0.0))
-    torch.library.opcheck(softmax_residual_op, (f, y, 0.1, False))
-    torch.library.opcheck(softmax_curvature_op, (f, torch.randn(4, 5, requires_grad=True)))
+    torch.library.opcheck(torch.ops.gcfast.softmax_residual.default, (f, y, 0.1))
+    torch.library.opcheck(
+        torch.ops.gcfast.softmax_residual.default, (f, torch.softmax(torch.randn(4, 5), 1), 0.0)
+    )
+    torch.library.opcheck(torch.ops.gcfast.softmax_residual.default, (f, y, 0.1, False))
+    torch.library.opcheck(
+        torch.ops.gcfast.softmax_curvature.default, (f, torch.randn(4, 5, requires_grad=True))
+    )
     args = wide_args(dtype=torch.float32, grad=True)
-    torch.library.opcheck(wide_forward_op, (*args, "softplus", 1.0, None))
+    torch.library.opcheck(torch.ops.gcfast.wide_forward.default, (*args, "softplus", 1.0, None))
     plain = [a.detach() for a in args[:4]]
     settings = ("softplus", 1.0, None, True, True, True)
-    torch.library.opcheck(wide_backward_op, (torch.randn(5, 2), *plain, *settings))
+    torch.library.opcheck(torch.ops.gcfast.wide_backward.default, (torch.randn(5, 2), *plain, *settings))
 
 
 @pytest.mark.parametrize("name", ANALYTIC)
