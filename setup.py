@@ -13,6 +13,7 @@ from __future__ import annotations
 import filecmp
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,16 @@ import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# Flags that let a compiler break the error bounds that proofs rest on: sums in another order, quotients by
+# reciprocals, no NaN, shorter constants, longer registers, denormals flushed by the code or from its start.
+# csrc/core/macros.h and the compiled module's self-test see what comes another way.
+UNSAFE = re.compile(
+    r"(?:^|[,=\s])(-Ofast|-f(?:fast-math|unsafe-math-optimizations|associative-math|reciprocal-math|finite-math-only"
+    r"|single-precision-constant|approx-func|no-honor-nans|no-honor-infinities)"
+    r"|-ffp-model=(?:fast|aggressive)|-fp-model[=\s]fast(?:=[12])?|-fdenormal-fp-math(?:-f32)?=(?!ieee)[\w-]+"
+    r"|-mdaz-ftz|-mrecip(?:=[\w!,-]+)?|-mlow-precision-[\w-]+|-mfpmath=(?!sse(?:$|[,\s](?!387)))[\w+,]+"
+    r"|--?use_fast_math|--?ftz(?:[=\s]true)?|--?prec-(?:div|sqrt)[=\s]false)(?=$|[,\s])"
+)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -76,6 +87,24 @@ def cpu_extension() -> Extension:
         extra_link_args=["-fopenmp"],
         language="c++",
     )
+
+
+def refuse_unsafe_flags(commands: list[list[str]]) -> None:
+    """End the build where a command, or what the environment tells compilers, has a flag of the above."""
+    names = ["CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"]
+    names += ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"]
+    places = {name: os.environ.get(name, "") for name in names}
+    for command in commands:
+        # a word @FILE stands for the words of that file
+        files = [Path(word[1:]) for word in command if word.startswith("@")]
+        places |= {f"@{path}": path.read_text(errors="replace") for path in files if path.is_file()}
+        places["the compiler's command"] = " ".join(command)
+        for place, words in places.items():
+            if found := UNSAFE.search(words):
+                raise SystemExit(
+                    f"gcfast: {found[1]} (in {place}) breaks the error bounds that proofs rest on: a rank "
+                    "could be certified that is not there. Build without it"
+                )
 
 
 class Build(build_ext):
@@ -143,6 +172,7 @@ class Build(build_ext):
         self, ext: Extension, commands: list[list[str]], depends: str | None = None, quiet: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """Run what is out of date of commands that hold `SOURCE -o OBJECT`; the last is the linker's."""
+        refuse_unsafe_flags(commands)
         folder = Path(self.build_temp, ext.name)
         folder.mkdir(parents=True, exist_ok=True)
         # Linked in build/ as well, since the final path can be in a temporary folder.

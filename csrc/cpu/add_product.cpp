@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "../core/arithmetic.h"
 #include "clones.h"
 #include "cut.h"
 
@@ -76,6 +77,7 @@ template <class T> void run(AddProductArgs<T> p) {
   const Scratch<T> scratch(packed * threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
+    const PlainArithmetic plain;
     int64_t i0 = task / cut.column_blocks * cut.rows, j0 = task % cut.column_blocks * cut.columns;
     int64_t i1 = std::min(p.r, i0 + cut.rows), j1 = std::min(p.c, j0 + cut.columns);
     if (side > 0) i0 = std::max(i0, j0), j1 = std::min(j1, i1);

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../core/arithmetic.h"
 #include "batched_rank_passes.h"
 
 #if defined(__clang__)
@@ -197,6 +198,7 @@ template <class T> struct Task {
     {
       std::unique_ptr<double[]> store(new double[(vectors + 1) * kLanes]);
       const auto start = (reinterpret_cast<uintptr_t>(store.get()) + 63) / 64 * 64;
+      const PlainArithmetic plain;
 #pragma omp for schedule(dynamic, 4)
       for (int64_t k = 0; k < groups; ++k)
         group(list.data() + k * kLanes, std::min<int64_t>(kLanes, count - k * kLanes), doubled,
@@ -241,6 +243,7 @@ template <class T> int64_t run(BatchedRankArgs<T> a) {
     std::swap(a.n, a.m);
     std::swap(a.row_stride, a.column_stride);
   }
+  const PlainArithmetic plain;
   return Task<T>{a, {}, {}}.run();
 }
 

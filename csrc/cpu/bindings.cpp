@@ -1,10 +1,12 @@
 // gcfast._cpu: raw pointers, sizes and strides in elements. Arguments are checked in gcfast/ops, not here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 
 #include "activation.h"
 #include "add_product.h"
+#include "arithmetic.h"
 #include "batched_rank.h"
 #include "clones.h"
 #include "gradient_gram.h"
@@ -191,5 +193,9 @@ PYBIND11_MODULE(_cpu, m) {
   GCFAST_DEF(wide_panel)
   m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
-  m.attr("api") = 9;  // gcfast/ops/native.py refuses a module built from other sources
+  m.def("self_test", &gcfast::cpu::self_test);
+  m.def("exchange_control_words", &gcfast::cpu::exchange_control_words, nogil);
+  m.attr("rounding_bits") = gcfast::kRoundingBits;
+  m.attr("flush_bits") = gcfast::kFlushBits;
+  m.attr("api") = 10;  // gcfast/ops/native.py refuses a module built from other sources
 }

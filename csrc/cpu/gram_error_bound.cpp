@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/arithmetic.h"
 #include "clones.h"
 
 namespace gcfast::cpu {
@@ -120,10 +121,13 @@ GCFAST_CLONES void chunk_of(const AbsMatrix<double>& a, Mode mode, int64_t i0, i
 // out[j] = sum over c of parts[c, j], in order.
 void add_up(const double* parts, int64_t count, int64_t length, double* out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count * length >= kSerial)
-  for (int64_t j = 0; j < length; ++j) {
-    double s = 0;
-    for (int64_t c = 0; c < count; ++c) s += parts[c * length + j];
-    out[j] = s;
+  for (int64_t first = 0; first < length; first += kColumns) {
+    const PlainArithmetic plain;
+    for (int64_t j = first; j < std::min(length, first + kColumns); ++j) {
+      double s = 0;
+      for (int64_t c = 0; c < count; ++c) s += parts[c * length + j];
+      out[j] = s;
+    }
   }
 }
 
@@ -137,6 +141,7 @@ void pass(const AbsMatrix<T>& a, Mode mode, const double* left, const double* ri
   if (mode != Mode::rows) parts.resize(std::max<size_t>(parts.size(), chunks * a.m));
 #pragma omp parallel for schedule(static) num_threads(threads) if (wide)
   for (int64_t k = 0; k < chunks; ++k) {
+    const PlainArithmetic plain;
     const int64_t c = mode == Mode::rows ? chunks - 1 - k : k;
     double* sums = parts.data() + c * a.m;
     if (mode != Mode::rows) std::fill_n(sums, a.m, 0.0);

@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "../core/activations.h"
+#include "../core/arithmetic.h"
 #include "activation.h"
 #include "clones.h"
 #include "wide_bf16.h"
@@ -520,6 +521,7 @@ template <class T> void panel(const WidePanel<T>& f) {
   const int threads = team(tasks, a.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    const PlainArithmetic plain;  // a proof makes the panel more than once, and it must be the same to the bit
     Columns<T> columns(a, half, 1);
     Buffer<T> phi(kStrip * B);
     int64_t packed = -1;

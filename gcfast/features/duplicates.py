@@ -14,7 +14,10 @@ from torch import Tensor
 # 64-bit words at once: few enough for the last cache, many enough that threads seldom wait for each other
 WORDS_A_THREAD, WORDS_ELSEWHERE = 1 << 19, 1 << 23
 RUNS, RUN_BYTES = 2, 64  # what a first look reads of a long row: a cache line in two places
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numbers of as many bytes
 COMPACT_BYTES = 1 << 27  # rows that a second pass keeps before it drops those it has found equal
+
+_threshold = torch.ops.aten.threshold.out  # int x: x where x > threshold, else value
 
 
 def _signed(x: int) -> int:
@@ -53,6 +56,16 @@ def _keys(parts: Sequence[Tensor], index: Tensor | None = None) -> Tensor:
     return keys
 
 
+def _without_signed_zero(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The bits of x as whole numbers, those of -0.0 replaced by those of 0.0.
+
+    No arithmetic: a thread may be set to flush denormal numbers to zero, or to round -0.0 + 0.0 down to -0.0.
+    """
+    whole = x.view(_WHOLE[x.element_size()])
+    out = torch.empty_like(whole) if out is None else out
+    return _threshold(whole, torch.iinfo(whole.dtype).min, 0, out=out)
+
+
 def _sums(part: Tensor, n: int, index: Tensor | None) -> Tensor:
     """A multilinear hash, with odd multipliers, of the 64-bit words of each sample."""
     device = part.device
@@ -73,11 +86,10 @@ def _sums(part: Tensor, n: int, index: Tensor | None) -> Tensor:
         rows = rows.reshape(len(rows), -1)
         b, s = buffer[: len(rows)], shifted[: len(rows)]
         b[:, -1] = 0  # the last word may be filled in part only
-        stored = b.view(part.dtype)[:, :count]
         if part.is_floating_point():
-            torch.add(rows, 0.0, out=stored)  # -0.0 becomes 0.0
+            _without_signed_zero(rows, b.view(_WHOLE[part.element_size()])[:, :count])
         else:
-            stored.copy_(rows)
+            b.view(part.dtype)[:, :count].copy_(rows)
         # A product carries differences upwards only, and those of floating-point numbers lie in the high bits
         # (sign, exponent): bring them down before and after.
         b.bitwise_xor_(torch.bitwise_right_shift(b, 29, out=s))
@@ -96,7 +108,13 @@ def _equal(parts: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
         for start in range(0, len(left) if count else 0, step):
             chosen = (i[start : start + step].to(part.device) for i in (left, right))
             a, b = (part.index_select(0, i).reshape(len(i), -1) for i in chosen)
-            same[start : start + step] &= (a == b).all(1).to(same.device)
+            if not part.is_floating_point():
+                equal = a == b
+            elif torch.equal(*(t.view(_WHOLE[part.element_size()]) for t in (a, b))):
+                equal = a == a  # but for NaN
+            else:  # a thread that flushes denormal numbers would find others equal as well
+                equal = (a == b) & (_without_signed_zero(a) == _without_signed_zero(b))
+            same[start : start + step] &= equal.all(1).to(same.device)
     return same
 
 

@@ -35,7 +35,7 @@ from gcfast.jacobian.layers import Layers
 from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
 from gcfast.losses import ConvexLoss, check_convex, check_matches_outputs, infimum_with_copies, resolve_loss
 from gcfast.model import call_arguments, without_gradients
-from gcfast.proofs import check_products, count_above, exact_products, matrix_rank, prove_least_eigenvalue
+from gcfast.proofs import count_above, exact_products, matrix_rank, prove_least_eigenvalue
 from gcfast.storage import allowed_bytes, check_memory
 
 WORK = 9  # nC x nC float64 matrices that eigenvalues, rank and proof of one Gram take beside it, measured
@@ -244,11 +244,10 @@ class TrainabilityRun:
 
 def rank_bounds(k: Tensor, tolerance: float) -> tuple[int, int]:
     """Proved bounds of the number of singular values above ``tolerance`` of symmetric k."""
-    if not bool(k.any()):
-        return 0, 0
     n, lower, upper, low = len(k), 0, len(k), k.tril()
-    with exact_products():
-        check_products(k.device)
+    with exact_products(k.device):
+        if not bool(k.any()):
+            return 0, 0
         # (p, e) of a shift: p eigenvalues above shift - e, at most p above shift + e
         lost = 1.1 * count_above(low, tolerance)[1]
         if math.isfinite(lost):

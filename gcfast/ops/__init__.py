@@ -10,6 +10,7 @@ else). All kernels are deterministic.
 """
 
 from gcfast.ops.activations import activation
+from gcfast.ops.arithmetic import exact_products
 from gcfast.ops.dispatch import BackendError, BackendTable, backend, backends, last_backend
 from gcfast.ops.error_bounds import abs_products, gram_error_bound
 from gcfast.ops.jacobian import gradient_gram, jacobian_gram
@@ -29,6 +30,7 @@ __all__ = [
     "backend",
     "backends",
     "batched_rank",
+    "exact_products",
     "gradient_gram",
     "gram_error_bound",
     "gram_product",

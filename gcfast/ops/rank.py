@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import arguments, dispatch, native
+from gcfast.ops.arithmetic import exact_products, plain_thread
 from gcfast.ops.registration import operator
 
 # The shorter side of the largest matrix that the CPU kernel takes; a larger one fills the machine by itself.
 CPU_LIMIT = 256
+IN_ONE_THREAD = 4096  # numbers of a batch that is too small for a library to share out
 
 RankBounds = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -69,6 +72,12 @@ def _cuda_limit(device: int) -> int:
     return int(native.cuda.batched_rank_limit(device))
 
 
+def _plain_arithmetic(a: Tensor) -> AbstractContextManager[None]:
+    """For the reference, whose products are a library's; those of little matrices are made in this thread."""
+    small = a.device.type == "cpu" and a.numel() <= IN_ONE_THREAD
+    return plain_thread() if small else exact_products(a.device)
+
+
 def _merge(out: RankBounds, where: Tensor, better: RankBounds) -> None:
     """What another method says of the matrices `where`; of two proofs the stronger one stays."""
     lower, upper, least, largest = (t[where] for t in out[1:])
@@ -91,14 +100,18 @@ def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -
     limit = 0 if backend == "reference" else CPU_LIMIT if backend == "cpu" else _cuda_limit(a.get_device())
     if min(a.shape[1:]) > limit:
         _refuse_non_finite(~torch.isfinite(a).flatten(1).all(1))
-        return reference.batched_rank(a, atol, rtol) if backend == "reference" else None
+        if backend != "reference":
+            return None
+        with _plain_arithmetic(a):
+            return reference.batched_rank(a, atol, rtol)
     kernel = _cpu if backend == "cpu" else _cuda
     out, left = kernel(a, atol.contiguous(), rtol.contiguous())
     if left:  # a singular value lies where the tolerance is, or the pivots grew
         _refuse_non_finite(out[0] == -2)
         undecided = (out[0] < 0).nonzero()[:, 0]
         again = (t[undecided] for t in (a, atol, rtol))
-        _merge(out, undecided, reference.batched_rank(*again))
+        with _plain_arithmetic(a):
+            _merge(out, undecided, reference.batched_rank(*again))
     return out
 
 
@@ -121,7 +134,10 @@ def rank_operator(name: str) -> Any:
 @rank_operator("batched_rank")
 def batched_rank_op(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) -> RankBounds:
     found = kernel_ranks(a, atol, rtol, check_tolerance)
-    return reference.batched_rank(a, atol, rtol) if found is None else found
+    if found is not None:
+        return found
+    with _plain_arithmetic(a):
+        return reference.batched_rank(a, atol, rtol)
 
 
 def batched_rank(

@@ -1,11 +1,12 @@
 """Proofs that trust nothing but matrix products and their rounding-error bounds."""
 
+from gcfast.ops import exact_products
 from gcfast.proofs.dependency import near_dependency, prove_rank_of_basis
 from gcfast.proofs.eigenvalue_counts import count_above
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rank_estimate import RankEstimate, matrix_rank
 from gcfast.proofs.rank_proof import proof_bytes, proof_flops
-from gcfast.proofs.rounding import check_products, exact_products, mirror_
+from gcfast.proofs.rounding import mirror_
 from gcfast.proofs.shift import prove_least_eigenvalue
 from gcfast.proofs.tiles import Tiles, add_gram_, cholesky, solve_triangular
 from gcfast.proofs.wide_layer_gram import WideGram, wide_gram
@@ -15,7 +16,6 @@ __all__ = [
     "Tiles",
     "WideGram",
     "add_gram_",
-    "check_products",
     "cholesky",
     "count_above",
     "exact_products",

@@ -15,10 +15,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gcfast import ops
 from gcfast.features import Features, FeaturesWithOnes, StoredFeatures
 from gcfast.proofs.full_rank import prove_full_rank
 from gcfast.proofs.rank_proof import RankProof
-from gcfast.proofs.rounding import UNIT, exact_products
+from gcfast.proofs.rounding import UNIT
 from gcfast.proofs.tiles import Tiles, add_gram_
 
 BLOCK = 128  # rows among which pivots are sought; one step costs about as much as its arithmetic
@@ -117,23 +118,23 @@ def near_dependency(features: Tensor | Features, *, ones: bool = True) -> Depend
     """
     features = StoredFeatures(features) if isinstance(features, Tensor) else features
     h1 = FeaturesWithOnes(features, ones)
-    with exact_products():
+    with ops.exact_products():  # features made anew for exact arithmetic are rounded as those before
         basis = row_basis(lower_gram(h1), first_tolerance(h1))
         if len(basis.dropped) == 0:
             return None
         coefficients, dropped = _combinations(h1, basis)
-    kept = basis.kept.cpu()
-    candidates = [
-        _sparse(features, ones, c, row, kept)
-        for c, row in zip(coefficients.cpu(), dropped.tolist(), strict=True)
-    ]
-    candidates.sort(key=lambda d: (len(d.samples), d.residual))
-    for found in candidates[:TRIES]:
-        if len(found.samples) <= EXACT:
-            exact = _exact_dependency(_rows(features, ones, found.samples))
-            if exact is not None:
-                return Dependency(found.samples, exact, 0.0, True)
-    return candidates[0]
+        kept = basis.kept.cpu()
+        candidates = [
+            _sparse(features, ones, c, row, kept)
+            for c, row in zip(coefficients.cpu(), dropped.tolist(), strict=True)
+        ]
+        candidates.sort(key=lambda d: (len(d.samples), d.residual))
+        for found in candidates[:TRIES]:
+            if len(found.samples) <= EXACT:
+                exact = _exact_dependency(_rows(features, ones, found.samples))
+                if exact is not None:
+                    return Dependency(found.samples, exact, 0.0, True)
+        return candidates[0]
 
 
 def _combinations(h1: FeaturesWithOnes, basis: RowBasis) -> tuple[Tensor, Tensor]:
@@ -238,7 +239,7 @@ def prove_rank_of_basis(
     h1 = FeaturesWithOnes(features, ones)
     tolerance = first_tolerance(h1)
     for _ in range(4):
-        with exact_products():
+        with ops.exact_products():
             # of the basis only these are named, so that its memory goes to the proof
             kept = row_basis(lower_gram(h1), tolerance).kept.sort().values
         if len(kept) == 0:

@@ -6,6 +6,9 @@ proposal makes the proof fail, never succeed wrongly. Two routes, the short one 
 
 - *Shift* (:mod:`gcfast.proofs.shift`): lambda_min(H1 H1^T) >= s - errors, up to condition numbers near 1e6.
 - *Whitening* (:mod:`gcfast.proofs.whitening`): sigma_min(X H1) > 0 for a witness X, up to about 1e13.
+
+Where the Gram nears the ends of float64's range both work on D H1, its rows scaled by powers of two
+(:mod:`gcfast.proofs.scaling`): sigma_min(H1) >= sigma_min(X D H1) / ||X D||.
 """
 
 from __future__ import annotations
@@ -17,9 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfast import ops
 from gcfast.features import FeaturesWithOnes
 from gcfast.proofs.rank_proof import ProofProgress, RankProof, panel_bytes
-from gcfast.proofs.rounding import UNIT, check_products, exact_products, gamma, round_up
+from gcfast.proofs.rounding import UNIT, gamma, round_up
+from gcfast.proofs.scaling import (
+    GREATEST,
+    LEAST,
+    NORMAL,
+    ScaledRows,
+    lower_power,
+    scale_columns_,
+    scaled_rows,
+    upper_power,
+)
 from gcfast.proofs.shift import GramSweep, ShiftProof, prove_by_shift
 from gcfast.proofs.tiles import Tiles, compose_
 from gcfast.proofs.whitening import (
@@ -62,17 +76,8 @@ def prove_full_rank(
     h1 = features if isinstance(features, FeaturesWithOnes) else FeaturesWithOnes(features, ones)
     if h1.n == 0:
         return RankProof(True, math.inf, 0.0, 1.0, 0, "no rows")
-    with exact_products():
-        check_products(h1.device)
+    with ops.exact_products(h1.device):
         return _Proof(h1, sharp, progress, max_bytes, checkpoint).run()
-
-
-def _shifted(short: ShiftProof, sigma_max: float) -> RankProof:
-    low = math.sqrt(short.lower) * (1 - 1e-15)
-    reason = (
-        f"shift: sigma_min(H1)^2 >= {short.lower:.3e}, {short.margin:.0%} of the shift left by the errors"
-    )
-    return RankProof(True, low, sigma_max, short.margin, 0, reason, "shift")
 
 
 class _Proof:
@@ -87,6 +92,8 @@ class _Proof:
         checkpoint: StateFile | None,
     ):
         self.h1, self.sharp, self.checkpoint = h1, sharp, checkpoint
+        self.low = self.high = 0  # of the exponents of D, a diagonal of powers of two
+        self.scaled: ScaledRows | None = None  # h1 is this one then, D H1, and everything but bounds is of it
         self.progress = ProofProgress(on_progress, h1.n, h1.columns)
         free = max_bytes if max_bytes is not None else available(h1.device)
         self.room = math.inf if free is None else free - panel_bytes(h1.n, h1.columns)
@@ -106,6 +113,8 @@ class _Proof:
     def run(self) -> RankProof:
         state = self.checkpoint.load() if self.checkpoint is not None else None
         stage = "gram" if state is None else state.values["stage"]
+        if state is not None and state.values.get("scaled"):
+            self._scale(ScaledRows(self.h1, state.tensors("exponents").to(self.h1.device)))
         x: Tiles | None = None
         if stage == "gram":
             ended = self._by_gram(state)
@@ -124,8 +133,9 @@ class _Proof:
                 if "x" in state.values["tiles"]:
                     x = self._tiles(state, "x", 2)
         proof = self._by_whitening(g, x, state if stage == "whitening" else None)
-        if self.short is not None and not proof.sigma_min_lower**2 > self.short.lower:
-            proof = _shifted(self.short, self.sigma_max)
+        if self.short is not None:
+            shifted = self._shifted(self.short)
+            proof = proof if proof.sigma_min_lower > shifted.sigma_min_lower else shifted
         self.progress.end()
         return proof
 
@@ -145,20 +155,27 @@ class _Proof:
             self._keep("gram", [("g", sweep.lower)], values, rows=sweep.rows, row_sums=sweep.row_sums)
 
         g = sweep.run(h1, after)
-        if not math.isfinite(g.error) or float(g.lower.diagonal().amin()) < 1e-290:
-            rows, one = h1.abs_products()
-            sigma_max = round_up(math.sqrt(one * float(rows.amax())), n + h1.columns)
-            reason = "the Gram over- or underflows float64; rescale the features"
-            return RankProof(False, 0.0, sigma_max, 0.0, 0, reason)
-        self.sigma_max = round_up(math.sqrt(round_up(g.norm + g.error)))
+        diagonal = g.lower.diagonal()
+        inside = float(diagonal.amin()) >= LEAST**2 and float(diagonal.amax()) <= GREATEST**2
+        if self.scaled is None and n <= h1.columns and not (inside and math.isfinite(g.error)):
+            del g, sweep
+            rows = scaled_rows(h1)
+            if rows is None:
+                return self._refused(
+                    "a row has numbers farther apart than float64's range; rescale the features"
+                )
+            self._scale(rows)
+            return self._by_gram(None)
+        self.sigma_max = upper_power(round_up(math.sqrt(round_up(g.norm + g.error))), -self.low)
         if n > h1.columns:
-            reason = f"{n} rows of {h1.columns} numbers are dependent"
-            return RankProof(False, 0.0, self.sigma_max, 0.0, 0, reason)
+            return self._refused(f"{n} rows of {h1.columns} numbers are dependent")
         g.lower.seal()
-        short = prove_by_shift(g, self.sharp, self.progress, self.scratch(2))
+        short = None
+        if self.low == self.high or not self.sharp:  # else its bound is as far off as the rows are apart
+            short = prove_by_shift(g, self.sharp, self.progress, self.scratch(2))
         g.lower.check()
         if short is not None and (not self.sharp or short.lower >= 0.75 * short.estimate):
-            return _shifted(short, self.sigma_max)
+            return self._shifted(short)
         self.short = short
         self.progress.expect(self.progress.whitening(2 if n > 2000 else 1))
         return g.lower
@@ -218,8 +235,10 @@ class _Proof:
         x.check()
         white.gram.release()
         self.progress("norm", 0.0)
+        if self.scaled is not None:
+            scale_columns_(x, self.scaled.exponents - self.high)  # X D 2^-high
         norm = norm_sharp(x) if self.sharp else norm_upper(x)
-        lower = white.margin / norm * (1 - 1e-14)
+        lower = lower_power(white.margin / (norm + self.h1.n * NORMAL) * (1 - 1e-14), -self.high)
         doubled = " in doubled precision" if white.doubled else ""
         reason = f"whitening{doubled}: sigma_min(X H1) >= {white.margin:.6f}, ||X|| <= {norm:.3e}"
         return RankProof(True, lower, self.sigma_max, white.margin, self.passes, reason, "whitening")
@@ -260,6 +279,17 @@ class _Proof:
 
         return sweep.run(h1, x, after)
 
+    def _scale(self, rows: ScaledRows) -> None:
+        self.h1 = self.scaled = rows
+        self.low, self.high = rows.low, rows.high
+
+    def _shifted(self, short: ShiftProof) -> RankProof:
+        low = lower_power(math.sqrt(short.lower) * (1 - 1e-15), -self.high)
+        of = "H1" if self.scaled is None else "D H1"
+        left = f"{short.margin:.0%} of the shift left by the errors"
+        reason = f"shift: sigma_min({of})^2 >= {short.lower:.3e}, {left}"
+        return RankProof(True, low, self.sigma_max, short.margin, 0, reason, "shift")
+
     def _refused(self, reason: str) -> RankProof:
         return RankProof(False, 0.0, self.sigma_max, 0.0, self.passes, reason)
 
@@ -282,10 +312,13 @@ class _Proof:
             "sigma_max": self.sigma_max,
             "short": None if short is None else [short.lower, short.estimate, short.margin],
             "last": self.last,
+            "scaled": self.scaled is not None,
             "tiles": [name for name, _ in tiles],
             **(values or {}),
         }
         parts = [(f"{name}/{i}/{j}", tile[i, j]) for name, tile in tiles for i, j in tile.pairs()]
+        if self.scaled is not None:
+            tensors["exponents"] = self.scaled.exponents
         keeper.save(state, [*tensors.items(), *parts])
 
     def _recall(self, state: SavedState) -> None:

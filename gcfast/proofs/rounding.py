@@ -10,8 +10,6 @@ inputs are flushed too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,50 +57,6 @@ def gamma(k: int, dtype: torch.dtype = torch.float64) -> float:
     """gamma_k = k u / (1 - k u), rounded up; inf where k u >= 1/2 (the bound is of no use there)."""
     ku = k * UNIT[dtype]
     return math.inf if ku >= 0.5 else round_up(ku / (1.0 - ku))
-
-
-def _precision_switches() -> list[Any]:
-    """Torch's settings that let a float32 product use TF32 or bf16, as objects with ``fp32_precision``."""
-    paths = (
-        torch.backends,
-        getattr(torch.backends.cuda, "matmul", None),
-        getattr(getattr(torch.backends, "mkldnn", None), "matmul", None),
-    )
-    return [p for p in paths if p is not None and hasattr(p, "fp32_precision")]
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products by the plain IEEE rules the bounds assume: no TF32, no bf16, no autocast, for the block."""
-    switches = [(s, s.fp32_precision) for s in _precision_switches()]
-    try:
-        for switch, _ in switches:
-            switch.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for switch, before in switches:
-            switch.fp32_precision = before
-
-
-def check_products(device: torch.device) -> None:
-    """Raise RuntimeError where products are seen to break the bounds: TF32, bf16 or emulation left on.
-
-    Positive entries, so that a shorter mantissa shows; integers for float64, where the product is exact.
-    """
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randint(1 << 21, 1 << 22, (2, 128, 128), generator=generator)
-    exact = whole[0].to(device).double() @ whole[1].to(device).double()
-    a, b = (1 + torch.rand((2, 256, 256), generator=generator)).to(device)
-    error = ((a @ b).double() - a.double() @ b.double()).abs() / (a.double() @ b.double())
-    # int64 products wrap for nothing here: 2^44 * 128 = 2^51
-    if not torch.equal(exact.cpu().long(), whole[0] @ whole[1]) or float(error.amax()) > 256 * 2.0**-24:
-        raise RuntimeError(
-            f"matrix products on {device} are less exact than IEEE arithmetic (TF32, bf16 or emulated "
-            "float64 is on), so nothing can be proved with them: switch that off "
-            "(torch.set_float32_matmul_precision('highest'), "
-            "no CUBLAS_EMULATE_* or ONEDNN_DEFAULT_FPMATH_MODE in the environment)"
-        )
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, inner: int, *, lower: bool = False) -> None:

@@ -22,8 +22,6 @@ from gcfast.proofs.rounding import (
     SMALLEST_NORMAL,
     UNIT,
     add_product_,
-    check_products,
-    exact_products,
     gamma,
     panel_slices,
     round_up,
@@ -213,11 +211,10 @@ def prove_least_eigenvalue(k: Tensor) -> float:
 
     Nothing is said of the matrix that k may be a rounding of.
     """
-    low = k.tril()
-    roots = low.diagonal().clamp(min=0).sqrt()  # |L||L|^T has entries of at most roots_i roots_j
-    g = BoundedGram(Tiles.of(low), 0.0, 0.0, round_up(float(roots.amax() * roots.sum()), len(k)))
-    with exact_products():
-        check_products(k.device)
+    with ops.exact_products(k.device):
+        low = k.tril()
+        roots = low.diagonal().clamp(min=0).sqrt()  # |L||L|^T has entries of at most roots_i roots_j
+        g = BoundedGram(Tiles.of(low), 0.0, 0.0, round_up(float(roots.amax() * roots.sum()), len(k)))
         proof = prove_by_shift(g, True, lambda step, fraction: None)
     return 0.0 if proof is None else proof.lower
 

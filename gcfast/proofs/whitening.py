@@ -211,7 +211,8 @@ class WhiteningSweep:
         ):  # Q was rounded once more; ||Q||_F^2: the trace of its Gram
             square = round_up(max(float(diagonal.sum()), 0.0) + n * product_error, n)
             unit = UNIT[torch.float64] * self.doubled + UNIT[dtype] * (dtype != torch.float64)
-            witness_error = round_up(witness_error + 1.01 * unit * math.sqrt(square) + self.tiny)
+            lost = self.tiny + n * columns * SMALLEST_NORMAL[dtype]
+            witness_error = round_up(witness_error + 1.01 * unit * math.sqrt(square) + lost)
         g2.set_diagonal_(torch.zeros_like(diagonal))
         residual = tiles.symmetric_row_sums(g2) + (diagonal - 1.0).abs()
         g2.set_diagonal_(diagonal)

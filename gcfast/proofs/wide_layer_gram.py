@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gcfast import ops
 from gcfast.features import FeaturesWithOnes, WideFeatures
 from gcfast.ops import arguments
-from gcfast.proofs.rounding import check_products, exact_products, mirror_
+from gcfast.proofs.rounding import mirror_
 from gcfast.proofs.shift import bounded_gram
 from gcfast.proofs.tiles import Tiles
 
@@ -57,8 +58,7 @@ def wide_gram(
     h = FeaturesWithOnes(WideFeatures(z.double(), layer, activation=activation, beta=beta), ones)
     if h.n == 0 or h.columns == 0:
         return WideGram(torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device), 0.0)
-    with exact_products():
-        check_products(z.device)
+    with ops.exact_products(z.device):
         gram = torch.zeros((h.n, h.n), dtype=torch.float64, device=z.device)
         bounded = bounded_gram(h, Tiles.of(gram))
     return WideGram(mirror_(gram), bounded.error)

@@ -46,8 +46,8 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
     identity = torch.eye(n, dtype=torch.float64, device=a.device)
     us = u * s.unsqueeze(-2)
     size_us, size_v = size(us), size(vh)
-    # 2^-900 covers every underflow
-    error = size(x - us @ vh) + _gamma(n + 4) * (size_us * size_v + size(x)) + 2.0**-900
+    # 2^-500 covers every underflow, those of the norms' squares too
+    error = size(x - us @ vh) + _gamma(n + 4) * (size_us * size_v + size(x)) + 2.0**-500
     off_u = size(u.mT @ u - identity) + _gamma(n + 2) * size(u) ** 2
     off_v = size(vh @ vh.mT - identity) + _gamma(m + 2) * size_v**2
     shrink = ((1 - off_u).clamp(min=0) * (1 - off_v).clamp(min=0)).sqrt()
@@ -60,7 +60,7 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
 
     rank = (s > tolerance(s[:, 0])).sum(-1)
     # the atol of a scaled matrix may have been rounded where it is denormal
-    lower = (below > tolerance(above[:, 0]) * (1 + 1e-15) + 2.0**-900).sum(-1)
+    lower = (below > tolerance(above[:, 0]) * (1 + 1e-15) + 2.0**-500).sum(-1)
     upper = (above > tolerance(below[:, 0]) * (1 - 1e-15)).sum(-1)
     tiny = 2.0**-1022
     least, largest = _ldexp(below[:, -1], -exponent), _ldexp(above[:, 0], -exponent)

@@ -147,13 +147,6 @@ def test_scales(scale):
     assert 0.8 * true <= proof.sigma_min_lower / scale <= true
 
 
-@pytest.mark.parametrize("scale", [1e-170, 1e170])
-def test_over_and_underflow_are_refused_not_guessed(scale):
-    h = torch.randn((10, 20), dtype=torch.float64) * scale
-    proof = prove_full_rank(h, ones=False)
-    assert not proof.proved and proof.reason
-
-
 def test_the_bounds_are_those_of_the_products():
     # a hostile check of the heart of the proof: actual rounding errors stay below gamma_k |A||B|
     for dtype, k in [(torch.float32, 256), (torch.float64, 1024)]:

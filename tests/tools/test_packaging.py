@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import timeit
 from fnmatch import fnmatch
 from importlib import metadata, resources
 from pathlib import Path
 
 import children
 import pytest
+import torch
 
 import gcfast
 from gcfast._version import __version__
@@ -109,7 +111,7 @@ def tree(tmp_path, monkeypatch) -> Path:
     needs_build_system()
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    for name in ("CXX", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS", "MAX_JOBS"):
+    for name in ("CXX", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS", "MAX_JOBS", "NVCC_APPEND_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GCFAST_CUDA", "0")
     for language, suffix in (("cpu", "cpp"), ("cuda", "cu")):
@@ -198,6 +200,123 @@ def test_a_failing_compiler_is_heard(tree):
         )
         (line,) = done.stderr.splitlines()[-1:]
         assert "building gcfast._cpu failed" in line and "A C++17 compiler with OpenMP is required" in line
+
+
+UNSAFE = [  # where a flag may come from, and what must be named
+    ("CXXFLAGS", "-O2 -ffast-math", "-ffast-math"),
+    ("CXXFLAGS", "-Ofast", "-Ofast"),
+    ("CXXFLAGS", "-fassociative-math", "-fassociative-math"),
+    ("CXXFLAGS", "-mfpmath=387", "-mfpmath=387"),
+    ("CFLAGS", "-funsafe-math-optimizations", "-funsafe-math-optimizations"),
+    ("CFLAGS", "-ffinite-math-only", "-ffinite-math-only"),
+    ("CPPFLAGS", "-freciprocal-math", "-freciprocal-math"),
+    ("LDFLAGS", "-mdaz-ftz", "-mdaz-ftz"),
+    ("CXX", "g++ -ffast-math", "-ffast-math"),
+    ("CXXFLAGS", "@more", "-fsingle-precision-constant"),
+    ("NVCC_APPEND_FLAGS", "--use_fast_math", "--use_fast_math"),
+]
+
+
+@needs_source
+@pytest.mark.parametrize(("variable", "value", "flag"), UNSAFE)
+def test_flags_that_break_the_bounds_stop_the_build(tree, variable, value, flag):
+    (tree / "more").write_text("-DX=1\n-fsingle-precision-constant\n")
+    done = setup_py("build_ext", tree=tree, **{variable: value})
+    assert done.returncode != 0
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"gcfast: {flag} (in ") and "breaks the error bounds" in line
+    assert (variable if flag in value else "@more") in line
+    assert not list((tree / "build").rglob("*.o"))
+
+
+@needs_source
+def test_flags_that_look_like_those_do_not(tree):
+    harmless = "-fno-fast-math -ffp-contract=off -fno-associative-math -DNAME=-Ofaster -mfpmath=sse"
+    assert build(tree, CXXFLAGS=harmless)
+
+
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return children.run(["g++", *FLAGS, *arguments], cwd=ROOT)
+
+
+@needs_source
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
+@pytest.mark.parametrize("source", ["add_product", "gram_error_bound", "batched_rank", "wide", "arithmetic"])
+def test_sources_refuse_such_flags_themselves(source, flag):
+    done = compiled("-fsyntax-only", flag, f"csrc/cpu/{source}.cpp")
+    assert done.returncode != 0 and "gcfast: -f" in done.stderr and "build without it" in done.stderr
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", ""),
+        ("-ffp-contract=off", ""),
+        ("-fassociative-math -fno-signed-zeros", "sums are reordered"),
+        ("-freciprocal-math", "quotients are products with a reciprocal"),
+        ("-ffinite-math-only", "a NaN equals itself"),
+        ("-fsingle-precision-constant", "constants are rounded to float"),
+        ("-ffast-math", "sums are reordered"),
+    ],
+)
+def test_the_self_test_sees_what_slips_through(tmp_path, flags, said):
+    """The macros by which the sources know of a flag are taken away."""
+    main = tmp_path / "main.cpp"
+    main.write_text(
+        f'#include "{ROOT}/csrc/cpu/arithmetic.h"\n#include <cstdio>\n'
+        "int main() { std::puts(gcfast::cpu::self_test()); }\n"
+    )
+    macros = ("FAST_MATH", "FINITE_MATH_ONLY", "ASSOCIATIVE_MATH", "RECIPROCAL_MATH")
+    hidden = [f"-U__{name}__" for name in macros]
+    program = str(tmp_path / "main")
+    done = compiled(*flags.split(), *hidden, str(main), "csrc/cpu/arithmetic.cpp", "-o", program)
+    assert done.returncode == 0, done.stderr
+    assert children.run([program]).stdout.strip().startswith(said)
+    assert bool(said) == bool(children.run([program]).stdout.strip())
+
+
+class _Module:
+    """A compiled module that says of itself what it is told to."""
+
+    api = native._API
+
+    def __init__(self, said: str, flushes: bool = False) -> None:
+        self.said, self.flushes = said, flushes
+
+    def self_test(self) -> str:
+        if self.flushes:
+            torch.set_flush_denormal(True)
+        return self.said
+
+    def exchange_control_words(self, words: list[int], threads: int) -> None:
+        torch.set_flush_denormal(False)
+
+
+def test_a_module_that_fails_its_self_test_is_refused_with_the_reason(monkeypatch):
+    modules = {"gcfast._wrong": _Module("sums are reordered"), "gcfast._flushing": _Module("", flushes=True)}
+    monkeypatch.setattr(native.importlib, "import_module", modules.__getitem__)
+    module, why = native.load("_wrong")
+    assert module is None and "sums are reordered; build it without such flags" in why
+    monkeypatch.setattr(native, "cpu", None)
+    monkeypatch.setattr(native, "cpu_error", why)
+    assert why in repr(gcfast.backends())
+    try:
+        module, why = native.load("_flushing")
+        assert module is None and "loading it makes this thread flush denormal numbers to zero" in why
+        assert not native.flushes()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_the_self_test_takes_less_than_a_millisecond():
+    assert native.cpu is not None and native.cpu.self_test() == ""
+    assert min(timeit.repeat(native.cpu.self_test, number=1, repeat=20)) < 1e-3
 
 
 @needs_source
