@@ -18,7 +18,6 @@ namespace {
 
 constexpr int kLanes = 16;         // rows side by side, one a SIMD lane, when a row is short
 constexpr int64_t kShortRow = 64;  // longer rows are vectorised along themselves
-constexpr int64_t kChunk = 512;    // partial sums: the error of a long sum grows with kChunk, not with c
 
 template <class T> struct Terms { T e, a; };
 
@@ -65,6 +64,32 @@ template <class T> GCFAST_HD int64_t first_max(const T* f, int64_t c, T& max) {
   while (k < c - 1 && f[k] != top) ++k;
   max = top;
   return k;
+}
+
+// Partial sums: the error of a long sum grows with the chunk, not with c. A vectorised loop has as many sums side by
+// side as a vector has elements. A build that does not vectorise such loops (for sanitizers, without optimisation) has
+// one, which is as exact if it is shorter. Which of both this is, the sum of a loop like those below tells: in one alone
+// every 1 is lost beside the first term. Inlined, for each instruction set is compiled on its own.
+template <class T> GCFAST_HD bool sums_are_vectorised() {
+  constexpr int64_t n = 512;
+  volatile T first = T(4) / std::numeric_limits<T>::epsilon(), one = 1, zero = 0;  // a compiler must not know the sum
+  T f[n], v[n], out[n], max = zero, s = 0, sum = 0;
+  for (int64_t j = 0; j < n; ++j) f[j] = zero, v[j] = j ? one : first;
+  const int64_t k = first_max(f, n, max) - 1;  // no column
+#pragma omp simd reduction(+ : s, sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const T e = j == k ? T(0) : term(f[j], max).e;
+    s += e;
+    sum += e * (v[j] - max);
+    out[j] = e;
+  }
+  return sum * (out[1] + s - s) > first;
+}
+template <class T> GCFAST_HD int64_t chunk_of_a_sum(int64_t c) {
+  static const bool vectorised = sums_are_vectorised<T>();
+  int64_t chunk = vectorised ? 512 : 32;
+  while (!vectorised && chunk * chunk < c) chunk *= 2;  // as many chunks as terms in one
+  return chunk;
 }
 
 // `count` <= kLanes rows starting at row i; scratch holds c * kLanes.
@@ -149,8 +174,9 @@ template <class T> GCFAST_HD void long_row(const SoftmaxArgs<T>& a, int64_t i) {
   const int64_t label = inside ? wanted : 0;
 
   T s = 0, sa = 0, all = 0, qs = 0, qa = 0;
-  for (int64_t j0 = 0; j0 < c; j0 += kChunk) {
-    const int64_t j1 = std::min(c, j0 + kChunk);
+  const int64_t chunk = chunk_of_a_sum<T>(c);
+  for (int64_t j0 = 0; j0 < c; j0 += chunk) {
+    const int64_t j1 = std::min(c, j0 + chunk);
     T s1 = 0, sa1 = 0, all1 = 0, qs1 = 0, qa1 = 0;
 #pragma omp simd reduction(+ : s1, sa1, all1)
     for (int64_t j = j0; j < j1; ++j) {
@@ -234,8 +260,9 @@ template <class T> GCFAST_HD void long_row(const CurvatureArgs<T>& a, int64_t i)
   T max, s = 0, mu = 0;
   const int64_t k = first_max(f, c, max);
   const T at_max = v[k];
-  for (int64_t j0 = 0; j0 < c; j0 += kChunk) {
-    const int64_t j1 = std::min(c, j0 + kChunk);
+  const int64_t chunk = chunk_of_a_sum<T>(c);
+  for (int64_t j0 = 0; j0 < c; j0 += chunk) {
+    const int64_t j1 = std::min(c, j0 + chunk);
     T s1 = 0, mu1 = 0;
 #pragma omp simd reduction(+ : s1, mu1)
     for (int64_t j = j0; j < j1; ++j) {
