@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from gcfast.losses import MSE, ConvexLoss
+from gcfast.losses import MSE, UNIT, ConvexLoss, bounds_at, gap_above, mean_above
 
 Status = Literal["holds", "fails", "unknown", "not checked"]
 
@@ -56,8 +57,10 @@ class Certificate:
     ``status``: "holds", "fails" (``offenders`` or the reason are the witness) or "unknown" (the reason says
     what would decide it). ``route``: "direct", "theorem" or None. ``rank_lower``: proved lower bound of
     rank(H1). ``sigma_min_lower``, ``sigma_max_upper``: proved bounds of its singular values, rounding
-    included (0 and inf where nothing is proved). ``loss``, ``infimum``, ``gap``: the current training loss,
-    L*, and L - L* (None without a loss).
+    included (0 and inf where nothing is proved). ``loss``, ``infimum``, ``gap``: no less than the current
+    training loss, no more than L*, and no less than L - L*, the rounding of their own evaluation included
+    (None without a loss). L is that of the outputs as the model computed them and, where
+    ``sigma_min_lower`` is proved, of H1 V without the model's rounding too.
     """
 
     status: Literal["holds", "fails", "unknown"]
@@ -76,33 +79,44 @@ class Certificate:
     gap: float | None = None
     _convex: ConvexLoss | None = field(default=None, repr=False)
     _outputs: Tensor | None = field(default=None, repr=False)
+    _error: Tensor | None = field(default=None, repr=False)  # of the outputs
     _targets: Tensor | None = field(default=None, repr=False)
 
     def steps_to(self, eps: float) -> float:
         """Steps of gradient descent on the head, of size 1/beta, after which L - L* <= eps for sure.
 
         From L(w_t) - L(V) <= beta |V - V_tau|^2 / (2 t), beta = smoothness * sigma_max(H1)^2 / n, for the V
-        that reaches loss L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss from
-        the linear rate 1 - sigma_min^2/sigma_max^2. Infinite where sigma_min has no proved bound; ValueError
-        without a loss.
+        that reaches a loss near L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss
+        from the linear rate 1 - sigma_min^2/sigma_max^2. The rounding of all this is in it, not that of the
+        steps. Infinite where sigma_min has no proved bound; ValueError without a loss.
         """
         if not (isinstance(eps, (int, float)) and eps > 0):
             raise ValueError(f"eps: expected a positive number; got {eps!r}")
-        if self._convex is None or self._outputs is None or self._targets is None or self.gap is None:
+        if self._convex is None or self._outputs is None or self._targets is None:
             raise ValueError("steps_to needs a loss and targets: call certify(..., loss=...)")
+        assert self.gap is not None and self.infimum is not None
         if self.gap <= eps:
             return 0.0
         if self.sigma_min_lower <= 0:
             return math.inf
-        rate = (self.sigma_min_lower / self.sigma_max_upper) ** 2
-        if isinstance(self._convex, MSE):
-            return math.ceil(0.5 * math.log(self.gap / eps) / -math.log1p(-rate)) if rate < 1 else 1.0
-        goal = self._convex.reachable(self._outputs, self._targets, 0.5 * eps)
-        beta = self._convex.smoothness(self._outputs.shape[1]) * self.sigma_max_upper**2 / self.n
+        outputs, targets, up = self._outputs, self._targets, 1 + 64 * UNIT
+        if type(self._convex) is MSE:
+            rate = (self.sigma_min_lower / self.sigma_max_upper) ** 2 / up
+            if not 0 < rate < 1:
+                return math.inf
+            return _whole(0.5 * (math.log(self.gap / eps) * up + 64 * UNIT) / -math.log1p(-rate) * up)
+        goal = self._convex.reachable(outputs, targets, 0.5 * eps)
+        beta = self._convex.smoothness(outputs.shape[1]) * self.sigma_max_upper**2 / self.n
         if goal is None or not math.isfinite(beta):
             return math.inf
-        distance2 = float(((goal - self._outputs) ** 2).sum()) / self.sigma_min_lower**2
-        return float(math.ceil(beta * distance2 / eps))
+        # what is left of eps at the goal as it is stored
+        loss = mean_above(bounds_at(self._convex, goal, targets, torch.zeros_like(goal)).value)
+        left = eps - gap_above(loss, self.infimum)
+        if not left > 0:
+            return math.inf
+        away = (goal - outputs).abs() * (1 + 2 * UNIT) + (0.0 if self._error is None else self._error)
+        distance2 = mean_above(away.flatten() ** 2, 1) / self.sigma_min_lower**2
+        return _whole(beta * distance2 / (2 * left) * up)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; infinities become None."""
@@ -154,6 +168,10 @@ class Certificate:
         if len(self.offenders) > 10:
             lines.append(f"  ... and {len(self.offenders) - 10} more offenders")
         return "\n".join(lines)
+
+
+def _whole(steps: float) -> float:
+    return float(math.ceil(steps)) if math.isfinite(steps) else math.inf
 
 
 def abbreviated(items: list[Any]) -> str:

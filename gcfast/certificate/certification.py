@@ -26,12 +26,16 @@ from gcfast.certificate.theorem import theorem_applies
 from gcfast.features import Features, TrainingSet, WideFeatures, as_targets, checked, collect, equal_rows
 from gcfast.losses import (
     ConvexLoss,
+    bounds_at,
     check_convex,
     check_matches_outputs,
+    gap_above,
     infimum_with_copies,
+    mean_above,
     resolve_loss,
 )
 from gcfast.model import Head
+from gcfast.proofs import bounded_logits, exact_products
 from gcfast.storage import StateFile, allowed_bytes, fingerprint
 
 
@@ -248,13 +252,19 @@ class Certification:
         reason: str,
     ) -> Certificate:
         value = infimum = gap = None
-        outputs = None
+        outputs = error = None
         if self.convex is not None and self.y is not None:
             infimum = infimum_with_copies(self.convex, self.y, self.duplicate_groups)
             if self.training_set is not None:
-                outputs = self.training_set.outputs.to(torch.float64)
-                value = float(self.convex.value(outputs, self.y).mean())
-                gap = value - infimum
+                value, outputs, error = self._loss(self.training_set)
+                gap = gap_above(value, infimum)
+            if self.convex.assumes_rounding:
+                self.evidence.note(
+                    "rounding of the loss",
+                    "unknown",
+                    f"assumed of {self.convex!r} as ConvexLoss.rounding says, for it states none of its own; "
+                    "L and L* rest on it, the rank does not",
+                )
         return Certificate(
             status=status,
             route=route,
@@ -272,5 +282,27 @@ class Certification:
             gap=gap,
             _convex=self.convex,
             _outputs=outputs,
+            _error=error,
             _targets=self.y,
         )
+
+    def _loss(self, training_set: TrainingSet) -> tuple[float, Tensor, Tensor]:
+        """No less than L, and the outputs it was found at with a bound of their error.
+
+        L is that of the outputs as the model computed them. Where the features were gone through to prove
+        their rank, it is no less than that of H1 V either, without the rounding of the model, and that is
+        where gradient descent on the head begins.
+        """
+        assert self.convex is not None and self.y is not None
+        outputs = training_set.outputs.to(torch.float64)
+        error = torch.zeros_like(outputs)
+        value = mean_above(bounds_at(self.convex, outputs, self.y, error).value)
+        if self.evidence.sigma_min_lower > 0:
+            head = training_set.head.module
+            weight, bias = head.weight.detach().double(), head.bias
+            with exact_products(outputs.device):
+                outputs, error, _ = bounded_logits(
+                    training_set.features, weight, None if bias is None else bias.detach().double()
+                )
+            value = max(value, mean_above(bounds_at(self.convex, outputs, self.y, error).value))
+        return value, outputs, error

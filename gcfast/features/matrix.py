@@ -7,6 +7,7 @@ products with H and its transpose in float64 for what is stated, and in float32 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,26 @@ class Features(ABC):
     @abstractmethod
     def panel(self, start: int, end: int) -> Tensor:
         """Columns [start, end) in float64, exactly; the same numbers every time."""
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and what is there, in float64, exactly as :meth:`panel`; a few MB at a time on a CPU.
+
+        A block is the caller's own, to change at will.
+        """
+        width = min(self.m, 1024)
+        at_once = self._block_rows(width)
+        for i in range(0, self.n, at_once):
+            rows = slice(i, min(i + at_once, self.n))
+            mine = self.select(torch.arange(rows.start, rows.stop, device=self.device))
+            for j in range(0, self.m, width):
+                columns = slice(j, min(j + width, self.m))
+                yield rows, columns, mine.panel(columns.start, columns.stop)
+
+    def _block_rows(self, width: int) -> int:
+        """Rows of a block of float64 of ``width`` columns."""
+        if self.device.type != "cpu":
+            return ROWS
+        return min(ROWS, max(16, CONVERTED // (8 * max(1, width))))
 
     @abstractmethod
     def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -109,6 +130,12 @@ class StoredFeatures(Features):
 
     def columns(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         return self.matrix[:, start:end].to(dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        at_once = self._block_rows(self.m)
+        for i in range(0, self.n, at_once):
+            rows = slice(i, min(i + at_once, self.n))
+            yield rows, slice(0, self.m), self.matrix[rows].to(torch.float64, copy=True)
 
     def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:
         return self.matrix[index].to(dtype)

@@ -67,7 +67,8 @@ class Trainability:
     """What :func:`trainability` found, at the weights the model has.
 
     ``rows``: a :class:`LayerTrainability` a layer, in the order of the model; ``total``: K = sum_l K_l.
-    ``loss``, ``infimum``, ``gap``: L, L* and L - L*. ``residual_norm``: |r|_F. ``copies``: groups of equal
+    ``loss``, ``infimum``, ``gap``: bounds of L from above, of L* from below and of L - L* from above, at the
+    outputs as computed, rounding included. ``residual_norm``: |r|_F. ``copies``: groups of equal
     samples, whose equal rows make every K_l singular.
     """
 

@@ -33,7 +33,17 @@ from gcfast.features import equal_samples
 from gcfast.jacobian.layer_jacobians import LayerJacobians
 from gcfast.jacobian.layers import Layers
 from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
-from gcfast.losses import ConvexLoss, check_convex, check_matches_outputs, infimum_with_copies, resolve_loss
+from gcfast.losses import (
+    UNIT,
+    ConvexLoss,
+    bounds_at,
+    check_convex,
+    check_matches_outputs,
+    gap_above,
+    infimum_with_copies,
+    mean_above,
+    resolve_loss,
+)
 from gcfast.model import call_arguments, without_gradients
 from gcfast.proofs import count_above, exact_products, matrix_rank, prove_least_eigenvalue
 from gcfast.storage import allowed_bytes, check_memory
@@ -124,7 +134,10 @@ class TrainabilityRun:
         # an entry of J and a product of two of its rows are sums of about so many rounded terms at most
         terms = sum(p.numel() for p in self.jacobians.model.parameters()) + inputs
         self.relative = torch.finfo(z.dtype).eps * math.sqrt(terms)
-        residual = self.convex.residual(z, self.y)
+        outputs = z.to(torch.float64)
+        at = bounds_at(self.convex, outputs, self.y, torch.zeros_like(outputs))
+        residual = at.residual
+        self.residual_norm = float(torch.linalg.vector_norm(residual.abs() + at.residual_error))
         slopes = self.jacobians.vjp((residual / self.n).to(z.dtype))
         norms = {name: float(torch.linalg.vector_norm(g.to(torch.float64))) for name, g in slopes.items()}
         gradients = {
@@ -132,7 +145,7 @@ class TrainabilityRun:
             for layer, names in self.jacobians.layers.items()
         }
         rows, total = self._judged(gradients)
-        value = float(self.convex.value(z, self.y).to(torch.float64).sum()) / self.n
+        value = mean_above(at.value)
         infimum = infimum_with_copies(self.convex, self.y, self.duplicate_groups)
         return Trainability(
             n=self.n,
@@ -142,8 +155,8 @@ class TrainabilityRun:
             loss_name=self.convex.name,
             loss=value,
             infimum=infimum,
-            gap=value - infimum,
-            residual_norm=float(torch.linalg.vector_norm(residual.to(torch.float64))),
+            gap=gap_above(value, infimum),
+            residual_norm=self.residual_norm,
             dtype=str(z.dtype).removeprefix("torch."),
             copies=self.duplicate_groups,
         )
@@ -215,7 +228,10 @@ class TrainabilityRun:
         margin = max(lower - rounding, 0.0)
         gap = math.inf
         if margin > 0:
-            gap = self.convex.gap_bound(self.y, self.c, self.n * gradient / math.sqrt(margin))
+            # the gradient J^T r / n is rounded as K is: |J|_F^2 is the trace
+            lost = self.relative * math.sqrt(float(k.trace())) * self.residual_norm
+            residual = (self.n * gradient + lost) / math.sqrt(margin) * (1 + 16 * UNIT)
+            gap = self.convex.gap_bound(self.y, self.c, residual)
         return LayerTrainability(
             name=name,
             parameters=parameters,

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from gcfast import errors
+from gcfast.losses.rounding import SPARE, TINY, UNIT, nan_is_inf
 
 
 class ConvexLoss(ABC):
     """A convex, differentiable loss of the outputs; subclass it for a loss of your own.
 
-    :meth:`value` and :meth:`infimum` are enough: the rest is derived by automatic differentiation.
+    :meth:`value` and :meth:`infimum` are enough: the rest is derived by automatic differentiation. What
+    float64 does to them is then assumed, see :meth:`rounding`.
     """
 
     name = "custom"
@@ -28,7 +30,7 @@ class ConvexLoss(ABC):
 
     @abstractmethod
     def infimum(self, y: Tensor) -> Tensor:
-        """inf_q loss_i(q) (n,), or a lower bound of it: what no model can beat."""
+        """inf_q loss_i(q) (n,), or a lower bound of it, to 64 u relative: what no model can beat."""
 
     def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
         """Check the targets of n samples with c outputs and bring them into the form the methods take."""
@@ -79,6 +81,47 @@ class ConvexLoss(ABC):
         value, residual = self.value(z, y), self.residual(z, y)
         return value, residual, (residual * z).sum(1) - value
 
+    def rounding(self, z: Tensor, y: Tensor, value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of |value - loss_i(z)| (n,) and |residual - gradient of loss_i at z| (n, C) in float64.
+
+        The default is an assumption, not a proof: that both are, to 64 u relative, those of outputs within
+        64 u |z| of z, u = 2^-53 (2^-24 where ``value`` gives float32). State your own where ``value`` loses
+        more digits than that, say by a difference of numbers far larger than itself.
+        """
+        root = self.curvature_diagonal(z, y).clamp(min=0).sqrt()
+        moved = root * (root * z.abs()).sum(1, keepdim=True)
+        relative = 32 * torch.finfo(value.dtype).eps * SPARE
+        of_value = relative * (value.abs() + (residual.abs() * z.abs()).sum(1)) + TINY
+        return of_value, relative * (residual.abs() + moved) + TINY
+
+    @property
+    def assumes_rounding(self) -> bool:
+        """Whether :meth:`rounding` is the assumption of the base class."""
+        return type(self).rounding is ConvexLoss.rounding
+
+    def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
+        """Upper bound (n,) of loss_i(z + d) - loss_i(z) - <gradient at z, d> for all |d| <= error (n, C).
+
+        By :meth:`smoothness`; where that is unknown by convexity: z + d lies between the 2 C outputs
+        z +- C error_c e_c and z, where the loss is evaluated.
+        """
+        c = z.shape[1]
+        smooth = self.smoothness(c)
+        if math.isfinite(smooth):
+            return 0.5 * smooth * (error**2).sum(1) + TINY
+        of_value, of_residual = self.rounding(z, y, value, residual)
+        highest = value + of_value
+        far = (c * error + 4 * UNIT * z.abs()) * SPARE + TINY
+        for k in range(c):
+            for sign in (-1.0, 1.0):
+                ahead = z.clone()
+                ahead[:, k] += sign * far[:, k]
+                there = self.value(ahead, y).to(z)
+                there = there + self.rounding(ahead, y, there, self.residual(ahead, y))[0]
+                highest = torch.maximum(highest, nan_is_inf(there))
+        along = ((residual.abs() + of_residual) * error).sum(1)
+        return (highest - value + of_value + along + 4 * UNIT * (highest.abs() + value.abs())) * SPARE
+
     def smoothness(self, c: int) -> float:
         """Upper bound of the largest eigenvalue of any curvature matrix with c outputs; inf if unknown."""
         return math.inf
@@ -110,14 +153,19 @@ class ConvexLoss(ABC):
         return f"<{type(self).__name__} {self.name}{options}>"
 
 
+def group_sum(y: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums (groups, C) of y (n, C) over each group, float64."""
+    total = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device)
+    return total.index_add_(0, group, y.to(torch.float64))
+
+
 def group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean of y (n, C) in each group and the number of members."""
     y = y.to(torch.float64)
     count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
         0, group, torch.ones_like(y[:, 0])
     )
-    total = torch.zeros((groups, y.shape[1]), dtype=torch.float64, device=y.device).index_add_(0, group, y)
-    return total / count.clamp(min=1).unsqueeze(1), count
+    return group_sum(y, group, groups) / count.clamp(min=1).unsqueeze(1), count
 
 
 def log_excess(u: float) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess, number, real_targets
+from gcfast.losses.base import ConvexLoss, finite, group_sum, log_excess, number, real_targets
+from gcfast.losses.rounding import SPARE, TINY, UNIT, entropy_below
 
 
 class CrossEntropy(ConvexLoss):
@@ -109,7 +110,43 @@ class CrossEntropy(ConvexLoss):
     def infimum(self, y: Tensor) -> Tensor:
         if y.dim() == 1:
             return torch.zeros(len(y), dtype=torch.float64, device=y.device)
-        return -torch.xlogy(y, y).sum(1)
+        return entropy_below(y, (y.shape[1] + 4) * UNIT)  # prepare() has rounded sum, quotient and smoothing
+
+    def rounding(self, z: Tensor, y: Tensor, value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """With a_c = z_c - max z <= 0, e_c = exp(a_c) and s the sum of the others' e_c the loss is
+        Q log1p(s) - sum_c q_c a_c, Q = sum_c q_c: terms of one sign. e_c is known to (8 + |a_c|) u relative,
+        so log1p(s) to (C + 16) u of itself and sum p_c |a_c| u. The gradient is Q p - q; it is made as p - q,
+        at the maximum as (1 - q) - (1 - p): what is lost there is relative to 1 - p and 1 - q. prepare() has
+        rounded probabilities, each to (C + 4) u relative.
+        """
+        c = z.shape[1]
+        top, k = z.max(1, keepdim=True)
+        a = (z - top).abs()
+        e = (-a).exp()
+        others = e.scatter(1, k, 0.0)
+        p = others / e.sum(1, keepdim=True)
+        missing = p.sum(1, keepdim=True)  # 1 - p at the maximum
+        spread = (p * a).nan_to_num(0.0).sum(1, keepdim=True)  # 0 inf is 0 here
+        of_p = p * (2 * c + 32 + a + spread)
+        of_p = of_p.nan_to_num(0.0).scatter(1, k, (2 * c + 32) * missing + spread)
+        of_residual = of_p + 2 * residual.abs()
+        total = torch.ones_like(value)
+        if y.dim() == 2:
+            total = y.sum(1)
+            p = p.scatter(1, k, 1.0)
+            off = (total - 1).abs()[:, None] / UNIT + 2 * c + 8
+            of_residual = of_residual + off * (p + y) + (1 - y.gather(1, k)).abs() * e.eq(1.0)
+        else:
+            wrong = (k[:, 0] != y).to(z.dtype)[:, None]
+            of_residual = of_residual + wrong * e.eq(1.0)
+        of_value = ((3 * c + 48) * value.abs() + 2 * total * spread[:, 0]) * UNIT
+        return of_value * SPARE + c * TINY, of_residual * (UNIT * SPARE) + TINY
+
+    def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
+        """For log-sum-exp at most (max d - min d)^2 / 8 (Hoeffding's lemma) and max d - min d."""
+        most = error.amax(1)
+        total = torch.ones_like(most) if y.dim() == 1 else y.sum(1) * SPARE
+        return total * torch.minimum(0.5 * most**2 + TINY, 2 * most)
 
     def smoothness(self, c: int) -> float:
         return 0.5 if c > 1 else 0.0
@@ -135,7 +172,9 @@ class CrossEntropy(ConvexLoss):
         excess = log_excess(math.sqrt(share) * residual_norm / float(least.amin()))
         outside = math.sqrt(float((zeros * (c - zeros) / c).sum())) * residual_norm
         weight = float((torch.where(zeros == c - 1, share, 1.0) / least).amax())
-        return (outside + excess * weight * residual_norm**2) / len(y) if excess < math.inf else math.inf
+        if excess == math.inf:
+            return math.inf
+        return (outside + excess * weight * residual_norm**2) / len(y) * (1 + (len(y) + 64) * UNIT) * SPARE
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         if y.dim() == 2:
@@ -149,11 +188,14 @@ class CrossEntropy(ConvexLoss):
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         if y.dim() == 2:
-            mean, count = group_mean(y, group, groups)
-            return -count * torch.xlogy(mean, mean).sum(1)
+            members = int(group.bincount().amax()) if len(group) else 1
+            return entropy_below(group_sum(y, group, groups), (members + y.shape[1] + 4) * UNIT)
         # count the pairs (group, class) that occur: a table of all would be groups x classes
         classes = int(y.max()) + 1 if len(y) else 1
         pair, times = torch.unique(group * classes + y, return_counts=True)
         of, count = pair // classes, group.bincount(minlength=groups).to(torch.float64)
-        terms = torch.xlogy(times, times / count[of])
-        return torch.zeros_like(count).index_add_(0, of, terms).neg_()
+        share, missing = times / count[of], (count[of] - times) / count[of]
+        terms = times * torch.where(2 * share > 1, torch.log1p(-missing), share.log())
+        total = torch.zeros_like(count).index_add_(0, of, terms).neg_()
+        # each term is right to 8 u, and a group adds no more of them than there are classes
+        return total * (1 - (classes + 16) * UNIT)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.losses.base import ConvexLoss, finite, group_mean, log_excess, number, real_targets
+from gcfast.losses.base import ConvexLoss, finite, group_mean, group_sum, log_excess, number, real_targets
+from gcfast.losses.rounding import SPARE, TINY, UNIT, entropy_below
 
 
 class Elementwise(ConvexLoss):
@@ -29,6 +30,19 @@ class Elementwise(ConvexLoss):
 
     def output_count(self, y: Tensor) -> int:
         return y.shape[1] if real_targets(y).dim() > 1 else 1
+
+    def rounding(self, z: Tensor, y: Tensor, value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """A mean of terms of one sign, made of z - y, or of 1 - y and functions of z, by a few roundings.
+
+        The value is right to (C + 24) u of itself, a residual to 16 u of its positive and negative part.
+        """
+        c = z.shape[1]
+        of_value = value.abs() * ((c + 24) * UNIT * SPARE) + TINY
+        return of_value, self._parts(z, y, residual) * (16 * UNIT * SPARE) + TINY
+
+    def _parts(self, z: Tensor, y: Tensor, residual: Tensor) -> Tensor:
+        """The residual's positive part plus the size of its negative one, (n, C)."""
+        return residual.abs()
 
 
 class MSE(Elementwise):
@@ -64,10 +78,19 @@ class MSE(Elementwise):
     def dominance(self, c: int) -> float:
         return 4.0 / c  # |2 t / C|^2 over t^2 / C
 
+    def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
+        return (error**2).mean(1) + TINY
+
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        mean, _ = group_mean(y, group, groups)
-        total = torch.zeros(groups, dtype=torch.float64, device=y.device)
-        return total.index_add_(0, group, ((y - mean[group]) ** 2).mean(1))
+        """sum_i (y_i - mean)^2 = sum_i t_i^2 - (sum_i t_i)^2 / count for t = y - q, with q near the mean."""
+        q, count = group_mean(y, group, groups)
+        t = y - q[group]
+        terms = (count[:, None] + 8) * UNIT  # roundings of a sum over a group
+        square, size = group_sum(t * t, group, groups), group_sum(t.abs(), group, groups)
+        off = group_sum(t, group, groups).abs() + terms * size
+        least = square * (1 - 2 * terms) - off * off / count.clamp(min=1)[:, None] * (1 + 16 * UNIT)
+        least = torch.where((least > TINY) & square.isfinite(), least - TINY, 0.0)
+        return least.mean(1) * (1 - (y.shape[1] + 8) * UNIT)
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         return y
@@ -110,7 +133,19 @@ class BCEWithLogits(Elementwise):
         return self.value(z, y), self.residual(z, y), conjugate
 
     def infimum(self, y: Tensor) -> Tensor:
-        return -(torch.xlogy(y, y) + torch.xlogy(1 - y, 1 - y)).mean(1)
+        return self._entropy(y, 1 - y, UNIT)
+
+    def _entropy(self, ones: Tensor, zeros: Tensor, known: float) -> Tensor:
+        """Of sums of y and of 1 - y, each within a factor 1 +- known."""
+        below = entropy_below(torch.stack([ones, zeros], -1), known)
+        return below.mean(1) * (1 - (below.shape[1] + 8) * UNIT)
+
+    def _parts(self, z: Tensor, y: Tensor, residual: Tensor) -> Tensor:
+        return ((1 - y) * torch.sigmoid(z) + y * torch.sigmoid(-z)) / z.shape[1]
+
+    def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
+        """softplus has slopes in [0, 1] and a curvature of at most 1/4."""
+        return torch.minimum(0.125 * error**2, error).mean(1) + TINY
 
     def smoothness(self, c: int) -> float:
         return 0.25 / c
@@ -128,11 +163,12 @@ class BCEWithLogits(Elementwise):
         excess = log_excess(norm / least)
         if excess == math.inf:
             return math.inf
-        return (math.sqrt(int(hard.sum())) * norm + excess * weight * norm**2) / y.numel()
+        return (math.sqrt(int(hard.sum())) * norm + excess * weight * norm**2) / y.numel() * SPARE
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        mean, count = group_mean(y, group, groups)
-        return count * self.infimum(mean)
+        members = int(group.bincount().amax()) if len(group) else 1
+        ones, zeros = group_sum(y, group, groups), group_sum(1 - y, group, groups)
+        return self._entropy(ones, zeros, (members + 4) * UNIT)
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         far = -math.log(math.expm1(eps))
@@ -151,8 +187,14 @@ class Huber(Elementwise):
         return True
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        a = (z - y).abs()
-        return torch.where(a <= self.delta, 0.5 * a * a, self.delta * (a - 0.5 * self.delta)).mean(1)
+        return self._of((z - y).abs()).mean(1)
+
+    def _of(self, a: Tensor) -> Tensor:
+        return torch.where(a <= self.delta, 0.5 * a * a, self.delta * (a - 0.5 * self.delta))
+
+    def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
+        """Slopes lie in [-delta, delta], the curvature in [0, 1]."""
+        return torch.minimum(0.5 * error**2, 2 * self.delta * error).mean(1) + TINY
 
     def residual(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).clamp(-self.delta, self.delta) / z.shape[1]
@@ -175,7 +217,8 @@ class Huber(Elementwise):
 
     def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
         """As the base class: all |t| = C |residual| < delta, where the loss is t^2/2, or inf."""
-        return 0.5 * c * residual_norm**2 / len(y) if c * residual_norm < self.delta else math.inf
+        norm = c * residual_norm * SPARE
+        return 0.5 * norm * residual_norm / len(y) * SPARE if norm < self.delta else math.inf
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         return y
@@ -187,16 +230,35 @@ class Huber(Elementwise):
         index = group[:, None].expand_as(y)
         low = torch.zeros_like(q).scatter_reduce(0, index, y, "amin", include_self=False)
         high = torch.zeros_like(q).scatter_reduce(0, index, y, "amax", include_self=False)
-        for _ in range(100):
+        terms = (count[:, None] + 24) * UNIT  # roundings of a sum over a group
+
+        def slope_at(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The slope, what rounding may have hidden of it, and the curvature."""
             t = q[group] - y
-            slope = torch.zeros_like(q).index_add_(0, group, t.clamp(-self.delta, self.delta))
-            low, high = torch.where(slope < 0, q, low), torch.where(slope > 0, q, high)
-            settled = slope.abs() <= 1e-15 * self.delta * count[:, None]
+            part = t.clamp(-self.delta, self.delta)
+            inside = group_sum((t.abs() <= self.delta).to(q.dtype), group, groups)
+            hidden = terms * group_sum(part.abs(), group, groups) + TINY
+            return group_sum(part, group, groups), hidden, inside
+
+        for _ in range(100):
+            slope, hidden, inside = slope_at(q)
+            low, high = torch.where(slope < -hidden, q, low), torch.where(slope > hidden, q, high)
             middle = 0.5 * (low + high)
-            if bool((settled | (middle <= low) | (middle >= high)).all()):
+            settled = (slope.abs() <= hidden) | (middle <= low) | (middle >= high)
+            if bool(settled.all()):
                 break
-            inside = torch.zeros_like(q).index_add_(0, group, (t.abs() <= self.delta).to(q.dtype))
             newton = q - slope / inside.clamp(min=1)
             step = torch.where((inside > 0) & (newton > low) & (newton < high), newton, middle)
             q = torch.where(settled, q, step)
-        return torch.zeros_like(count).index_add_(0, group, self.value(q[group], y))
+        slope, hidden, inside = slope_at(q)
+        near = 8 * (hidden / inside.clamp(min=1) + UNIT * q.abs())
+        for side in (q - near, q + near):
+            at, unsure, _ = slope_at(side)
+            low = torch.where(at < -unsure, torch.maximum(low, side), low)
+            high = torch.where(at > unsure, torch.minimum(high, side), high)
+        # the zero lies between low and high, where by convexity the sum is no less than the tangent at q
+        reach = torch.maximum(high - q, q - low).clamp(min=0) * SPARE
+        below = group_sum(self._of((q[group] - y).abs()), group, groups) * (1 - terms)
+        below = below - (slope.abs() + hidden) * reach * SPARE - TINY
+        below = torch.where((below > 0) & below.isfinite(), below, 0.0)
+        return below.mean(1) * (1 - (y.shape[1] + 8) * UNIT)

@@ -22,7 +22,7 @@ def exact(
     head_problem: HeadProblem, max_bytes: int | None, weight_decay: float, target_gap: float
 ) -> HeadSolution:
     """V_tau + H1^T (H1 H1^T)^-1 (Y - H1 V_tau): the limit of gradient descent for the squared loss."""
-    if not isinstance(head_problem.loss, MSE):
+    if type(head_problem.loss) is not MSE:
         raise ValueError(
             f"method: 'exact' is for loss='mse'; got loss {head_problem.loss.name!r} (use 'nearest')"
         )
@@ -148,7 +148,8 @@ def descent(
                     done / limit,
                 )
             )
-            if not weight_decay and value <= head_problem.infimum + target_gap:
+            target = head_problem.infimum + target_gap
+            if not weight_decay and value <= target and head_problem.loss_above(weight, bias) <= target:
                 reason = "target gap reached"
                 break
     except KeyboardInterrupt:

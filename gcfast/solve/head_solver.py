@@ -130,7 +130,7 @@ def solve_head(
             settings,
         )
         keeper = StateFile(checkpoint, "solve_head", fingerprint(*parts), checkpoint_seconds)
-    with exact_products(), keeper or contextlib.nullcontext():
+    with exact_products(head_problem.device), keeper or contextlib.nullcontext():
         check_convex(convex, head_problem.start_logits, head_problem.targets)
         if method == "exact":
             solution = exact(head_problem, max_bytes, weight_decay, target_gap)
@@ -192,11 +192,11 @@ def _nearest(
         "path": path,
         "form": forms[0].name,
     }
-    if not weight_decay and initial <= target:
+    unmoved = head_problem.weight, head_problem.bias
+    if not weight_decay and initial <= target and head_problem.loss_above(*unmoved) <= target:
         return evaluate_head(
             head_problem,
-            head_problem.weight,
-            head_problem.bias,
+            *unmoved,
             lam=0.0,
             gap_target=target_gap,
             weight_decay=0.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from gcfast.features import Features, equal_rows
 from gcfast.losses import (
+    UNIT,
     ConvexLoss,
     infimum_with_copies,
 )
+from gcfast.solve.bounds import BoundedHead, Head, bounded_heads
 
 
 @dataclass
@@ -27,6 +28,7 @@ class HeadProblem:
     bias: Tensor | None
     infimum: float
     _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
+    _bounded: tuple[BoundedHead, BoundedHead] | None = None
 
     @property
     def n(self) -> int:
@@ -60,13 +62,37 @@ class HeadProblem:
     def mean_loss(self, z: Tensor) -> float:
         return float(self.loss.value(z, self.targets).mean())
 
+    def bounded(self, weight: Tensor, bias: Tensor | None) -> tuple[BoundedHead, BoundedHead]:
+        """The head rounded to the dtype of the features, and as given: one where that is the same.
+
+        The last ones are remembered: whether a head is within the target is asked before it is evaluated.
+        """
+        given: Head = (weight.double(), None if bias is None else bias.double())
+        last = self._bounded
+        if last is None or not _equal((last[1].weight, last[1].bias), given):
+            dtype = self.features.dtype
+            stored = (given[0].to(dtype).double(), None if given[1] is None else given[1].to(dtype).double())
+            heads = [given] if _equal(stored, given) else [stored, given]
+            found = bounded_heads(self.features, heads, self.loss, self.targets)
+            last = self._bounded = found[0], found[-1]
+        return last
+
+    def loss_above(self, weight: Tensor, bias: Tensor | None) -> float:
+        """No less than the loss of the head as stored, in the dtype of the features.
+
+        Enlarged so that what is no more than infimum + target_gap is within the target after roundings too.
+        """
+        loss = self.bounded(weight, bias)[0].loss
+        return loss + 8 * UNIT * (abs(loss) + abs(self.infimum))
+
     def stored_loss(self, du: Tensor, db: Tensor | None) -> float:
-        """The loss of the start plus (du, db) after rounding to the dtype of the features."""
-        dtype = self.features.dtype
-        if dtype == torch.float64:
-            return -math.inf  # nothing is rounded
-        bias = None if self.bias is None or db is None else (self.bias + db).to(dtype)
-        return self.mean_loss(self.logits((self.weight + du).to(dtype), bias))
+        """:meth:`loss_above` of the start plus (du, db)."""
+        return self.loss_above(self.weight + du, None if self.bias is None or db is None else self.bias + db)
+
+
+def _equal(one: Head, other: Head) -> bool:
+    biases = one[1] is None or other[1] is None or torch.equal(one[1], other[1])
+    return torch.equal(one[0], other[0]) and biases
 
 
 def make_problem(

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.losses import check_convex
+from gcfast.losses import UNIT, check_convex, gap_above
+from gcfast.solve.bounds import BoundedHead, Head, bounded_gap, bounded_gradients, norm_above
 from gcfast.solve.problem import HeadProblem
 
 
 @dataclass
 class Progress:
-    """What a callback is told: after each point of the path, or each epoch of gd and sgd."""
+    """What a callback is told, as computed: after each point of the path, or each epoch of gd and sgd."""
 
     iteration: int
     regularization: float
@@ -29,13 +30,15 @@ class Progress:
 class HeadSolution:
     """A head and what is known of it.
 
-    ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features; ``loss`` is
-    theirs as stored, evaluated in float64. ``infimum`` is L*, what no model whatever can beat; ``gap`` =
-    loss - infimum (with weight decay: of the regularised problem, and then bounded by ``duality_gap``).
-    ``duality_gap`` P - D certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|, rounding to the
-    dtype of the features included (``duality_gap`` is that of the head before it, but with weight decay).
-    ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the Frobenius
-    norm of the loss's gradient in the head.
+    ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features. What follows
+    is bounded outward, the rounding of its own evaluation included, and inf where no finite bound is known:
+    ``loss`` is no less than theirs as stored, ``infimum`` no more than L*, which no model whatever can beat;
+    ``gap`` >= L - L* (with weight decay: of the regularised problem that was asked for, then the same as
+    ``duality_gap``). ``duality_gap`` >= P - D certifies the nearest point: |U - U*| <= ``distance_bound``
+    * |U|, rounding to the dtype of the features included (``duality_gap`` is that of the head before it, but
+    with weight decay); both are inf where there is no lambda. ``form`` says how K = H1 H1^T was held,
+    ``path`` lists (lambda, loss), and ``residual`` is the Frobenius norm of the loss's gradient in the head,
+    as computed.
     """
 
     weight: Tensor
@@ -75,61 +78,61 @@ def evaluate_head(
     lam: float,
     gap_target: float,
     weight_decay: float,
+    reason: str,
     **fields: Any,
 ) -> HeadSolution:
-    """Evaluate the head as it will be stored, in float64, and bound its distance from the minimiser of P."""
+    """Bound the loss of the head as it will be stored, and its distance from the minimiser of P.
+
+    With weight decay P is what was asked for, whatever lambda the path got to.
+    """
     dtype = head_problem.features.dtype
-    unrounded = (weight, bias)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    z = head_problem.logits(weight, bias)
-    value, residual, conjugate = head_problem.loss.terms(z, head_problem.targets)
-    check_convex(head_problem.loss, z, head_problem.targets, seen=head_problem.start_logits)
-    loss = float(value.mean())
-    grad_w, grad_b = head_problem.transpose(residual / head_problem.n)
-    duality_gap = distance = math.nan
+    arrived, lam = lam == weight_decay, weight_decay or lam
+    stored, before = head_problem.bounded(weight, bias)
+    check_convex(head_problem.loss, stored.at.outputs, head_problem.targets, seen=head_problem.start_logits)
+    zero = torch.zeros_like
+    center: Head = (head_problem.weight, head_problem.bias)
+    if weight_decay:
+        center, before = (zero(center[0]), None if center[1] is None else zero(center[1])), stored
+    # at a small lambda rounding moves the gradient more than the head: certify the head before it
+    heads = [stored] if before is stored else [stored, before]
+    slopes = bounded_gradients(head_problem.features, heads)
+    duality_gap = distance = math.inf
+    computed = stored.computed - head_problem.infimum
     if lam > 0:
-        center_w = torch.zeros_like(head_problem.weight) if weight_decay else head_problem.weight
-        center_b = (
-            None
-            if head_problem.bias is None
-            else (torch.zeros_like(head_problem.bias) if weight_decay else head_problem.bias)
-        )
-        u2 = _square(weight - center_w, None if bias is None or center_b is None else bias - center_b)
-        rounding = 0.0
-        if dtype != torch.float64 and not weight_decay:
-            # at a small lambda rounding moves the gradient more than the head: certify the head before it
-            before_w, before_b = unrounded
-            moved_b = None if bias is None or before_b is None else bias - before_b
-            rounding = math.sqrt(_square(weight - before_w, moved_b))
-            z = head_problem.logits(before_w, before_b)
-            value, residual, conjugate = head_problem.loss.terms(z, head_problem.targets)
-            dual_w, dual_b = head_problem.transpose(residual / head_problem.n, remember=False)
-            own_b = None if before_b is None or center_b is None else before_b - center_b
-            own = _square(before_w - center_w, own_b)
-        else:
-            dual_w, dual_b, own = grad_w, grad_b, u2
-        # D at the residual: mean(<r, z0> - loss*(r)) - |H1^T r / n|^2 / (2 lambda)
-        z0 = torch.zeros_like(z) if weight_decay else head_problem.start_logits
-        dual = float(((residual * z0).sum(1) - conjugate).mean()) - _square(dual_w, dual_b) / (2 * lam)
-        duality_gap = max(float(value.mean()) + 0.5 * lam * own - dual, 0.0)
-        distance = (math.sqrt(2 * duality_gap / lam) + rounding) / math.sqrt(u2) if u2 > 0 else 0.0
-    gap = duality_gap if weight_decay else loss - head_problem.infimum
+        duality_gap, certain = bounded_gap(before, slopes[-1], center, lam)
+        moved = _difference(stored, (before.weight, before.bias))
+        far = math.sqrt(2 * (duality_gap / lam) * (1 + 8 * UNIT)) + norm_above(*moved) * (1 + 8 * UNIT)
+        length = norm_above(*_difference(stored, center)) * (1 - 2.0**-20) - 2.0**-1060
+        distance = far / length * (1 + 8 * UNIT) if length > 0 else (math.inf if far > 0 else 0.0)
+        computed = certain if weight_decay else computed
+        distance = math.inf if math.isnan(distance) else distance
+    gap = duality_gap if weight_decay else gap_above(stored.loss, head_problem.infimum)
+    if not (gap <= gap_target or fields.get("interrupted")):
+        if computed <= gap_target:
+            reason = (
+                f"as computed the gap is {computed:.3g}, within the target; rounding may hide "
+                f"{gap - computed:.3g} more: scale the features or the targets, start nearer to zero, or ask "
+                "for a larger target_gap"
+            )
+        elif weight_decay and arrived and fields.get("method") == "nearest":
+            reason = f"no step went further down, at a gap of {gap:.3g}"
     return HeadSolution(
-        weight=weight,
-        bias=bias,
-        loss=loss,
+        weight=stored.weight.to(dtype),
+        bias=None if stored.bias is None else stored.bias.to(dtype),
+        loss=stored.loss,
         infimum=head_problem.infimum,
         gap=gap,
         duality_gap=duality_gap,
         distance_bound=distance,
-        residual=math.sqrt(_square(grad_w, grad_b)),
+        residual=norm_above(*slopes[0][:2]),
         regularization=lam,
         converged=gap <= gap_target,
         seconds=0.0,
+        reason=reason,
         **fields,
     )
 
 
-def _square(weight: Tensor, bias: Tensor | None) -> float:
-    total = float((weight.to(torch.float64) ** 2).sum())
-    return total if bias is None else total + float((bias.to(torch.float64) ** 2).sum())
+def _difference(head: BoundedHead, center: Head) -> tuple[Tensor, Tensor | None]:
+    b, c = head.bias, center[1]
+    return head.weight - center[0], None if b is None or c is None else b - c

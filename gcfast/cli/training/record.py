@@ -16,6 +16,7 @@ from gcfast.cli.data.split import DataSplit
 from gcfast.cli.training.checkpoint import DataSpec
 from gcfast.cli.training.models import ModelSpec
 from gcfast.cli.training.train import CurvePoint, Schedule, Settings
+from gcfast.losses import gap_above
 
 _STAGES = ("phase_one", "phase_two", "base", "certify", "solve")
 
@@ -52,7 +53,10 @@ class Record:
         certificate = self.certificate or {}
         infimum = certificate.get("infimum", self.solver.get("infimum"))
         final = self.nearest.loss if self.nearest else None
-        gap = final - infimum if final is not None and infimum is not None else None
+        gap = None
+        if final is not None and infimum is not None:
+            # of the logits as the model rounds them, and of its stored head without that: neither is below
+            gap = gap_above(max(final, self.solver.get("loss", final)), infimum)
 
         def error(point: CurvePoint | None) -> float | None:
             return point.test_error if point else None

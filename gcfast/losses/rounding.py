@@ -1,0 +1,67 @@
+"""The arithmetic of outer bounds: what float64 may have hidden of sums, means and entropies.
+
+All of it rests on the model fl(a o b) = (a o b)(1 + d), |d| <= u = 2^-53, with gradual underflow, and on
+exp, log and log1p being right to a few u, which the tests of the kernels check. A bound is computed from
+rounded numbers too: ``SPARE`` enlarges it by more than that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-53
+TINY = 2.0**-1021  # above the least normal number: what an underflow may cost
+SPARE = 1.0 + 2.0**-20
+
+
+def nan_is_inf(x: Tensor) -> Tensor:
+    """No number, from inf - inf or 0 inf, bounds nothing."""
+    return torch.where(x.isnan(), math.inf, x)
+
+
+def mean_above(values: Tensor, n: int | None = None) -> float:
+    """No less than the sum of the values (n,) over n; inf where one is inf or no number."""
+    count = max(len(values) if n is None else n, 1)
+    try:
+        mean = math.fsum(values.tolist()) / count  # fsum rounds once
+    except (OverflowError, ValueError):
+        return math.inf
+    return math.inf if math.isnan(mean) else above(mean)
+
+
+def mean_below(values: Tensor, n: int | None = None) -> float:
+    """No more than the sum of the values (n,) over n."""
+    return 0.0 - mean_above(-values, n)
+
+
+def above(x: float) -> float:
+    """No less than any number that two roundings bring to x; 0 stays 0."""
+    return x if x == 0.0 else math.nextafter(math.nextafter(x, math.inf), math.inf)
+
+
+def gap_above(loss: float, infimum: float) -> float:
+    """No less than loss - infimum; inf where that is no number."""
+    gap = loss - infimum
+    return math.inf if math.isnan(gap) else gap if infimum == 0.0 else above(gap)
+
+
+def entropy_below(mass: Tensor, known: float) -> Tensor:
+    """No more than -sum_c M_c log(M_c / S), S = sum_c M_c, for mass (..., C) within M (1 +- known), M >= 0.
+
+    All terms are positive, and each keeps its digits: where a share M_c / S exceeds 1/2 its logarithm is made
+    of the sum of the others. Then log and log1p multiply a relative error of their argument by at most
+    1 / log 2, so that an error of e in each mass, and sums of C terms, make at most 4 (e + (C + 8) u).
+    """
+    c = mass.shape[-1]
+    top = mass.argmax(-1, keepdim=True)
+    at_top = mass.gather(-1, top)
+    rest = mass.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    whole = rest + at_top
+    terms = -torch.xlogy(mass, mass / whole)
+    of_top = -at_top * torch.log1p(-rest / whole)
+    terms = torch.where(2 * rest <= whole, terms.scatter(-1, top, of_top), terms)
+    total = terms.sum(-1) * (1 - 4 * (known + (c + 8) * UNIT)) - c * 2.0**-1000
+    return torch.where(total > 0, total, 0.0)  # also where it is no number
