@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,3 +137,21 @@ def poison() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.set_deterministic_debug_mode(was)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was proved of the matrices of rank_stream.py, by route and by family, of all workers."""
+    total: dict[str, Counter[str]] = {}
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "call":
+            for key, count in dict(report.user_properties).get("ranks", {}).items():
+                total.setdefault(key, Counter()).update(count)
+    if total:
+        terminalreporter.section("ranks")
+    for key, count in sorted(total.items()):
+        not_proved = count["full"] - count["proved"]
+        terminalreporter.write_line(
+            f"{key:<34} of full rank {count['full']}: {count['proved']} proved, {not_proved} not "
+            f"(of condition <= 1e10: {count['easy_proved']} of {count['easy']}); deficient "
+            f"{count['deficient']}; refused {count['refused']}; false {count['false']}"
+        )

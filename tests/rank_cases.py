@@ -271,3 +271,159 @@ def small_first_pivot(g: torch.Generator, batch: int, n: int, m: int, level: flo
     direction = torch.nn.functional.normalize(torch.randn(batch, 1, k - 1, generator=g).double(), dim=-1)
     small = direction @ p[:, :, :-1].mT * (tolerance * (1 + beside).clamp(min=0).sqrt())[..., None]
     return torch.cat([small, large], 1), tolerance[:, 0]
+
+
+def _uniform(g: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64)
+
+
+def tied_rows(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Rows that are others times a power of two, a sign, or the same entries in another order."""
+    a = torch.randn(batch, n, m, generator=g, dtype=torch.float64).to(dtype)
+    pairs = max(1, n // 8)
+    factor = 2.0 ** torch.randint(-3, 4, (batch, pairs, 1), generator=g)
+    factor *= 1 - 2 * torch.randint(0, 2, (batch, pairs, 1), generator=g)
+    a[:, n - pairs :] = a[:, :pairs] * factor.to(dtype)
+    if int(torch.randint(0, 3, (1,), generator=g)) == 0:  # of full rank but by accident
+        a[:, n - pairs :] = a[:, :pairs].roll(1, -1)
+    return a
+
+
+def affine(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """A row that is another one plus the difference of two: dependent with a column of ones as well."""
+    bits = MANTISSA[dtype] - 2
+    a = torch.randint(-(1 << bits) + 1, 1 << bits, (batch, n, m), generator=g).double()
+    if n < 4:
+        a[:, -1] = a[:, 0]
+    else:
+        a[:, -1] = a[:, 0] + a[:, 1] - a[:, 2]  # below 3 2^(p-2) in size
+    return a.to(dtype)
+
+
+def laplacian(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Weighted differences of unit vectors in a circle, which add up to zero: all but one are independent."""
+    a = torch.zeros(batch, n, m, dtype=torch.float64)
+    k = min(n, m)
+    i = torch.arange(k)
+    weight = 1.0 + torch.randint(0, 9, (batch, k), generator=g)
+    a[:, i, i] += weight
+    a[:, i, (i + 1) % k] -= weight
+    return a.to(dtype)
+
+
+def small_integers(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Entries -1, 0 and 1, or 0 and 1; mostly of full rank where n < m."""
+    low = -int(torch.randint(0, 2, (1,), generator=g))
+    return torch.randint(low, 2, (batch, n, m), generator=g).to(dtype)
+
+
+def gaussian(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """As they come: of full rank, and well conditioned."""
+    return torch.randn(batch, n, m, generator=g, dtype=torch.float64).to(dtype)
+
+
+def layer_like(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """What a wide layer with softplus makes of few inputs: positive, a large common mean, ill-conditioned."""
+    d = int(torch.randint(2, 33, (1,), generator=g))
+    z, q = (torch.randn(batch, k, d, generator=g, dtype=torch.float64) for k in (n, m))
+    c = torch.randn(batch, 1, m, generator=g, dtype=torch.float64)
+    return torch.nn.functional.softplus(z @ q.mT + c).to(dtype)
+
+
+def graded(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Of full rank, with condition numbers from 1 to 1e15 in the middle: from plain to nearly deficient."""
+    k = min(n, m)
+    decades = _uniform(g, 0, 15 if dtype == torch.float64 else 6, batch, 1, 1)
+    place = torch.linspace(0, 1, k, dtype=torch.float64)[None, None]
+    if int(torch.randint(0, 2, (1,), generator=g)):  # one small value, not a slope
+        place = (place == 1).double()
+    left, right = (
+        torch.randn(batch, *s, generator=g, dtype=torch.float64) / math.sqrt(k) for s in ((n, k), (k, m))
+    )
+    return ((left * 10 ** (-decades * place)) @ right).to(dtype)
+
+
+def ill_scaled(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """One column of 1e5 beside others of one, or a mean of 1e4 under all."""
+    a = torch.randn(batch, n, m, generator=g, dtype=torch.float64)
+    if int(torch.randint(0, 2, (1,), generator=g)):
+        a[:, :, 0] *= 1e5
+    else:
+        a += 1e4
+    return a.to(dtype)
+
+
+def of_denormals(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Products, or small integers, in units of the least number above zero, in all rows or in half."""
+    family = product if int(torch.randint(0, 2, (1,), generator=g)) else small_integers
+    a = family(g, batch, n, m, dtype)
+    least = -1074 if dtype == torch.float64 else -149
+    shift = torch.full((batch, n, 1), least)
+    if int(torch.randint(0, 2, (1,), generator=g)):
+        shift[:, n // 2 :] = 0
+    return ldexp(a, shift)
+
+
+def by_a_denormal(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Two rows of denormals, equal but for one unit in one entry, or equal: under others of one."""
+    a = torch.randn(batch, n, m, generator=g, dtype=torch.float64).to(dtype)
+    least = -1074 if dtype == torch.float64 else -149
+    a[:, -1] = ldexp(torch.randint(1, 9, (batch, m), generator=g).to(dtype), least)
+    a[:, 0] = a[:, -1]
+    same = torch.rand(batch, 1, generator=g) < 0.5
+    one = ldexp(torch.ones(batch, 1, dtype=dtype), least)
+    a[:, 0, :1] += torch.where(same, torch.zeros_like(one), one)
+    return a
+
+
+def shifted(family: Family, low: int, high: int) -> Family:
+    """A family times one power of two, the exponent between these in float64, a tenth of them in float32."""
+
+    def at_one_scale(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+        least, most = (low, high) if dtype == torch.float64 else (low // 10, high // 10)
+        return ldexp(
+            family(g, batch, n, m, dtype), torch.randint(least, most + 1, (batch, 1, 1), generator=g)
+        )
+
+    at_one_scale.__name__ = f"{family.__name__}, at 2^{low} to 2^{high}"
+    return at_one_scale
+
+
+def mixed_scales(g: torch.Generator, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Products whose rows lie anywhere in the dtype's range."""
+    a = product(g, batch, n, m, dtype)
+    most = 900 if dtype == torch.float64 else 90
+    return ldexp(a, torch.randint(-most, most + 1, (batch, n, 1), generator=g))
+
+
+STREAMED: tuple[Family, ...] = (
+    *FAMILIES,
+    tied_rows,
+    affine,
+    laplacian,
+    small_integers,
+    gaussian,
+    layer_like,
+    graded,
+    ill_scaled,
+    of_denormals,
+    by_a_denormal,
+    mixed_scales,
+    shifted(product, -540, -150),
+    shifted(gaussian, -540, -150),
+    shifted(product, 150, 950),
+    shifted(gaussian, 150, 950),
+)
+
+PRIME = 2**31 - 19  # two has a large order here, so that scaling by it makes nothing equal by accident
+
+
+def ranks_mod_prime(a: Tensor) -> list[int]:
+    """Ranks modulo a prime of a batch of float matrices, their rows times powers of two: never too large."""
+    needs_flint()
+    mantissa, exponent = np.frexp(a.numpy())
+    digits = np.ldexp(mantissa, 53).astype(np.int64) % PRIME
+    least = np.where(digits != 0, exponent, 10**6).min(-1, keepdims=True)
+    powers = np.array([pow(2, k, PRIME) for k in range(2200)])
+    whole = digits * powers[np.where(digits != 0, exponent - least, 0)] % PRIME
+    return [flint.nmod_mat(*a.shape[1:], x.ravel().tolist(), PRIME).rank() for x in whole]

@@ -101,19 +101,6 @@ def test_no_rank_above_the_exact_one_is_proved(target, family, dtype, generator)
     assert deficient > 64 if "one_ulp" not in family.__name__ else deficient == 0
 
 
-@pytest.mark.soundness
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES, ids=names)
-def test_a_million_matrices(family, dtype, generator):
-    """By hand, with -m soundness: 13 families, two dtypes, 40,000 matrices each."""
-    with ops.backend("cpu"):
-        for _ in range(5):
-            for n, m in SMALL:
-                a = family(generator, 1000, n, m, dtype)
-                exact = torch.tensor([exact_rank(x) for x in a])
-                assert bool((matrix_rank(a, atol=0.0, rtol=0.0).lower <= exact).all())
-
-
 @on_each
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("family", FAMILIES, ids=names)
