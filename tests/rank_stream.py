@@ -248,7 +248,7 @@ class Judge:
         return self.modular == self.best
 
     def wrong(self, said: Statement, *, exactly: bool) -> str:
-        """What is false of a statement ("": nothing); the prime alone is trusted where ``exactly`` is not asked."""
+        """What is false of a statement ("": nothing); without ``exactly`` the prime is trusted."""
         if said.lower > self.modular and (not exactly or said.lower > self.rank):
             return f"rank >= {said.lower}; it is {self.rank if exactly else self.modular}"
         if said.upper < self.modular:
@@ -285,7 +285,7 @@ class Tally:
     def add(self, route: str, group: Group, judge: Judge, said: Statement | str | None) -> None:
         """``said``: None where the route refused, a text where it failed.
 
-        A test with five false statements has failed: what comes after them need not be judged at such a price.
+        A test with five false statements has failed: what comes after need not be judged at such a price.
         """
         count: Counter[str] = Counter({"full" if judge.full else "deficient": 1})
         proved = judge.full and isinstance(said, Statement) and said.lower == judge.best

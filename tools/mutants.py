@@ -7,7 +7,10 @@ Changed C++ is built anew.
 
     python tools/mutants.py --room proofs --tier all                    all of a room, by all its tests
     python tools/mutants.py --sample 5 --seed $(date +%F) --no-check    a handful, another one each day
+    python tools/mutants.py --generated 400 --minutes 180               constants, signs and comparisons
 
+The last draws its faults from the sources (tools/_mutant_sample.py), and tries each on the tests that run its
+function. Those that survive need a reason in tools/mutant_reasons.toml: why what is said is still true.
 The exit status is 1 if a fault survives of which the list does not say so, 2 if a fault could not be tried.
 """
 
@@ -18,6 +21,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -30,10 +34,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _mutant_sample
 import tomllib
 
 HERE = Path(__file__).resolve().parent
 CPP = (".cpp", ".h")
+MAPPED = (
+    "proofs",
+    "losses",
+    "solve",
+    "certificate",
+    "ops",
+)  # the rooms whose tests are tried on a generated fault
+ENOUGH = 60.0  # seconds of tests, as recorded, that are tried on one
 NOT_COPIED = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "*venv", "dist", "shared")
 TIERS = {"default": [], "all": ["-m", "not soundness"]}  # soundness takes minutes a run
 NEEDED = ("id", "room", "why", "find", "replace")
@@ -124,10 +137,10 @@ class Scratch:
         if status != 0:
             raise CannotTry(f"the build failed:\n{output[-3000:]}")
 
-    def test(self, tests: str, limit: float) -> tuple[str, float]:
+    def test(self, tests: list[str], limit: float) -> tuple[str, float]:
         """What fails first of these ("": nothing), in their order as ever, and after how long."""
         options = ["-x", "-q", "-rfE", "-p", "no:cacheprovider", *TIERS[self.tier]]
-        command = [sys.executable, "-m", "pytest", *options, tests]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         began = time.monotonic()
         status, output = run(command, self.folder, limit)
         took = round(time.monotonic() - began, 1)
@@ -137,6 +150,8 @@ class Scratch:
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         if status in (1, 2) and failed:
             return failed[1], took
+        if status == 4 and "while loading conftest" in output:
+            return "importing gcfast", took
         if status != 0:
             raise CannotTry(f"pytest ended with status {status}:\n{output[-3000:]}")
         return "", took
@@ -147,24 +162,69 @@ class Scratch:
         path, changed = place_of(sources, mutant)
         try:
             path.write_text(changed, encoding="utf-8")
+            if programs := mutant.get("programs"):
+                by, seconds = self.test(programs, limit)
+                if by:
+                    return by, seconds
             if path.suffix in CPP:
-                self.build()
+                try:
+                    self.build()
+                except CannotTry:
+                    if programs:
+                        return "the compiler", 0.0
+                    raise
             if finder := mutant.get("found_by"):
                 with contextlib.suppress(CannotTry):  # a test that is gone
-                    by, seconds = self.test(finder, limit)
+                    by, seconds = self.test([finder], limit)
                     if by:
                         return by, seconds
-            return self.test(f"tests/{mutant['room']}", limit)
+            return self.test(mutant.get("tests") or [f"tests/{mutant['room']}"], limit)
         finally:
             path.write_text(sources[path], encoding="utf-8")  # newer than its object, which is then made anew
             for module in self.saved.glob("*.so") if path.suffix in CPP else ():
                 shutil.copy(module, self.folder / "gcfast")
+
+    def calls(self) -> _mutant_sample.Calls:
+        """Which functions each test runs."""
+        found = self.folder / "calls.json"
+        os.environ["GCFAST_CALLS"] = str(found)
+        rooms = [f"tests/{room}" for room in MAPPED if (self.folder / "tests" / room).is_dir()]
+        options = ["-q", "-p", "tools._calls", "-p", "no:cacheprovider", "-k", "not triton"]
+        status, output = run([sys.executable, "-m", "pytest", *options, *rooms], self.folder, 7200)
+        if status not in (0, 1) or not found.is_file():
+            raise CannotTry(f"pytest ended with status {status}:\n{output[-3000:]}")
+        return json.loads(found.read_text())
 
 
 def digest(root: Path) -> str:
     """Of sources and tests: results of others are not taken over."""
     tests = (path.read_text() for path in sorted((root / "tests").rglob("*.py")))
     return hashlib.sha256("\0".join((*source_texts(root).values(), *tests)).encode()).hexdigest()
+
+
+def generated(args: argparse.Namespace, scratch: Scratch, tree: str) -> list[Mutant]:
+    """The sample of faults, each with the tests that run its function, and the reason why it may survive."""
+    kept = args.root / "build" / "mutants-calls.json"
+    calls = json.loads(kept.read_text()) if kept.is_file() else {}
+    if calls.get("tree") != tree:
+        calls = {"tree": tree, "calls": scratch.calls()}
+        kept.write_text(json.dumps(calls))
+    texts = source_texts(args.root)
+    sources = {path.relative_to(args.root.resolve()).as_posix(): text for path, text in texts.items()}
+    listed = args.reasons.read_text(encoding="utf-8") if args.reasons.is_file() else ""
+    reasons = {
+        (r["file"], r["line"], r["change"]): r["reason"] for r in tomllib.loads(listed).get("survivor", [])
+    }
+    found = _mutant_sample.candidates(sources, int(args.seed))
+    mutants = []
+    for mutant in _mutant_sample.sample(found, args.generated, int(args.seed)):
+        mutant = _mutant_sample.placed(mutant, sources)
+        mutant["tests"] = _mutant_sample.tests_of(mutant, calls["calls"], ENOUGH)
+        if mutant["file"].endswith(CPP):
+            mutant["programs"] = _mutant_sample.programs_of(mutant, args.root)
+        mutant["survives"] = reasons.get((mutant["file"], mutant["why"], mutant["id"].split(" ", 1)[1]), "")
+        mutants.append(mutant)
+    return mutants
 
 
 def chosen(mutants: list[Mutant], args: argparse.Namespace) -> list[Mutant]:
@@ -191,6 +251,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--room", metavar="ROOMS", help="rooms, separated by commas, tried in this order")
     add("--sample", type=int, metavar="K", help="K faults; --seed says which")
     add("--seed", default="0", metavar="DAY", help="a date such as 2026-01-31, or a number")
+    add(
+        "--generated",
+        type=int,
+        metavar="K",
+        help="K faults from the sources, and all constants of the bounds",
+    )
+    add("--minutes", type=float, default=math.inf, help="begin no fault after this; a later run goes on")
+    add("--reasons", type=Path, default=HERE / "mutant_reasons.toml", help="why generated ones may survive")
     add("--tier", choices=TIERS, default="default", help="all: every marker but soundness")
     add("--limit", type=float, default=600, help="seconds a fault; at least twice its room's")
     add("--no-check", action="store_true", help="do not test the rooms without a fault first")
@@ -201,8 +269,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup ignores, but tests send
     args = arguments(argv)
-    mutants = read_list(args.list)
-    results = args.root / "build" / f"mutants-{args.tier}.json"  # to go on from
+    began = time.monotonic()
+    mutants = [] if args.generated else read_list(args.list)
+    kind = f"generated-{args.seed}" if args.generated else args.tier
+    results = args.root / "build" / f"mutants-{kind}.json"  # to go on from
     results.parent.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"tree": digest(args.root), "rooms": {}, "mutants": {}}
     if results.is_file() and (earlier := json.loads(results.read_text()))["tree"] == state["tree"]:
@@ -210,11 +280,15 @@ def main(argv: list[str] | None = None) -> int:
     ends: dict[str, list[str]] = {"found": [], "survived": [], "unexpected": [], "error": []}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         scratch = Scratch(args.root.resolve(), Path(folder), args.tier)
+        if args.generated:
+            mutants, args.no_check = generated(args, scratch, state["tree"]), True
         for mutant in chosen(mutants, args):
+            if (time.monotonic() - began) / 60 > args.minutes:
+                break
             key, room, fault = mutant["id"], mutant["room"], f"{mutant['find']} -> {mutant['replace']}"
             try:
                 if not args.no_check and room not in state["rooms"]:
-                    by, state["rooms"][room] = scratch.test(f"tests/{room}", 7200)
+                    by, state["rooms"][room] = scratch.test([f"tests/{room}"], 7200)
                     if by:
                         raise SystemExit(f"tests/{room} fails without a fault, by {by}")
                 entry = state["mutants"].get(key, {})
@@ -232,10 +306,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{how:<8} {entry['seconds']:>7.1f} s  {key}: {entry['by'] or mutant['why']}", flush=True)
             if not (entry["by"] or mutant.get("survived") or mutant.get("survives")):
                 ends["unexpected"].append(key)
-            if args.record:
+            if args.record and not args.generated:
                 mutant |= {"found_by": entry["by"], "survived": not entry["by"]}
                 write_list(args.list, mutants)
     print(f"{len(ends['found'])} found; survived: {', '.join(ends['survived']) or 'none'}")
+    if args.generated:
+        tried = len(ends["found"]) + len(ends["survived"])
+        share = 100 * len(ends["survived"]) / max(tried, 1)
+        print(f"{tried} of {len(mutants)} tried, {share:.1f} % survived")
     if ends["unexpected"]:
         print(f"survived although the list did not say so: {', '.join(ends['unexpected'])}")
     return 2 if ends["error"] else 1 if ends["unexpected"] else 0
