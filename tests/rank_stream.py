@@ -34,12 +34,14 @@ from rank_cases import (
     by_a_denormal,
     combination,
     exact_rank,
+    gaussian,
     ldexp,
     mixed_scales,
     of_denormals,
     product,
     rank_one_update,
     ranks_mod_prime,
+    shifted,
 )
 from torch import Tensor, nn
 
@@ -94,8 +96,16 @@ def groups(
         yield Group(family.__name__, _laid_out(a, rng.randrange(3)), f"block {block}, group {k}")
 
 
-def at_risk(block: int, state: str) -> Iterator[Group]:
-    """What a state of the processor does most harm to: denormals, and long sums that cancel."""
+def at_risk(block: int, state: str | None = None) -> Iterator[Group]:
+    """What a state of the processor does most harm to, denormals or long sums that cancel; products of entries
+    that underflow in the ordinary one."""
+    if state is None:
+        families: tuple[Family, ...] = (
+            shifted(product, -540, -150),
+            shifted(gaussian, -540, -150),
+            of_denormals,
+        )
+        return groups(block, sizes=4, batch=2, rows=(8, 330), largest=0, families=families)
     if state == FLUSH:
         families = (of_denormals, by_a_denormal, mixed_scales)
         return groups(block, sizes=9, rows=(2, 40), largest=0, families=families)
@@ -307,10 +317,10 @@ class Tally:
         return {"counts": self.counts, "proved": f"{bits:x}", "false": self.false}
 
 
-def judged(matrices: Iterable[Group], state: str | None = None) -> Tally:
+def judged(matrices: Iterable[Group], state: str | None = None, calls: int = 1) -> Tally:
     """What every route says of these in a state of the processor, judged in the ordinary one.
 
-    Routes of one matrix take turns: one matrix a group, in a state of the processor each of them.
+    The routes of one matrix take turns, so many calls a group.
     """
     tally, turn = Tally(), 0
     for group in matrices:
@@ -320,7 +330,8 @@ def judged(matrices: Iterable[Group], state: str | None = None) -> Tally:
             said = _said(state, len(a), by_matrix_rank, a)
         for judge, statement in zip(judges, said):
             tally.add("matrix_rank", group, judge, statement)
-        for k in range(len(a)) if state else [turn % len(a)]:
+        for _ in range(calls):
+            k = turn % len(a)
             route = list(ROUTES)[turn // 2 % len(ROUTES)]
             call, speaks_of = ROUTES[route]
             subject = speaks_of(a[k])
@@ -339,7 +350,7 @@ if __name__ == "__main__":
     for block in range(first, end):
         if name in SURROUNDINGS:
             stream = itertools.chain(at_risk(block, name), groups(block, sizes=sizes, largest=0))
-            tallies.append(judged(stream, name).as_json())
+            tallies.append(judged(stream, name, 6).as_json())
         else:
             tallies.append(judged(groups(block, sizes=sizes)).as_json())
     print(json.dumps(tallies))

@@ -1,8 +1,8 @@
 """Faults drawn from the sources: constants, signs and comparisons of what the guarantees rest on.
 
 They come from Python's syntax tree and from the tokens of C++, not from a list that someone chose. Each has
-one other form, drawn with it: a number is doubled, halved, or moved by one; a sign or a comparison becomes its
-neighbour. A recorded map says which tests run the function that a fault is in.
+one other form, drawn with it: a number is doubled, halved, or moved by one; a sign or a comparison becomes
+its neighbour. A recorded map says which tests run the function that a fault is in.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ GROUPS = {  # where the sample is drawn from, the tests' room, and each one's sh
 }
 # every constant of these is tried: the bounds of roundings and of gaps
 BOUNDING = re.compile(r"bound|gap|gamma|round|excess|error|rank_lower|sigma|conjugate|infimum")
-BOUNDS = (
-    "gcfast/proofs/rounding.py",
-    "gcfast/losses/rounding.py",
-    "gcfast/solve/bounds.py",
-    "csrc/core/rank_bounds.h",
-)
+BOUNDS = ("gcfast/proofs/rounding", "gcfast/losses/rounding", "gcfast/solve/bound", "csrc/core/rank_bounds")
 CALLERS = {"activations": "activations.py", "panel": "wide.py"}  # of the headers in csrc/core, in gcfast/ops
 OTHER = {
     "<": "<=",
@@ -141,7 +136,7 @@ def candidates(sources: dict[str, str], seed: int) -> list[Mutant]:
                     "file": name,
                     "first": first,
                     "function": line,
-                    "bound": number and (name in BOUNDS or bool(BOUNDING.search(function))),
+                    "bound": number and (name.startswith(BOUNDS) or bool(BOUNDING.search(function))),
                 }
             )
     return found
@@ -174,7 +169,7 @@ def placed(mutant: Mutant, sources: dict[str, str]) -> Mutant:
 
 
 def tests_of(mutant: Mutant, calls: Calls, seconds: float) -> list[str]:
-    """The tests that ran the mutant's function, or else its file: quick ones first, so many seconds of them."""
+    """The tests that ran the mutant's function, or else its file: quick ones first, for so many seconds."""
     name, line = mutant["file"], mutant["function"]
     if name.startswith("csrc/"):  # no Python function: those that call what it is for
         name = "gcfast/ops/" + next((v for k, v in CALLERS.items() if k in name), "rank.py")

@@ -39,13 +39,7 @@ import tomllib
 
 HERE = Path(__file__).resolve().parent
 CPP = (".cpp", ".h")
-MAPPED = (
-    "proofs",
-    "losses",
-    "solve",
-    "certificate",
-    "ops",
-)  # the rooms whose tests are tried on a generated fault
+MAPPED = ("proofs", "losses", "solve", "certificate", "ops")  # rooms whose tests find generated faults
 ENOUGH = 60.0  # seconds of tests, as recorded, that are tried on one
 NOT_COPIED = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "*venv", "dist", "shared")
 TIERS = {"default": [], "all": ["-m", "not soundness"]}  # soundness takes minutes a run
@@ -184,11 +178,11 @@ class Scratch:
             for module in self.saved.glob("*.so") if path.suffix in CPP else ():
                 shutil.copy(module, self.folder / "gcfast")
 
-    def calls(self) -> _mutant_sample.Calls:
+    def calls(self, names: list[str]) -> _mutant_sample.Calls:
         """Which functions each test runs."""
         found = self.folder / "calls.json"
         os.environ["GCFAST_CALLS"] = str(found)
-        rooms = [f"tests/{room}" for room in MAPPED if (self.folder / "tests" / room).is_dir()]
+        rooms = [f"tests/{room}" for room in names if (self.folder / "tests" / room).is_dir()]
         options = ["-q", "-p", "tools._calls", "-p", "no:cacheprovider", "-k", "not triton"]
         status, output = run([sys.executable, "-m", "pytest", *options, *rooms], self.folder, 7200)
         if status not in (0, 1) or not found.is_file():
@@ -204,16 +198,17 @@ def digest(root: Path) -> str:
 
 def generated(args: argparse.Namespace, scratch: Scratch, tree: str) -> list[Mutant]:
     """The sample of faults, each with the tests that run its function, and the reason why it may survive."""
-    kept = args.root / "build" / "mutants-calls.json"
+    rooms = args.room.split(",") if args.room else list(MAPPED)
+    kept = args.root / "build" / f"mutants-calls-{'-'.join(rooms)}.json"
     calls = json.loads(kept.read_text()) if kept.is_file() else {}
     if calls.get("tree") != tree:
-        calls = {"tree": tree, "calls": scratch.calls()}
+        calls = {"tree": tree, "calls": scratch.calls(rooms)}
         kept.write_text(json.dumps(calls))
     texts = source_texts(args.root)
     sources = {path.relative_to(args.root.resolve()).as_posix(): text for path, text in texts.items()}
     listed = args.reasons.read_text(encoding="utf-8") if args.reasons.is_file() else ""
     reasons = {
-        (r["file"], r["line"], r["change"]): r["reason"] for r in tomllib.loads(listed).get("survivor", [])
+        (s["file"], s["line"], s["change"]): s["reason"] for s in tomllib.loads(listed).get("survivor", [])
     }
     found = _mutant_sample.candidates(sources, int(args.seed))
     mutants = []
@@ -255,7 +250,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--generated",
         type=int,
         metavar="K",
-        help="K faults from the sources, and all constants of the bounds",
+        help="K from the sources, and all constants of bounds",
     )
     add("--minutes", type=float, default=math.inf, help="begin no fault after this; a later run goes on")
     add("--reasons", type=Path, default=HERE / "mutant_reasons.toml", help="why generated ones may survive")
