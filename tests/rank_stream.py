@@ -97,20 +97,16 @@ def groups(
 
 
 def at_risk(block: int, state: str | None = None) -> Iterator[Group]:
-    """What a state of the processor does most harm to, denormals or long sums that cancel; products of entries
-    that underflow in the ordinary one."""
+    """What a state does most harm to: denormals, or long sums that cancel; products that underflow in any."""
+    families: tuple[Family, ...]
     if state is None:
-        families: tuple[Family, ...] = (
-            shifted(product, -540, -150),
-            shifted(gaussian, -540, -150),
-            of_denormals,
-        )
+        families = (shifted(product, -540, -150), shifted(gaussian, -540, -150))
         return groups(block, sizes=4, batch=2, rows=(8, 330), largest=0, families=families)
     if state == FLUSH:
         families = (of_denormals, by_a_denormal, mixed_scales)
         return groups(block, sizes=9, rows=(2, 40), largest=0, families=families)
     families = (product, combination, rank_one_update)
-    return groups(block, sizes=6, batch=6, rows=(100, 330), largest=0, families=families, wider=True)
+    return groups(block, sizes=3, batch=4, rows=(100, 200), largest=0, families=families, wider=True)
 
 
 def _laid_out(a: Tensor, kind: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,15 +12,13 @@ from pathlib import Path
 import children
 import pytest
 import rank_stream
+import resumable
 import torch
 from rank_stream import SURROUNDINGS, at_risk, groups, judged
-
-import gcfast
-from gcfast.storage import write_json
+from resumable import ROOT
 
 pytest.importorskip("flint")
 
-ROOT = Path(__file__).resolve().parents[2]
 FROZEN = Path(__file__).with_name("proved.json")  # by block what was proved, as bits behind a one
 CHUNK = 10  # blocks of a test of the million
 
@@ -73,28 +70,19 @@ def test_the_state_of_the_processor(state, record_property):
     assert not tally["false"], "\n".join(tally["false"])
 
 
-def digest() -> str:
-    """Of all that the results of a chunk depend on."""
-    files = [*Path(gcfast.__file__).parent.rglob("*.py"), *Path(gcfast.__file__).parent.glob("*.so")]
-    files += [ROOT / "tests" / "rank_cases.py", ROOT / "tests" / "rank_stream.py"]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
-
-
 @pytest.mark.soundness
 @pytest.mark.parametrize("state", [None, *SURROUNDINGS])
 @pytest.mark.parametrize("chunk", range(100))
 def test_a_million_matrices(chunk, state, record_property):
-    """By hand, with -m soundness. What is done is kept in build/, and not done again for the same code."""
-    blocks = range(CHUNK * chunk, CHUNK * (chunk + 1))
-    kept = ROOT / "build" / "soundness" / digest() / f"{chunk} {state or 'as ever'}.json"
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        if state is None:
-            tallies = [judged(itertools.chain(groups(block), at_risk(block))).as_json() for block in blocks]
-        else:  # of the blocks beyond the million, a few sizes each
-            tallies = in_a_state(state, 1000 + chunk, 1001 + chunk, 25)
-        write_json(kept, tallies)
-    tallies = json.loads(kept.read_text())
+    """By hand, with -m soundness. What is done is not done again for the same code."""
+
+    def make() -> list[dict]:
+        if state is not None:  # of the blocks beyond the million, a few sizes each
+            return in_a_state(state, 1000 + chunk, 1001 + chunk, 25)
+        blocks = range(CHUNK * chunk, CHUNK * (chunk + 1))
+        return [judged(itertools.chain(groups(block), at_risk(block))).as_json() for block in blocks]
+
+    tallies = resumable.kept(f"ranks {chunk} {state or 'as ever'}", make)
     total: dict[str, Counter[str]] = {}
     for tally in tallies:
         for key, count in tally["counts"].items():

@@ -121,6 +121,67 @@ def test_a_hang_is_found(tree):
     assert done.returncode == 0 and "the time limit of 5 s" in done.stdout, done.stdout + done.stderr
 
 
+PYTHON = """
+def gap_bound(a: "list[3]", *, k=2):
+    if a[0] <= -1.5:
+        raise ValueError(f"{k + 1} < 3")
+    return a[0] * 2.0**-53
+"""
+CPP = """
+#define N 4
+double bound(const double* x) {  // 1 + 2
+  return x[0] < 0x1p-53 ? 2.0 * x[1] : std::min<double>(x[2], -x[0]);
+}
+"""
+
+
+def test_faults_are_drawn_from_the_sources(mutants):
+    draw = mutants._mutant_sample
+    sources = {"gcfast/losses/a.py": PYTHON, "csrc/core/b.h": CPP, "gcfast/nn/c.py": PYTHON}
+    found = draw.candidates(sources, 0)
+    assert found == draw.candidates(sources, 0) != draw.candidates(sources, 1)
+    places = [m["id"].split(" ->")[0].split(":", 1) for m in found]
+    python = {"2:34 2", "3:13 <=", "3:16 -", "3:17 1.5", "5:17 *", "5:19 2.0", "5:24 -", "5:25 53"}
+    cpp = {"4:12 0", "4:15 <", "4:17 0x1p-53", "4:27 2.0", "4:31 *", "4:35 1", "4:59 2", "4:66 0"}
+    assert {p for file, p in places if "losses" in file} == python
+    assert {p for file, p in places if "csrc" in file} == cpp and len(places) == len(python) + len(cpp)
+    assert sum(m["bound"] for m in found) == 4
+    chosen = draw.sample(found, 4, 0)
+    assert {m["id"] for m in found if m["bound"]} < {m["id"] for m in chosen}
+
+
+def test_generated_faults_are_tried_on_the_tests_that_run_them(tree):
+    (tree / "gcfast" / "losses").mkdir()
+    code = "def gap(a):\n    return a * 2.0\n\n\ndef error(a):\n    return a + 8.5\n"
+    (tree / "gcfast" / "losses" / "__init__.py").write_text(code)
+    (tree / "tests" / "losses").mkdir()
+    for name, said in (("gap", "== 6"), ("error", "!= 7")):
+        text = f"from gcfast.losses import {name}\n\n\ndef test_{name}():\n    assert {name}(3) {said}\n"
+        (tree / "tests" / "losses" / f"test_{name}.py").write_text(text)
+    (tree / "tools").mkdir()
+    (tree / "tools" / "_calls.py").write_text((TOOL.parent / "_calls.py").read_text())
+    reasons = tree / "reasons.toml"
+    options = ("--generated", "8", "--room", "losses", "--reasons", str(reasons))
+    done = run(tree, GOOD, *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "tests/losses/test_gap.py::test_gap" in done.stdout and "50.0 % survived" in done.stdout
+    entry = (
+        "[[survivor]]\nfile = 'gcfast/losses/__init__.py'\nline = 'return a + 8.5'\nreason = 'not called'\n"
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("survived ")]
+    told = [line.split(": return")[0].split("py:")[1].split(" ", 1)[1] for line in lines]
+    reasons.write_text("".join(f"{entry}change = '{change}'\n" for change in told))
+    assert run(tree, GOOD, *options).returncode == 0
+
+
+def test_every_reason_has_its_place():
+    import tomllib
+
+    for entry in tomllib.loads((TOOL.parent / "mutant_reasons.toml").read_text()).get("survivor", []):
+        assert set(entry) == {"file", "line", "change", "reason"}
+        assert entry["line"] in [line.strip() for line in (ROOT / entry["file"]).read_text().splitlines()]
+
+
 def test_a_sample_goes_through_the_list(mutants):
     listed = [{"id": str(k), "room": "numbers"} for k in range(10)]
     seen: set[str] = set()
