@@ -169,14 +169,14 @@ def placed(mutant: Mutant, sources: dict[str, str]) -> Mutant:
 
 
 def tests_of(mutant: Mutant, calls: Calls, seconds: float) -> list[str]:
-    """The tests that ran the mutant's function, or else its file: quick ones first, for so many seconds."""
+    """The tests that ran the mutant's function, then its file: quick ones first, for so many seconds."""
     name, line = mutant["file"], mutant["function"]
     if name.startswith("csrc/"):  # no Python function: those that call what it is for
         name = "gcfast/ops/" + next((v for k, v in CALLERS.items() if k in name), "rank.py")
-    exactly = [t for t, (_, where) in calls.items() if line and f"{name}:{line}" in where]
+    exactly = {t for t, (_, where) in calls.items() if line and f"{name}:{line}" in where}
     nearly = [t for t, (_, where) in calls.items() if any(w.startswith(f"{name}:") for w in where)]
     chosen: list[str] = []
-    for test in sorted(exactly or nearly, key=lambda t: calls[t][0]):
+    for test in sorted(nearly, key=lambda t: (t not in exactly, calls[t][0])):
         seconds -= calls[test][0]
         if seconds < 0 and chosen:
             break
