@@ -176,12 +176,12 @@ def by_svd(x: Tensor, sharp: bool) -> Statement:
         return by_matrix_rank(x[None])[0]
 
 
-def by_wide(x: Tensor, sharp: bool) -> Statement:
-    return _certified(certify(wide(x), sharp=sharp))
+def by_wide(features: WideFeatures, sharp: bool) -> Statement:
+    return _certified(certify(features, sharp=sharp))
 
 
 # how a route of one matrix is called, and the matrix that it speaks of
-ROUTES: dict[str, tuple[Callable[[Tensor, bool], Statement], Callable[[Tensor], Tensor]]] = {
+ROUTES: dict[str, tuple[Callable[[Any, bool], Statement], Callable[[Tensor], Tensor]]] = {
     "matrix_rank, large": (by_large, short),
     "matrix_rank, reference": (by_svd, short),
     "certify": (by_certify, with_ones),
@@ -332,8 +332,9 @@ def judged(matrices: Iterable[Group], state: str | None = None, calls: int = 1) 
             call, speaks_of = ROUTES[route]
             subject = speaks_of(a[k])
             judge = Judge(subject, ranks_mod_prime(subject[None])[0], len(subject))
+            given = wide(a[k]) if call is by_wide else a[k]
             with surroundings(state):
-                (statement,) = _said(state, 1, call, a[k], turn % 2 == 0)
+                (statement,) = _said(state, 1, call, given, turn % 2 == 0)
             tally.add(route, group, judge, statement)
             turn += 1
     return tally
