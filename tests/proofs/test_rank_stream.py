@@ -32,6 +32,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def plain(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """What pytest-xdist can send from one process to another."""
+    return {key: dict(count) for key, count in counts.items()}
+
+
 def powerless(counts: dict[str, dict[str, int]]) -> dict[str, tuple[int, int]]:
     """Where fewer than 99.9 % of the easy ones of full rank are proved: how many, and of how many."""
     pairs = {key: (c.get("easy_proved", 0), c.get("easy", 0)) for key, c in counts.items()}
@@ -41,7 +46,7 @@ def powerless(counts: dict[str, dict[str, int]]) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("block", range(10))
 def test_ten_thousand_matrices(block, record_property):
     tally = judged(groups(block))
-    record_property("ranks", tally.counts)
+    record_property("ranks", plain(tally.counts))
     false = tally.false + judged(at_risk(block), calls=2 * len(rank_stream.ROUTES)).false
     assert not false, "\n".join(false)
     full = sum(c["full"] for key, c in tally.counts.items() if key == "matrix_rank")
@@ -87,7 +92,7 @@ def test_a_million_matrices(chunk, state, record_property):
     for tally in tallies:
         for key, count in tally["counts"].items():
             total.setdefault(key, Counter()).update(count)
-    record_property("ranks", total)
+    record_property("ranks", plain(total))
     false = [line for tally in tallies for line in tally["false"]]
     assert not false, "\n".join(false)
     if state is None:
