@@ -18,6 +18,8 @@ from gcfast.solve.problem import HeadProblem
 from gcfast.storage import allowed_bytes, check_memory
 
 PRODUCTS = 200  # with K that a path takes, roughly
+COUPLED = 4096  # most unknowns in one factorisation that couples outputs
+MOST_WORK = 1e14  # operations for the form that is left where K fails: ten minutes or so
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class GramForm:
     bytes: int
     seconds: float
     dtype: torch.dtype
-    form: str  # "set", "dense", "tiles", "free"
+    form: str  # "set", "dense", "tiles", "free", "spectrum"
     most_rows: int = 0  # of the working set, or of K's rows in the cache
 
 
@@ -142,10 +144,23 @@ def options(
         name = f"K never stored, features {'recomputed' if s.d is not None else 'read'}, {word}"
         whole.append(GramForm(name, free, seconds, dtype, "free", rows))
 
-    def order(o: GramForm) -> tuple[bool, bool, float]:
+    # for what K cannot hold: a decomposition, and a Newton system an output
+    r = min(s.n, s.m + 1)
+    size = common + 8 * (3 * s.n * (s.m + 1) + (s.c + 8) * r * r) + 16 * min(s.c * r, COUPLED) ** 2
+    work = 20.0 * r * r * max(s.n, s.m) + 60.0 * s.c * r * r * (s.n + r / 3)
+    if work < MOST_WORK:
+        name = "H by its singular vectors, float64, where K fails"
+        whole.append(GramForm(name, size, work / rates.f64, torch.float64, "spectrum"))
+
+    def order(o: GramForm) -> tuple[bool, bool, bool, float]:
         fits = room is None or o.bytes <= room
         # float32 loses the last digits of a hard problem and then costs a second run in float64
-        return not fits, o.form != "set", o.seconds * (1.0 if o.dtype == torch.float64 else 3.0)
+        return (
+            not fits,
+            o.form == "spectrum",
+            o.form != "set",
+            o.seconds * (1.0 if o.dtype == torch.float64 else 3.0),
+        )
 
     return sorted(whole, key=order)
 
@@ -155,11 +170,10 @@ def sizes_of(features: Features, c: int) -> Sizes:
     return Sizes(features.n, features.m, c, d, features.dtype, features.device)
 
 
-def forms_for(head_problem: HeadProblem, weight_decay: float, max_bytes: int | None) -> list[GramForm]:
+def forms_for(head_problem: HeadProblem, max_bytes: int | None) -> list[GramForm]:
     """The forms of K that fit, best first; MemoryError where none does."""
-    hard = (
-        isinstance(head_problem.loss, CrossEntropy) and head_problem.targets.dim() == 1 and not weight_decay
-    )
+    labels = isinstance(head_problem.loss, CrossEntropy) and head_problem.targets.dim() == 1
+    hard = labels and not head_problem.weight_decay
     room = allowed_bytes(max_bytes, head_problem.device)
     attained = head_problem.loss.attained(head_problem.targets)
     found = options(sizes_of(head_problem.features, len(head_problem.weight)), hard, attained, room)
@@ -171,4 +185,12 @@ def forms_for(head_problem: HeadProblem, weight_decay: float, max_bytes: int | N
         head_problem.device,
         "use method='sgd', or fewer samples",
     )
-    return [o for o in found if room is None or o.bytes <= room]
+    # a softmax whose outputs cannot be factored together would take hours there
+    wide = isinstance(head_problem.loss, CrossEntropy) and not coupled(head_problem)
+    return [o for o in found if (room is None or o.bytes <= room) and not (wide and o.form == "spectrum")]
+
+
+def coupled(head_problem: HeadProblem) -> bool:
+    """Whether one factorisation takes all differences between outputs in the features' own basis."""
+    rank = min(head_problem.n, head_problem.features.m + 1)
+    return rank * (len(head_problem.weight) - 1) <= COUPLED

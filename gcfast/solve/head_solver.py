@@ -22,18 +22,21 @@ from gcfast.losses import (
 )
 from gcfast.model import Head
 from gcfast.proofs import exact_products
+from gcfast.solve.all_samples import AllSamples
 from gcfast.solve.descent import descent, exact
 from gcfast.solve.gram_forms import GramForm, forms_for, rank_of, sizes_of
-from gcfast.solve.grams import FreeGram, Gram
-from gcfast.solve.grams import build_gram as build_gram
-from gcfast.solve.newton import NewtonState, Problem
-from gcfast.solve.path import ARRIVED, REGULARISED, follow_path
+from gcfast.solve.grams import FreeGram, Gram, build_gram
+from gcfast.solve.newton import GramProblem, Problem
+from gcfast.solve.path import OVERFLOW, ROUNDING, PathEnd, follow
 from gcfast.solve.path_checkpoint import PathCheckpoint
+from gcfast.solve.path_point import PathForm, PathPoint
 from gcfast.solve.problem import HeadProblem, make_problem
 from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
-from gcfast.solve.working_set import WorkingSet, WorkingSetFull, follow_working_set
+from gcfast.solve.spectrum import SpectralProblem
+from gcfast.solve.working_set import WorkingSet, WorkingSetFull
 from gcfast.storage import StateFile, fingerprint
 
+INTERRUPTED = "interrupted; the best head so far"
 METHODS = ("nearest", "exact", "gd", "sgd")
 
 
@@ -116,6 +119,7 @@ def solve_head(
             raise TypeError(f"targets: expected a tensor; got {type(data_or_targets).__name__}")
         module = None
         head_problem = make_problem(features, data_or_targets, convex, start)
+    head_problem.target_gap, head_problem.weight_decay = target_gap, weight_decay
     on_progress = callback or (lambda progress: None)
     keeper = None
     if checkpoint is not None:
@@ -135,7 +139,7 @@ def solve_head(
         if method == "exact":
             solution = exact(head_problem, max_bytes, weight_decay, target_gap)
         elif method == "nearest":
-            solution = _nearest(head_problem, target_gap, weight_decay, max_bytes, on_progress, began, keeper)
+            solution = _nearest(head_problem, max_bytes, on_progress, began, keeper)
         else:
             solution = descent(
                 head_problem, method, target_gap, weight_decay, max_iterations, generator, on_progress, began
@@ -166,152 +170,132 @@ def _number(name: str, value: float, positive: bool = False) -> None:
 
 def _nearest(
     head_problem: HeadProblem,
-    target_gap: float,
-    weight_decay: float,
     max_bytes: int | None,
     on_progress: Callable[[Progress], None],
     began: float,
     checkpoint: StateFile | None,
 ) -> HeadSolution:
-    n, c = head_problem.n, len(head_problem.weight)
-    forms = forms_for(head_problem, weight_decay, max_bytes)
-    if weight_decay:
-        offset = torch.zeros((n, c), dtype=torch.float64, device=head_problem.device)
-    else:
-        offset = head_problem.start_logits
-    target = head_problem.infimum + target_gap
-    path: list[tuple[float, float]] = []
-    zero = torch.zeros((n, c), dtype=torch.float64, device=offset.device)
-    initial = head_problem.mean_loss(offset)
-    fields: dict[str, Any] = {
-        "method": "nearest",
-        "interrupted": False,
-        "iterations": 0,
-        "products": 0,
-        "peak_bytes": forms[0].bytes,
-        "path": path,
-        "form": forms[0].name,
-    }
+    """The path in the forms of K that fit, one after another, until one of them leads to its end."""
+    forms = forms_for(head_problem, max_bytes)
     unmoved = head_problem.weight, head_problem.bias
-    if not weight_decay and initial <= target and head_problem.loss_above(*unmoved) <= target:
-        return evaluate_head(
-            head_problem,
-            *unmoved,
-            lam=0.0,
-            gap_target=target_gap,
-            weight_decay=0.0,
-            reason="the start is within the target",
-            **fields,
-        )
-    best = NewtonState(zero, zero, initial)
-    lam, reason = 0.0, ""
-    problem: Problem | None = None
-    working: WorkingSet | None = None
-    keeper = PathCheckpoint(checkpoint, head_problem, path)
-    try:
-        # hard labels leave few samples near their margin: work on those, and look at all
-        if forms[0].form == "set":
-            if keeper.form in (None, "set"):
-                working = WorkingSet(head_problem, forms[0].most_rows)
-                try:
-                    stored = any(o.form in ("dense", "tiles") for o in forms)
-                    start = keeper.point(working)
-                    found = follow_working_set(
-                        working,
-                        head_problem,
-                        target_gap,
-                        path,
-                        on_progress,
-                        began,
-                        start,
-                        keeper.keep_set,
-                        not stored,
-                    )
-                except WorkingSetFull:
-                    found = None
-                fields |= {"iterations": working.steps, "products": working.products}
-                if working.dtype == torch.float64:
-                    fields["form"] = forms[0].name.replace("float32", "float64")
-                    fields["peak_bytes"] += 12 * len(working.rows) ** 2
-                if found is not None:
-                    best, lam = NewtonState(found[0], zero), found[1]
-                    return finish_nearest(head_problem, best, lam, target_gap, weight_decay, ARRIVED, fields)
-            path.clear()  # all samples at once decide
-            working = None
-            forms.pop(0)
+    near = not head_problem.weight_decay and head_problem.initial <= head_problem.target
+    if near and head_problem.loss_above(*unmoved) <= head_problem.target:
+        there = PathEnd(None, 0.0, "the start is within the target", True)
+        return _solution(head_problem, forms[0], None, there, [])
+    keeper = PathCheckpoint(checkpoint)
+    forms = forms[next((i for i, o in enumerate(forms) if o.name == keeper.name), 0) :]
+    stored = any(o.form in ("dense", "tiles") for o in forms)
+    best: HeadSolution | None = None
+    sound: tuple[int, float, tuple[Tensor, Tensor | None]] | None = None  # of the form before: where, and U
+    while forms:
+        chosen, form, start = forms.pop(0), None, None
+        try:
+            form = build_form(head_problem, chosen, patient=not stored)
+            a = None if sound is None else form.coordinates(sound[2])
+            del keeper.path[0 if sound is None or a is None else sound[0] :]
+            if sound is not None and a is not None:
+                start = PathPoint(sound[0], sound[1], a, form.outputs(a))
+            end = follow(form, keeper, on_progress, began, start, patience=1 if forms else 4)
+        except WorkingSetFull:
             if not forms:
                 raise MemoryError(
                     "solve_head: more samples matter than the memory allowed has room for; raise max_bytes"
-                )
-        while True:
-            fields |= {"peak_bytes": forms[0].bytes, "form": forms[0].name}
-            rank = rank_of(sizes_of(head_problem.features, c))
-            problem = Problem(
-                _gram(head_problem, forms[0]), offset, head_problem.loss, head_problem.targets, rank=rank
+                ) from None
+            continue
+        except (KeyboardInterrupt, FloatingPointError) as stop:
+            newest = None if form is None else form.newest
+            lam = keeper.path[-1][0] if keeper.path else head_problem.weight_decay
+            reason = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else OVERFLOW
+            end = PathEnd(newest, lam, reason, False)
+        found = _solution(head_problem, chosen, form, end, list(keeper.path))
+        done = end.reason == ROUNDING or (found.converged if head_problem.weight_decay else end.arrived)
+        if best is None or found.gap < best.gap or done:
+            best = found
+        if form is not None and form.sound is not None and not (done or best.converged or best.interrupted):
+            # what came after it may be rounding
+            sane = PathEnd(form.sound[2], form.sound[1], end.reason, False)
+            best = min(
+                best, _solution(head_problem, chosen, form, sane, list(keeper.path)), key=lambda s: s.gap
             )
-            lam = 3e-3 * float(problem.diagonal.mean()) / n
-            if weight_decay:
-                lam = max(lam, weight_decay)
-            best, lam, reason = follow_path(
-                problem,
-                head_problem,
-                best,
-                lam,
-                target,
-                target_gap,
-                weight_decay,
-                path,
-                on_progress,
-                began,
-                initial,
-                keeper,
-            )
-            exact = [o for o in forms[1:] if o.dtype == torch.float64]
-            if reason in (ARRIVED, REGULARISED) or forms[0].dtype == torch.float64 or not exact:
-                break
-            forms, best = exact, NewtonState(zero, zero, initial)  # float32 lost too many digits
-            path.clear()
-    except KeyboardInterrupt:
-        fields["interrupted"] = True
-        reason = "interrupted; the best head so far"
-        lam = path[-1][0] if path else 0.0
-        if problem is not None and problem.newest is not None:
-            best = problem.newest
-        elif working is not None and working.newest is not None:
-            best = NewtonState(working.newest, zero)
-    if problem is not None:
-        fields |= {"iterations": problem.steps, "products": problem.products}
-    return finish_nearest(head_problem, best, lam, target_gap, weight_decay, reason, fields)
+        if end.reason == INTERRUPTED:
+            best.interrupted, best.reason = True, INTERRUPTED
+            break
+        if done:
+            break
+        if form is not None and form.sound is not None:
+            sound = *form.sound[:2], form.step(form.sound[2])
+        if chosen.form != "set":
+            # float32 lost too many digits, or K itself has
+            forms = [o for o in forms if o.form == "spectrum" or o.dtype == torch.float64 != chosen.dtype]
+    assert best is not None
+    return best
 
 
-def _gram(head_problem: HeadProblem, form: GramForm) -> Gram:
-    ones = head_problem.bias is not None
-    if form.form == "free":
-        return FreeGram(head_problem.features, ones, form.dtype, form.most_rows)
-    return build_gram(head_problem.features, ones, form.dtype, form.form == "dense")
+def build_form(head_problem: HeadProblem, chosen: GramForm, patient: bool) -> PathForm:
+    """The form of K that was chosen, with K where it is stored."""
+    features, ones = head_problem.features, head_problem.bias is not None
+    if chosen.form == "set":
+        return WorkingSet(chosen.name, head_problem, chosen.most_rows, patient)
+    terms = head_problem.offset, head_problem.loss, head_problem.targets
+    problem: Problem
+    if chosen.form == "spectrum":
+        h = features.panel(0, features.m)
+        problem = SpectralProblem(torch.cat([h, torch.ones_like(h[:, :1])], 1) if ones else h, *terms)
+    else:
+        gram: Gram
+        if chosen.form == "free":
+            gram = FreeGram(features, ones, chosen.dtype, chosen.most_rows)
+        else:
+            gram = build_gram(features, ones, chosen.dtype, chosen.form == "dense")
+        problem = GramProblem(gram, *terms, rank=rank_of(sizes_of(features, len(head_problem.weight))))
+    return AllSamples(chosen.name, head_problem, problem)
 
 
-def finish_nearest(
+def _solution(
     head_problem: HeadProblem,
-    best: NewtonState,
-    lam: float,
-    target_gap: float,
-    weight_decay: float,
-    reason: str,
-    fields: dict[str, Any],
+    chosen: GramForm,
+    form: PathForm | None,
+    end: PathEnd,
+    path: list[tuple[float, float]],
 ) -> HeadSolution:
-    du, db = head_problem.transpose(best.a)
-    weight = du if weight_decay else head_problem.weight + du
-    bias = (
-        None if head_problem.bias is None or db is None else (db if weight_decay else head_problem.bias + db)
-    )
-    return evaluate_head(
+    name, peak_bytes = chosen.name, chosen.bytes
+    if isinstance(form, WorkingSet) and form.dtype == torch.float64:
+        name, peak_bytes = name.replace("float32", "float64"), peak_bytes + 12 * len(form.rows) ** 2
+    if form is None or end.state is None:
+        bias = head_problem.bias
+        step = torch.zeros_like(head_problem.weight), None if bias is None else torch.zeros_like(bias)
+    else:
+        step = form.step(end.state)
+    weight, bias = head_problem.head(*step)
+    if head_problem.weight_decay:
+        weight, bias = _as_stored(head_problem, weight, bias)
+    iterations, products = (0, 0) if form is None else form.counts
+    solution = evaluate_head(
         head_problem,
         weight,
         bias,
-        lam=lam,
-        gap_target=target_gap,
-        weight_decay=weight_decay,
-        reason=reason,
-        **fields,
+        lam=end.lam,
+        gap_target=head_problem.target_gap,
+        weight_decay=head_problem.weight_decay,
+        method="nearest",
+        interrupted=False,
+        iterations=iterations,
+        products=products,
+        peak_bytes=peak_bytes,
+        reason=end.reason,
+        form=name,
+        path=path,
     )
+    if end.reason == OVERFLOW:
+        solution.reason = OVERFLOW  # whatever the gap says
+    return solution
+
+
+def _as_stored(
+    head_problem: HeadProblem, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weight in the dtype of the features; the bias takes what its rounding moves all samples by."""
+    stored = weight.to(head_problem.features.dtype).to(torch.float64)
+    if bias is not None:
+        bias = bias + head_problem.logits(weight - stored, None).mean(0)
+    return stored, bias

@@ -20,8 +20,9 @@ be factored, a subspace of directions (:class:`gcfast.solve.grams.Nystrom`).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from gcfast.losses import ConvexLoss, CrossEntropy
 from gcfast.solve.grams import Gram
 from gcfast.solve.nystrom import Nystrom
+from gcfast.solve.problem import HeadProblem
 
 TAU = 0.05  # pairs below this share of n lambda stay out of the preconditioner
 # pairs coupled by one softmax factorisation, a share of n: more save products, fewer save the factor
@@ -50,40 +52,91 @@ class NewtonState:
     f: Tensor
     loss: float = math.nan
     value: float = math.nan
-    gap: float = math.inf  # P - D by the gradient: |g|_K^2 / (2 lambda)
-    quadratic: float = 0.0  # (lambda/2) tr(A^T K A)
+    gap: float = math.inf  # P - D by the gradient: |g|^2 / (2 lambda)
+    quadratic: float = 0.0  # (lambda/2) |U|^2
+    step: tuple[Tensor, Tensor | None] | None = None  # U, where summed up with more digits than A's
 
 
-@dataclass
-class Problem:
-    """Everything fixed along the path. ``gram`` may be float32: products are, all else is float64.
+Preconditioner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    ``rank`` is that of the Nystrom preconditioner of separable losses; with 0 there is none. The rows may be
-    a part of the training set: ``n`` is the number of samples that losses are averaged over.
+
+class Problem(ABC):
+    """Everything fixed along the path, in the coordinates A that a form of the features gives to U.
+
+    The rows may be a part of the training set: ``n`` is the number of samples that losses are averaged over.
     """
 
-    gram: Gram
-    offset: Tensor  # z0 (n, C)
+    offset: Tensor  # outputs (n, C) at A = 0
     loss: ConvexLoss
     targets: Tensor
+    n: int
+    scale: float  # mean squared length of a sample about the common mean
+    repeatable = True  # whether made anew the coordinates mean the same
     products: int = 0
     steps: int = 0
-    n: int = 0  # default: the rows of the Gram
-    newest: NewtonState | None = None  # last finished point of the path, for an interruption
-    rank: int = 0
     slow: bool = False  # conjugate gradients took long
-    diagonal: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        n = self.gram.n
-        self.n = self.n or n
-        mean = self.gram.mean()
-        diagonal = self.gram.diagonal()
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """Outputs f (n, C) of the coordinates x, counted."""
+
+    @abstractmethod
+    def pull(self, r: Tensor) -> Tensor:
+        """The gradient in U of sum_i <r_i, f_i>, in these coordinates, for r (n, C)."""
+
+    @abstractmethod
+    def metric(self, x: Tensor, f: Tensor) -> Tensor:
+        """What y is multiplied with, element by element, for <y, x> in U; f: the outputs of x."""
+
+    @abstractmethod
+    def preconditioner(self, z: Tensor, residual: Tensor, lam: float) -> Preconditioner:
+        """An approximate inverse of the Hessian at the outputs z."""
+
+    @abstractmethod
+    def noise(self, a: Tensor) -> float:
+        """Of what size rounding makes the outputs of a wrong."""
+
+    @abstractmethod
+    def zero(self) -> Tensor:
+        """The coordinates of U = 0."""
+
+    @abstractmethod
+    def direction(self, head_problem: HeadProblem, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """U as a step of the weight (C, m) and of the bias (C,)."""
+
+    def coordinates(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Those of a step of the weight (C, m) and of the bias (C,); None where they cannot be told."""
+        return None
+
+    def square(self, a: Tensor, f: Tensor) -> float:
+        """|U|^2."""
+        return float((a * self.metric(a, f)).sum())
+
+    def evaluate(self, a: Tensor, f: Tensor, lam: float) -> float:
+        """P."""
+        loss = float(self.loss.value(self.offset + f, self.targets).sum()) / self.n
+        return loss + 0.5 * lam * self.square(a, f)
+
+
+class GramProblem(Problem):
+    """U = H1^T A, with K = H1 H1^T. ``gram`` may be float32: products are, all else is float64.
+
+    ``rank`` is that of the Nystrom preconditioner of separable losses; with 0 there is none.
+    """
+
+    def __init__(
+        self, gram: Gram, offset: Tensor, loss: ConvexLoss, targets: Tensor, n: int = 0, rank: int = 0
+    ):
+        self.gram, self.offset, self.loss, self.targets = gram, offset, loss, targets
+        self.n, self.rank = n or gram.n, rank
+        mean = gram.mean()
+        self.squares = gram.diagonal().clamp(min=0.0)
         # of the centred K: the common mean of all features is one direction and misleads about the rest
-        self.diagonal = torch.maximum(diagonal - 2 * mean + mean.mean(), diagonal / n).clamp(min=1e-300)
+        centred = self.squares - 2 * mean + mean.mean()
+        self.diagonal = torch.maximum(centred, self.squares / gram.n).clamp(min=1e-300)
+        self.scale = float(self.diagonal.mean())
 
     def product(self, x: Tensor) -> Tensor:
-        """K x (n, C), counted."""
         self.products += 1
         scale = float(x.abs().amax())
         if scale == 0.0 or not math.isfinite(scale):
@@ -93,19 +146,41 @@ class Problem:
         y[y.abs() < 1e-30] = 0.0
         return self.gram.product(y.to(self.gram.dtype)).to(torch.float64) * scale
 
+    def pull(self, r: Tensor) -> Tensor:
+        return r
+
+    def metric(self, x: Tensor, f: Tensor) -> Tensor:
+        return f
+
+    def preconditioner(self, z: Tensor, residual: Tensor, lam: float) -> Preconditioner:
+        if isinstance(self.loss, CrossEntropy):
+            return _softmax_preconditioner(self, self.loss.probabilities(residual, self.targets), lam)
+        return _separable_preconditioner(self, self.loss.curvature_diagonal(z, self.targets), lam)
+
+    def noise(self, a: Tensor) -> float:
+        return gram_noise(self.squares, a, self.gram.dtype)
+
+    def zero(self) -> Tensor:
+        return torch.zeros_like(self.offset)
+
+    def direction(self, head_problem: HeadProblem, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        return head_problem.transpose(a)
+
     @cached_property
     def nystrom(self) -> Nystrom:
         found = Nystrom(self.gram, self.rank, torch.Generator().manual_seed(0))
         self.products += found.products
         return found
 
-    def evaluate(self, a: Tensor, f: Tensor, lam: float) -> tuple[float, float]:
-        """(P, mean loss)."""
-        loss = float(self.loss.value(self.offset + f, self.targets).sum()) / self.n
-        return loss + 0.5 * lam * float((a * f).sum()), loss
+
+def gram_noise(squares: Tensor, a: Tensor, dtype: torch.dtype) -> float:
+    """By how much rounding changes K a, with K_ii = squares: |K_ij| <= |h_i| |h_j|, summed as by chance."""
+    lengths = squares.clamp(min=0.0).sqrt()
+    size = torch.linalg.vector_norm(a * lengths[:, None], dim=0).amax()
+    return torch.finfo(dtype).eps * float(lengths.amax() * size)
 
 
-def _softmax_pairs(problem: Problem, p: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_pairs(problem: GramProblem, p: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """Active pairs: sample, class, and each sample's reference class (its most probable one)."""
     reference = p.argmax(1)
     q = p.scatter(1, reference[:, None], 0.0)
@@ -119,10 +194,7 @@ def _softmax_pairs(problem: Problem, p: Tensor, lam: float) -> tuple[Tensor, Ten
     return sample, cls, reference
 
 
-Preconditioner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Preconditioner:
+def _softmax_preconditioner(problem: GramProblem, p: Tensor, lam: float) -> Preconditioner:
     n, c = p.shape
     sample, cls, reference = _softmax_pairs(problem, p, lam)
     if len(sample) == 0:
@@ -145,7 +217,7 @@ def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Precondi
         if len(same) == 0:
             break
         system[same + k, same] += shared[inverse[same]]
-    factor = _factor(system)
+    factor = shifted_cholesky(system)
 
     def apply(r: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
         t = kr[sample, cls] - kr[sample, ref]
@@ -159,7 +231,7 @@ def _softmax_preconditioner(problem: Problem, p: Tensor, lam: float) -> Precondi
     return apply
 
 
-def _nystrom_preconditioner(problem: Problem, d: Tensor, lam: float) -> Preconditioner:
+def _nystrom_preconditioner(problem: GramProblem, d: Tensor, lam: float) -> Preconditioner:
     """On the subspace of :class:`Nystrom` the Hessian's inverse a class, for curvatures d (n, C)."""
     space, n, c = problem.nystrom, problem.n, d.shape[1]
     if c > CLASSES:
@@ -179,7 +251,7 @@ def _nystrom_preconditioner(problem: Problem, d: Tensor, lam: float) -> Precondi
     return apply
 
 
-def _separable_preconditioner(problem: Problem, d: Tensor, lam: float) -> Preconditioner:
+def _separable_preconditioner(problem: GramProblem, d: Tensor, lam: float) -> Preconditioner:
     """One block a class, over the samples whose curvature d_ic counts; equal blocks are factored once."""
     n = problem.n
     block = min(BLOCK, problem.gram.most_rows)
@@ -200,7 +272,7 @@ def _separable_preconditioner(problem: Problem, d: Tensor, lam: float) -> Precon
         k_rows = problem.gram.rows(rows)
         system = k_rows[:, rows].to(torch.float64)
         system.diagonal().add_(n * lam / values)
-        blocks.append((rows, _factor(system), k_rows))
+        blocks.append((rows, shifted_cholesky(system), k_rows))
 
     def apply(r: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
         z, kz = r.clone(), kr.clone()
@@ -214,7 +286,7 @@ def _separable_preconditioner(problem: Problem, d: Tensor, lam: float) -> Precon
     return apply
 
 
-def _factor(system: Tensor) -> Tensor:
+def shifted_cholesky(system: Tensor) -> Tensor:
     """Cholesky factor, with the least relative shift that lets it through (K may be float32)."""
     shift = 0.0
     for _ in range(20):
@@ -222,7 +294,7 @@ def _factor(system: Tensor) -> Tensor:
         if int(info) == 0:
             return low
         grow = 1e-14 if shift == 0.0 else 9.0 * shift
-        system.diagonal().add_(grow * system.diagonal().amax())
+        system.diagonal().mul_(1.0 + grow)  # of each diagonal its share: rows may be of any length
         shift += grow
     raise FloatingPointError("the Gram of the features is too far from positive semidefinite, or overflows")
 
@@ -235,26 +307,24 @@ def minimise(problem: Problem, state: NewtonState, lam: float, tolerance: float)
         z = problem.offset + f
         value, residual, _ = loss.terms(z, targets)
         mean = float(value.sum()) / n
-        quadratic = 0.5 * lam * float((a * f).sum())
+        quadratic = 0.5 * lam * problem.square(a, f)
         total = mean + quadratic
-        g = residual / n + lam * a
+        g = problem.pull(residual / n) + lam * a
         kg = problem.product(g)
-        gap = float((g * kg).sum()) / (2 * lam)
+        gap = problem.square(g, kg) / (2 * lam)
         state = NewtonState(a, f, mean, total, max(gap, 0.0), quadratic)
         if gap <= tolerance * quadratic or step == NEWTON_STEPS or not math.isfinite(total):
             break
         if isinstance(loss, CrossEntropy):
-            p = loss.probabilities(residual, targets)
-            apply = _softmax_preconditioner(problem, p, lam)
-            curvature = partial(_softmax_curvature, p)
+            curvature = partial(_softmax_curvature, loss.probabilities(residual, targets))
         else:
-            apply = _separable_preconditioner(problem, loss.curvature_diagonal(z, targets), lam)
             curvature = partial(loss.curvature_product, z, targets)
+        apply = problem.preconditioner(z, residual, lam)
         b, kb = _conjugate_gradients(problem, curvature, apply, g, kg, lam)
         # Armijo along b; the first trial is Newton's own step
-        slope, t = float((g * kb).sum()), 1.0
-        while t > 1e-4:
-            new, _ = problem.evaluate(a + t * b, f + t * kb, lam)
+        slope, t = float((g * problem.metric(b, kb)).sum()), 1.0
+        while t > 1e-12:
+            new = problem.evaluate(a + t * b, f + t * kb, lam)
             if new <= total + 1e-4 * t * slope:
                 break
             t *= 0.5
@@ -279,15 +349,15 @@ def _conjugate_gradients(
     kg: Tensor,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """B with (S K/n + lambda) B ~ -g, and K B."""
+    """B with (S K/n + lambda) B ~ -g, and its outputs K B."""
     r, kr = -g, -kg
     z, kz = apply(r, kr)
     p, kp = z, kz
-    rz = start = float((r * kz).sum())
-    b, kb = torch.zeros_like(g), torch.zeros_like(g)
+    rz = start = float((r * problem.metric(z, kz)).sum())
+    b, kb = torch.zeros_like(g), torch.zeros_like(kg)
     for step in range(CG_STEPS):
-        q = curvature(kp) / problem.n + lam * p
-        denominator = float((kp * q).sum())
+        q = problem.pull(curvature(kp) / problem.n) + lam * p
+        denominator = float((problem.metric(p, kp) * q).sum())
         if not (denominator > 0 and rz > 0):
             break  # rounding has the upper hand
         problem.slow |= step >= LONG
@@ -298,7 +368,7 @@ def _conjugate_gradients(
         r = r - alpha * q
         kr = problem.product(r)
         z, kz = apply(r, kr)
-        new = float((r * kz).sum())
+        new = float((r * problem.metric(z, kz)).sum())
         if new <= CG_TOLERANCE**2 * start:
             break
         p, kp = z + (new / rz) * p, kz + (new / rz) * kp

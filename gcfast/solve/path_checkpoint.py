@@ -2,89 +2,58 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from gcfast.solve.path_point import PathPoint
-from gcfast.solve.problem import HeadProblem
-from gcfast.solve.working_set import WorkingSet
+from gcfast.solve.path_point import PathForm, PathPoint
 from gcfast.storage import SavedState, StateFile
 
 
 class PathCheckpoint:
-    """Saves the path's next point when it is time. ``form``: "set" or "all" where one was found."""
+    """Saves the path's next point when it is time. ``name``: of the form that one was found for, or None."""
 
-    def __init__(
-        self, checkpoint: StateFile | None, head_problem: HeadProblem, path: list[tuple[float, float]]
-    ):
-        self.checkpoint, self.head_problem, self.path = checkpoint, head_problem, path
-        self.state: SavedState | None = checkpoint.load() if checkpoint is not None else None
-        self.form: str | None = None
-        self._working: WorkingSet | None = None
-        if self.state is not None:
-            self.form = self.state.values["form"]
+    def __init__(self, file: StateFile | None):
+        self.file, self.path = file, list[tuple[float, float]]()
+        self.state: SavedState | None = file.load() if file is not None else None
+        self.name: str | None = None if self.state is None else self.state.values["name"]
 
-    def point(self, working: WorkingSet | None) -> PathPoint | None:
-        """Where to go on, for the working set, whose samples it fills in, or for all samples (None)."""
-        self._working = working
+    def point(self, form: PathForm) -> PathPoint | None:
+        """Where to go on in this form, which becomes what it was."""
         state = self.state
-        if state is None or self.form != ("all" if working is None else "set"):
+        if state is None or form.name != self.name:
             return None
-        self.state = None
-        device, values = self.head_problem.device, state.values
+        self.state, values = None, state.values
 
-        def read(name: str) -> Tensor:
-            return state.tensors(name).to(device)
+        def read(key: str) -> Tensor:
+            return state.tensors(key).to(form.head_problem.device)
 
-        if working is not None:
-            if values["exact"]:
-                working.switch_to_float64()
-            working.add(read("rows"))
-            working.steps, working.products = values["steps"], values["products"]
+        form.restore(values["form"], read)
         self.path[:] = [(lam, loss) for lam, loss in values["path"]]
         previous = None
         if values["previous"] is not None:
             previous = (values["previous"], read("previous_a"), read("previous_f"))
-        point = PathPoint(
-            values["index"], values["lam"], read("a"), read("f"), previous, values["flat"], values["attempts"]
-        )
+        counts = {key: values[key] for key in ("index", "flat", "stuck", "attempts")}
+        point = PathPoint(lam=values["lam"], a=read("a"), f=read("f"), previous=previous, **counts)
         state.close()
         return point
 
-    def keep_set(self, point: PathPoint) -> None:
-        working = self._working
-        assert working is not None
-        if self.checkpoint is not None and self.checkpoint.due():
-            exact = working.dtype == torch.float64
-            self._save(point, "set", working.steps, working.products, {"rows": working.rows}, exact)
-
-    def keep_all(self, point: PathPoint) -> None:
-        if self.checkpoint is not None and self.checkpoint.due():
-            self._save(point, "all", 0, 0, {})
-
-    def _save(
-        self,
-        point: PathPoint,
-        form: str,
-        steps: int,
-        products: int,
-        tensors: dict[str, Tensor],
-        exact: bool = False,
-    ) -> None:
-        tensors = {"a": point.a, "f": point.f, **tensors}
+    def keep(self, form: PathForm, point: PathPoint) -> None:
+        if self.file is None or not self.file.due():
+            return
+        kept = form.kept()
+        if kept is None:
+            return
+        tensors = {"a": point.a, "f": point.f, **kept[1]}
         if point.previous is not None:
             tensors |= {"previous_a": point.previous[1], "previous_f": point.previous[2]}
         values = {
-            "form": form,
-            "exact": exact,
+            "name": form.name,
+            "form": kept[0],
             "index": point.index,
             "lam": point.lam,
             "previous": None if point.previous is None else point.previous[0],
             "flat": point.flat,
+            "stuck": point.stuck,
             "attempts": point.attempts,
-            "steps": steps,
-            "products": products,
             "path": [list(p) for p in self.path],
         }
-        assert self.checkpoint is not None
-        self.checkpoint.save(values, tensors)
+        self.file.save(values, tensors)

@@ -27,6 +27,8 @@ class HeadProblem:
     weight: Tensor  # V_tau (C, m), float64
     bias: Tensor | None
     infimum: float
+    target_gap: float = 1e-6
+    weight_decay: float = 0.0
     _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
     _bounded: tuple[BoundedHead, BoundedHead] | None = None
 
@@ -46,6 +48,36 @@ class HeadProblem:
     @cached_property
     def start_logits(self) -> Tensor:
         return self.logits(self.weight, self.bias)
+
+    @property
+    def target(self) -> float:
+        """The loss asked for, without weight decay."""
+        return self.infimum + self.target_gap
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """Outputs (n, C) of the head that U is measured from: V_tau, or zero with weight decay."""
+        return torch.zeros_like(self.start_logits) if self.weight_decay else self.start_logits
+
+    @property
+    def zero(self) -> Tensor:
+        """(n, C)."""
+        return torch.zeros_like(self.offset)
+
+    @cached_property
+    def initial(self) -> float:
+        """The loss there."""
+        return self.mean_loss(self.offset)
+
+    def head(self, du: Tensor, db: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The head that lies (du, db) from there."""
+        if self.weight_decay:
+            return du, db
+        return self.weight + du, None if self.bias is None or db is None else self.bias + db
+
+    def outputs(self, step: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Outputs (n, C) in float64 of the head that lies ``step`` from there."""
+        return self.logits(*self.head(*step))
 
     def transpose(self, a: Tensor, remember: bool = True) -> tuple[Tensor, Tensor | None]:
         """H1^T a as (C, m) and (C,), float64; remembers the last one."""

@@ -10,61 +10,78 @@ p_ic K_ii / (lambda n) exceeds a threshold belong to S. At the end the threshold
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcfast.features import StoredFeatures
 from gcfast.solve.grams import DenseGram
-from gcfast.solve.newton import NewtonState, Problem, minimise
-from gcfast.solve.path_point import LOOSE, MAX_PATH, PATH_FACTOR, TIGHT, PathPoint
+from gcfast.solve.newton import GramProblem, NewtonState, gram_noise, minimise
+from gcfast.solve.path_point import TIGHT, PathForm
 from gcfast.solve.problem import HeadProblem
-from gcfast.solve.solution import Progress
 
 ROUGH, FINE = 1e-2, 1e-4  # thresholds on the way and at the end
 MOST, GROWTH = 1280, 384  # samples of S at first, and joining at a time; the end has no such limit
-FIRST = 3e-3  # the first n lambda over the mean diagonal of the centred Gram: outweighs all but the worst
 
 
 class WorkingSetFull(Exception):
     """More samples matter than there is room for."""
 
 
-class WorkingSet:
+class WorkingSet(PathForm):
     """Features (n, m), the Gram of a set S of rows, and passes over all of them: in float32, until
-    :meth:`switch_to_float64` makes them float64.
+    :meth:`finer` makes them float64.
 
-    ``most``: the largest S allowed; beyond it :class:`WorkingSetFull` is raised.
+    ``most``: the largest S allowed; beyond it :class:`WorkingSetFull` is raised. Unless ``patient``, another
+    form may take over where steps are long.
     """
 
-    def __init__(self, head_problem: HeadProblem, most: int | None = None):
+    def __init__(self, name: str, head_problem: HeadProblem, most: int | None = None, patient: bool = True):
+        self.name, self.head_problem, self.patient = name, head_problem, patient
         given = self.given = head_problem.features
         self.dtype = torch.float32
         convert = isinstance(given, StoredFeatures) and given.dtype != torch.float32
         self.h = StoredFeatures(given.matrix.to(torch.float32)) if convert else given  # type: ignore[attr-defined]
         self.most = head_problem.n if most is None else most
-        self.bias, self.start = head_problem.bias is not None, head_problem.start_logits
+        self.bias, self.start = head_problem.bias is not None, head_problem.offset
         self.targets, self.loss = head_problem.targets, head_problem.loss
         self.n, device = head_problem.n, head_problem.device
         mean = self.h.transposed_times(torch.full((self.n, 1), 1.0 / self.n, device=device))[0]
         # squared distance from the mean row: the diagonal of the centred Gram
         square, cross = self.h.square_norms(mean)
         centred = square - 2 * cross + float(mean @ mean)
-        self.diagonal = torch.maximum(centred, (square + float(self.bias)) / self.n).clamp(min=1e-300)
+        self.squares = square + float(self.bias)
+        self.diagonal = torch.maximum(centred, self.squares / self.n).clamp(min=1e-300)
+        self.scale = float(self.diagonal.mean())
         self.rows = torch.zeros(0, dtype=torch.long, device=device)
         self.gram = torch.zeros((0, 0), dtype=torch.float32, device=device)
         self.chosen = self.h.select(self.rows)
-        self.products = self.steps = 0
-        self.slow = False
-        self.newest: Tensor | None = None
+        self.steps = self.products = 0
 
-    def switch_to_float64(self) -> bool:
-        """From now on in float64; False where that is so already, or S has no room for it."""
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.steps, self.products
+
+    def zero(self) -> Tensor:
+        return self.head_problem.zero
+
+    def direction(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.head_problem.transpose(a)
+
+    def evaluate(self, a: Tensor, f: Tensor, lam: float) -> float:
+        return self.head_problem.mean_loss(self.start + f) + 0.5 * lam * float((a * f).sum())
+
+    def noise(self, a: Tensor) -> float:
+        return gram_noise(self.squares, a, self.dtype)
+
+    def finer(self) -> bool:
+        """Float64; False where that is so already, or S has no room for it."""
         if self.dtype == torch.float64 or len(self.rows) > self.most / math.sqrt(2):
             return False
-        self.dtype = torch.float64
+        self.dtype, self.hurried = torch.float64, False
         self.most = int(self.most / math.sqrt(2))  # of twice the bytes in the same room
         self.h = self.given
         rows, self.rows = self.rows, self.rows[:0]
@@ -73,7 +90,16 @@ class WorkingSet:
             self.add(rows)
         return True
 
-    def gram_times(self, a: Tensor) -> Tensor:
+    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"exact": self.dtype == torch.float64, "counts": [*self.counts]}, {"rows": self.rows}
+
+    def restore(self, values: dict[str, Any], tensors: Callable[[str], Tensor]) -> None:
+        if values["exact"]:
+            self.finer()
+        self.add(tensors("rows"))
+        self.steps, self.products = values["counts"]
+
+    def outputs(self, a: Tensor) -> Tensor:
         """K a (n, C) for a that is zero outside S: a pass over S's features and one over all."""
         part = a[self.rows]
         scale = float(part.abs().amax()) if part.numel() else 0.0
@@ -119,143 +145,39 @@ class WorkingSet:
         gram[:k, k:] = block[:, :k].mT
         self.gram = gram
 
-    def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> tuple[Tensor, NewtonState]:
-        """The path's problem at lambda over S, from (a, f = K a); the new a (n, C), zero outside S."""
+    def minimise(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> NewtonState:
+        self.choose(a, f, lam, ROUGH, MOST)
+        state = self.minimise_over_set(a, f, lam, tolerance)
+        f = self.outputs(state.a)
+        return replace(state, f=f, loss=self.head_problem.mean_loss(self.start + f))
+
+    def minimise_over_set(self, a: Tensor, f: Tensor, lam: float, tolerance: float) -> NewtonState:
+        """The path's problem at lambda over S, from (a, f = K a); a (n, C) is zero outside S, f of S."""
         rows = self.rows
-        problem = Problem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
+        problem = GramProblem(DenseGram(self.gram), self.start[rows], self.loss, self.targets[rows], n=self.n)
         part = a[rows]
         own = problem.product(part)
         problem.offset = self.start[rows] + f[rows] - own  # f may be exact where the Gram is float32
         state = minimise(problem, NewtonState(part, own), lam, tolerance)
-        self.products += problem.products
         self.steps += problem.steps
-        self.slow |= problem.slow
+        self.products += problem.products
+        self.hurried |= problem.slow and not self.patient
         new = torch.zeros_like(a)
         new[rows] = state.a
-        return new, state
+        return replace(state, a=new)
 
-
-def _mean_loss(working: WorkingSet, f: Tensor) -> float:
-    return float(working.loss.value(working.start + f, working.targets).mean())
-
-
-def _extrapolate(
-    working: WorkingSet,
-    previous: tuple[float, Tensor, Tensor] | None,
-    a: Tensor,
-    f: Tensor,
-    lam: float,
-    following: float,
-) -> tuple[Tensor, Tensor]:
-    """Go on linearly in log lambda where that is better than standing still."""
-    if previous is None:
-        return a, f
-    w = math.log(following / lam) / math.log(lam / previous[0])
-    ahead_a, ahead_f = a + w * (a - previous[1]), f + w * (f - previous[2])
-
-    def value(a: Tensor, f: Tensor) -> float:
-        return _mean_loss(working, f) + 0.5 * following * float((a * f).sum())
-
-    return (ahead_a, ahead_f) if value(ahead_a, ahead_f) < value(a, f) else (a, f)
-
-
-def follow_working_set(
-    working: WorkingSet,
-    head_problem: HeadProblem,
-    target_gap: float,
-    path: list[tuple[float, float]],
-    on_progress: Callable[[Progress], None],
-    began: float,
-    point: PathPoint | None = None,
-    keep: Callable[[PathPoint], None] = lambda point: None,
-    patient: bool = True,
-) -> tuple[Tensor, float] | None:
-    """(A, lambda) of the point of the path where loss <= L* + target_gap, or None where that is not found.
-
-    ``point``: where to take the path up; ``keep`` is called with it before each point. Where the loss does
-    not fall or, unless ``patient``, steps are long, float32 may be why: the rest of the path is in float64.
-    Given up where that is no better, or has no room: all samples together are then the easier problem.
-    """
-    target = head_problem.infimum + target_gap
-    if point is None:
-        zero = torch.zeros_like(working.start)
-        point = PathPoint(0, FIRST * float(working.diagonal.mean()) / head_problem.n, zero, zero.clone())
-    initial = _mean_loss(working, torch.zeros_like(working.start))
-    span = math.log(max(initial - head_problem.infimum, 10 * target_gap) / target_gap)
-    while point.index < MAX_PATH:
-        keep(point)
-        a, f, lam = point.a, point.f, point.lam
-        working.choose(a, f, lam, ROUGH, MOST)
-        a, _ = working.minimise(a, f, lam, LOOSE)
-        f = working.gram_times(a)
-        loss = _mean_loss(working, f)
-        good = point.a if point.previous is None else point.previous[1]
-        if not loss <= initial or (working.slow and not patient):
-            if not retry_in_float64(working, point, good, lam):
-                return None
-            continue
-        working.newest = a
-        path.append((lam, loss))
-        point.index += 1
-        excess = max(loss - head_problem.infimum, 1e-300)
-        fraction = min(max(1 - math.log(max(excess / target_gap, 1.0)) / span, 0.0), 1.0)
-        on_progress(Progress(point.index, lam, loss, excess, time.perf_counter() - began, fraction))
-        if loss <= target:
-            polished = _polish(working, head_problem, a, f, lam, target)
-            if polished is None:
-                if not retry_in_float64(working, point, good, lam):
-                    return None
-                path.pop()
-                continue
-            a, f, loss, inside = polished
-            path[-1] = (lam, loss)
-            if inside:
-                return a, lam
-            point.attempts += 1
-            if point.attempts > 6:
-                return None
-            point.lam, point.a, point.f, point.previous = 0.7 * lam, a, f, None
-            continue
-        stalls = len(path) > 1 and excess > 0.95 * (path[-2][1] - head_problem.infimum)
-        if stalls and retry_in_float64(working, point, good, lam):
-            path.pop()
-            continue
-        point.flat = point.flat + 1 if stalls else 0
-        if point.flat >= 4:
-            return None
-        following = lam * max(PATH_FACTOR, min(0.8 * target_gap / excess, 0.8))
-        point.a, point.f = _extrapolate(working, point.previous, a, f, lam, following)
-        point.previous, point.lam = (lam, a, f), following
-    return None
-
-
-def retry_in_float64(working: WorkingSet, point: PathPoint, a: Tensor, lam: float) -> bool:
-    """Take lambda's point from ``a`` once more, in float64; False where float32 is not to blame."""
-    if not working.switch_to_float64():
-        return False
-    working.slow = False
-    point.a, point.f, point.lam, point.previous = a, working.gram_times(a), lam, None
-    return True
-
-
-def _polish(
-    working: WorkingSet, head_problem: HeadProblem, a: Tensor, f: Tensor, lam: float, target: float
-) -> tuple[Tensor, Tensor, float, bool] | None:
-    """Newton steps until the gradient over all samples, in float64, is within the tolerance."""
-    for step in range(7):
-        working.choose(a, f, lam, FINE * 0.1**step, head_problem.n)
-        a, _ = working.minimise(a, f, lam, TIGHT)
-        du, db = head_problem.transpose(a)
-        true = head_problem.logits(
-            head_problem.weight + du,
-            None if head_problem.bias is None or db is None else head_problem.bias + db,
-        )
-        f = true - working.start
-        value, residual, _ = head_problem.loss.terms(true, head_problem.targets)
-        gw, gb = head_problem.transpose(residual / head_problem.n + lam * a, remember=False)
-        gap = (float((gw**2).sum()) + (0.0 if gb is None else float((gb**2).sum()))) / (2 * lam)
-        quadratic = 0.5 * lam * float((a * f).sum())
-        if gap <= 2 * TIGHT * quadratic:
-            loss = float(value.mean())
-            return a, f, loss, loss <= target and head_problem.stored_loss(du, db) <= target
-    return None
+    def polish(self, state: NewtonState, lam: float) -> tuple[NewtonState, bool] | None:
+        """Newton steps until the gradient over all samples, in float64, is within the tolerance."""
+        head_problem = self.head_problem
+        a, f = state.a, state.f
+        for step in range(7):
+            self.choose(a, f, lam, FINE * 0.1**step, head_problem.n)
+            a = self.minimise_over_set(a, f, lam, TIGHT).a
+            true = head_problem.outputs(head_problem.transpose(a))
+            f = true - self.start
+            value, residual, _ = self.loss.terms(true, self.targets)
+            gw, gb = head_problem.transpose(residual / self.n + lam * a, remember=False)
+            gap = (float((gw**2).sum()) + (0.0 if gb is None else float((gb**2).sum()))) / (2 * lam)
+            if gap <= 2 * TIGHT * 0.5 * lam * float((a * f).sum()):
+                return NewtonState(a, f, float(value.mean())), True
+        return None

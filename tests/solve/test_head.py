@@ -115,7 +115,7 @@ def test_the_working_set_certifies_the_whole_problem(dtype, monkeypatch):
 
     h, y = _many()
     h = h.to(dtype)
-    monkeypatch.setattr(head_solver, "_gram", never)
+    monkeypatch.setattr(head_solver, "AllSamples", never)
     solution = gcfast.solve_head(h, y, target_gap=1e-7)
     assert solution.converged and solution.gap <= 1e-7, str(solution)
     loss = F.cross_entropy(h.double() @ solution.weight.double().T + solution.bias.double(), y)
@@ -132,7 +132,7 @@ def test_where_float32_ends_the_working_set_goes_on_in_float64(monkeypatch, mean
 
     h, y = _many()
     h = (h + mean).float()
-    monkeypatch.setattr(head_solver, "_gram", never)
+    monkeypatch.setattr(head_solver, "AllSamples", never)
     solution = gcfast.solve_head(h, y, target_gap=1e-7)
     assert solution.form == "K of the samples that matter, float64"
     assert solution.converged and solution.distance_bound < 0.2, str(solution)
@@ -148,14 +148,13 @@ def test_the_working_set_has_no_float64_beyond_its_room():
 
     h, y = _many(n=1100)
     start = torch.zeros((5, 1500), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    working = WorkingSet(
-        HeadProblem(as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0), 100
-    )
+    problem = HeadProblem(as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0)
+    working = WorkingSet("set", problem, 100)
     working.add(torch.arange(80))
-    assert not working.switch_to_float64() and working.gram.dtype == torch.float32
+    assert not working.finer() and working.gram.dtype == torch.float32
     working.most = 114
     before = working.gram.clone()
-    assert working.switch_to_float64() and not working.switch_to_float64()
+    assert working.finer() and not working.finer()
     assert working.gram.dtype == torch.float64 and working.most == 80
     exact = h[:80].float().double() @ h[:80].float().double().T + 1
     assert torch.allclose(working.gram, exact, rtol=1e-14) and not torch.equal(working.gram.float(), before)
@@ -166,6 +165,7 @@ def test_samples_that_only_the_bias_feels_keep_the_working_set_from_certifying(m
     from gcfast.features.checks import as_features
     from gcfast.losses import resolve_loss
     from gcfast.solve import working_set
+    from gcfast.solve.newton import NewtonState
     from gcfast.solve.problem import HeadProblem
 
     h = torch.zeros((36, 30), dtype=torch.float64)
@@ -175,10 +175,10 @@ def test_samples_that_only_the_bias_feels_keep_the_working_set_from_certifying(m
     y = torch.tensor([0, 1, 2, 0, 1, 2] + 30 * [0])
     start = torch.zeros((3, 30), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), *start, 0.0)
-    working = working_set.WorkingSet(problem)
+    working = working_set.WorkingSet("set", problem)
     working.add(torch.arange(6))
     zero = torch.zeros((36, 3), dtype=torch.float64)
-    polished = lambda: working_set._polish(working, problem, zero, zero, 1e-2, 10.0)  # noqa: E731
+    polished = lambda: working.polish(NewtonState(zero, zero), 1e-2)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(working_set, "FINE", math.inf)  # no sample joins
         assert polished() is None
@@ -207,13 +207,14 @@ def test_a_killed_working_set_goes_on_in_float64(tmp_path):
 
 
 def test_the_working_set_finds_what_all_samples_give(monkeypatch):
-    from gcfast.solve import head_solver
+    from gcfast.solve.working_set import WorkingSet, WorkingSetFull
+
+    def full(*_):
+        raise WorkingSetFull
 
     h, y = _many()
     fast = gcfast.solve_head(h, y, target_gap=1e-4)
-    monkeypatch.setattr(
-        head_solver, "follow_working_set", lambda *_: None
-    )  # all samples at once, Gram in float64
+    monkeypatch.setattr(WorkingSet, "minimise", full)  # all samples at once, Gram in float64
     slow = gcfast.solve_head(h, y, target_gap=1e-4)
     assert fast.converged and slow.converged
 

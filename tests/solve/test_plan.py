@@ -56,7 +56,7 @@ def test_every_form_gives_the_same_answer(loss, monkeypatch):
     # float32 where the curvature vanishes along the path
     attained = loss not in ("cross_entropy", "bce_with_logits", "decay")
     forms = gram_forms.options(sizes, False, attained, None, RATES)
-    assert len({o.name for o in forms}) == len(forms) == (3 if attained else 6)
+    assert len({o.name for o in forms}) == len(forms) == (4 if attained else 7)
     answers = []
     for form in forms:
         monkeypatch.setattr(gram_forms, "options", lambda *_, form=form: [form])
