@@ -1,4 +1,4 @@
-"""Does a layer give what its formula says, to rounding, row by row?"""
+"""What a layer gives is compared with its formula, to rounding, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a layer do what its class says, with weights that are free? What speaks against it, in words."""
+"""What speaks against a layer that does what its class says, with weights that are free, in words."""
 
 from __future__ import annotations
 

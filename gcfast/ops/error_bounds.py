@@ -101,7 +101,7 @@ def gram_error_bound_op(h: Tensor) -> Tensor:
 
         return kernels.gram_error_bound(h)
     assert native.cpu is not None
-    out = torch.empty(h.shape[0], dtype=torch.float64)
+    out = torch.empty(h.shape[0], dtype=torch.float64, device="cpu")
     double = h.dtype == torch.float64
     kernel = native.cpu.gram_error_bound_f64 if double else native.cpu.gram_error_bound_f32
     kernel(h.data_ptr(), out.data_ptr(), *h.shape, *h.stride(), torch.get_num_threads())

@@ -155,7 +155,7 @@ def wide_backward_op(
     u, x, w, b, h = working(g, z, weight, bias, head_weight)
     assert u is not None and x is not None and w is not None and b is not None and h is not None
     shapes = (x.shape, w.shape, b.shape, h.shape)
-    outs = [torch.empty(s if need else 0, dtype=x.dtype) for s, need in zip(shapes, needs)]
+    outs = [torch.empty(s if need else 0, dtype=x.dtype, device="cpu") for s, need in zip(shapes, needs)]
     pointers = (o.data_ptr() if need else 0 for o, need in zip(outs, needs))
     cpu("wide_backward", x.dtype)(
         *layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision)),
@@ -196,7 +196,7 @@ def wide_forward_op(
         return out
     x, w, b, h, hb = working(z, weight, bias, head_weight, head_bias)
     assert x is not None and w is not None and b is not None and h is not None
-    out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype)
+    out = torch.empty(x.shape[0], h.shape[0], dtype=x.dtype, device="cpu")
     layer = layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision))
     head = (h.data_ptr(), 0 if hb is None else hb.data_ptr(), out.data_ptr(), h.shape[0], h.stride(0))
     cpu("wide_forward", x.dtype)(*layer, *head)

@@ -164,7 +164,7 @@ def _with_right_hand_sides(
     else:
         x, w, b, r = working(z, weight, bias, right_hand_sides)
         assert x is not None and w is not None and b is not None and r is not None
-        out = torch.empty(shape, dtype=x.dtype)
+        out = torch.empty(shape, dtype=x.dtype, device="cpu")
         layer = layer_arguments(x, w, b, activation, beta, uses_bf16(z, precision))
         cpu(op, x.dtype)(*layer, r.data_ptr(), out.data_ptr(), r.shape[1], r.stride(0))
     return out.to(z.dtype)

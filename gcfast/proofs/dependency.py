@@ -169,7 +169,8 @@ def _sparse(features: Features, ones: bool, c: Tensor, row: int, kept: Tensor) -
         support = (c.abs() > negligible * largest).nonzero()[:, 0]
         pairs = [(row, 1.0), *zip(kept[support].tolist(), (-c[support]).tolist(), strict=True)]
         samples, values = map(list, zip(*sorted(pairs), strict=True))
-        rows, weights = _rows(features, ones, samples), torch.tensor(values, dtype=torch.float64)
+        rows = _rows(features, ones, samples)
+        weights = rows.new_tensor(values)
         size = float((weights.abs()[:, None] * rows.abs()).sum(0).norm())
         residual = float((weights @ rows).norm()) / size if size else 0.0
         if residual < 1e-13:

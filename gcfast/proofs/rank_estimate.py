@@ -67,6 +67,8 @@ def _relative(absolute: float | Tensor, default: float) -> float | Tensor:
     # by their bits: a denormal number is not 0, also where this thread flushes it
     if isinstance(absolute, Tensor):
         return torch.where(absolute.view(torch.int64) > 0, torch.zeros_like(absolute), default)
+    if torch.compiler.is_compiling():  # which does not follow struct
+        return 0.0 if absolute > 0 else default
     return 0.0 if struct.unpack("q", struct.pack("d", absolute))[0] > 0 else default
 
 

@@ -142,8 +142,8 @@ def verified_cholesky(
 
 def least_eigenvalue(low: Tiles) -> float:
     """Estimate, from above, of the least eigenvalue of L L^T: 8 inverse iterations on 8 vectors at most."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn((low.n, min(8, low.n)), generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn((low.n, min(8, low.n)), generator=generator, dtype=torch.float64, device="cpu")
     v = v.to(low.device, low.dtype)
     largest = 0.0
     for step in range(8):

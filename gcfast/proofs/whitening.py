@@ -241,9 +241,9 @@ def norm_sharp(x: Tiles) -> float:
     if n == 1 or plain == 0.0 or not math.isfinite(plain):
         return plain
     dtype = torch.float32 if n > 256 else torch.float64
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     y = x.clone(dtype, 1.0 / plain)
-    v = torch.linalg.qr(torch.randn((n, 8), generator=generator, dtype=dtype).to(x.device))[0]
+    v = torch.linalg.qr(torch.randn((n, 8), generator=generator, dtype=dtype, device="cpu").to(x.device))[0]
     top = new = 0.0
     for _ in range(40):
         v, r = torch.linalg.qr(tiles.matmul(y, tiles.matmul(y, v, transposed=True)))
@@ -267,7 +267,7 @@ def norm_sharp(x: Tiles) -> float:
         m[key].neg_()
     low = Tiles(n, dtype, x.device)
     for slack in (1.05, 1.25, 2.0):
-        t = float(torch.tensor(slack * top, dtype=dtype))
+        t = float(torch.tensor(slack * top, dtype=dtype, device="cpu"))
         m.set_diagonal_(t - diagonal)  # rounded once, by at most u (t + ||Y||_F^2)
         residual = verified_cholesky(m, 0.0, low)
         if residual is not None:

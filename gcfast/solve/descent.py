@@ -108,7 +108,7 @@ def descent(
     else:
         squares, _ = h.square_norms(torch.zeros(h.m, device=h.device))
         step = 1.0 / (curvature * (float(squares.amax()) * (1 + 1e-5) + 1) + weight_decay)
-        order = generator or torch.Generator().manual_seed(0)
+        order = generator or torch.Generator("cpu").manual_seed(0)
 
     def advance(rows: Features, y: Tensor, eta: float) -> None:
         nonlocal weight, bias
@@ -125,7 +125,8 @@ def descent(
             if method == "gd":
                 advance(h, head_problem.targets, step)
             else:
-                batches = torch.randperm(n, generator=order).to(h.device).split(256)
+                shuffled = torch.randperm(n, generator=order, dtype=torch.int64, device="cpu")
+                batches = shuffled.to(h.device).split(256)
                 for i, batch in enumerate(batches):
                     t = done + i / len(batches)
                     # sum eta = inf, sum eta^2 < inf

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcfast.features import Features, checked, collect
+from gcfast import errors
+from gcfast.ambient import ordinary
+from gcfast.features import Features, as_targets, checked, collect
 from gcfast.losses import (
     ConvexLoss,
     check_convex,
@@ -34,12 +34,13 @@ from gcfast.solve.problem import HeadProblem, make_problem
 from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
 from gcfast.solve.spectrum import SpectralProblem
 from gcfast.solve.working_set import WorkingSet, WorkingSetFull
-from gcfast.storage import StateFile, fingerprint
+from gcfast.storage import StateFile, allowed_bytes, fingerprint
 
 INTERRUPTED = "interrupted; the best head so far"
 METHODS = ("nearest", "exact", "gd", "sgd")
 
 
+@ordinary()
 def solve_head(
     model_or_features: nn.Module | Tensor | Features | Any,
     data_or_targets: Any,
@@ -93,10 +94,16 @@ def solve_head(
         CheckpointError: the checkpoint is torn, or of another problem. OSError: no room for it on the disk.
     """
     began = time.perf_counter()
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}; got {method!r}")
-    _number("target_gap", target_gap, positive=True)
-    _number("weight_decay", weight_decay)
+    errors.is_choice("method", method, METHODS)
+    errors.is_number("target_gap", target_gap, above=0)
+    errors.is_number("weight_decay", weight_decay, 0)
+    errors.is_function("callback", callback)
+    errors.is_generator("generator", generator)
+    errors.is_checkpoint(checkpoint, checkpoint_seconds)
+    errors.is_flag("fixed", fixed)
+    if max_iterations is not None:
+        errors.is_count("max_iterations", max_iterations)
+    allowed_bytes(max_bytes, torch.device("cpu"))  # its own check
     convex = resolve_loss(loss)
     if isinstance(model_or_features, nn.Module):
         if start is not None:
@@ -113,12 +120,9 @@ def solve_head(
         )
     else:
         features = checked(model_or_features)
-        if isinstance(data_or_targets, np.ndarray):
-            data_or_targets = torch.from_numpy(np.array(data_or_targets))
-        if not isinstance(data_or_targets, Tensor):
-            raise TypeError(f"targets: expected a tensor; got {type(data_or_targets).__name__}")
+        targets = as_targets(data_or_targets, "targets")
         module = None
-        head_problem = make_problem(features, data_or_targets, convex, start)
+        head_problem = make_problem(features, targets, convex, start)
     head_problem.target_gap, head_problem.weight_decay = target_gap, weight_decay
     on_progress = callback or (lambda progress: None)
     keeper = None
@@ -153,19 +157,6 @@ def solve_head(
         keeper.remove()
     solution.seconds = time.perf_counter() - began
     return solution
-
-
-def _number(name: str, value: float, positive: bool = False) -> None:
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value < 0
-        or (positive and value == 0)
-    ):
-        raise ValueError(
-            f"{name}: expected a {'positive' if positive else 'non-negative'} finite number; got {value!r}"
-        )
 
 
 def _nearest(

@@ -168,7 +168,7 @@ class GramProblem(Problem):
 
     @cached_property
     def nystrom(self) -> Nystrom:
-        found = Nystrom(self.gram, self.rank, torch.Generator().manual_seed(0))
+        found = Nystrom(self.gram, self.rank, torch.Generator("cpu").manual_seed(0))
         self.products += found.products
         return found
 

@@ -18,7 +18,7 @@ class Nystrom:
 
     def __init__(self, gram: Gram, rank: int, generator: torch.Generator):
         n, rank = gram.n, min(rank, gram.n)
-        omega = torch.randn((n, rank), generator=generator, dtype=torch.float64)
+        omega = torch.randn((n, rank), generator=generator, dtype=torch.float64, device="cpu")
         omega = torch.linalg.qr(omega)[0].to(gram.device)
         y = torch.cat([gram.product(part.to(gram.dtype)).double() for part in omega.split(256, dim=1)], 1)
         self.products = -(-rank // 256)

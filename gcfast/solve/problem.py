@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gcfast import errors
 from gcfast.features import Features, equal_rows
 from gcfast.losses import (
     UNIT,
@@ -143,6 +144,11 @@ def make_problem(
         if not isinstance(start, (tuple, list)) or len(start) != 2:
             raise TypeError("start: expected (weight (C, m), bias (C,) or None)")
         w, b = start
+        for part in (w, b):
+            if part is not None:
+                errors.is_a("start", part, Tensor, "(weight (C, m), bias (C,) or None), tensors")
+                errors.is_dense("start", part)
+        errors.is_a("start", w, Tensor, "(weight (C, m), bias (C,) or None), tensors")
         if w.dim() != 2 or w.shape[1] != m or (b is not None and b.shape != w.shape[:1]):
             raise ValueError(
                 f"start: expected weight (C, {m}) and bias (C,); "

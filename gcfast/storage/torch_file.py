@@ -73,7 +73,8 @@ class _Reader:
         dtype = _STORAGES[kind]
         if key not in self._flat:
             raw = bytearray(self._archive.read(f"{self._folder}/data/{key}"))
-            self._flat[key] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            none = torch.empty(0, dtype=dtype, device="cpu")
+            self._flat[key] = torch.frombuffer(raw, dtype=dtype) if raw else none
         flat = self._flat[key]
         if flat.dtype != dtype or len(flat) != count:
             raise ValueError(

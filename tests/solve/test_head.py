@@ -432,7 +432,11 @@ H, Y = _features(), _labels()
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: gcfast.solve_head(H, Y, target_gap=0), ValueError, "target_gap: expected a positive"),
+        (
+            lambda: gcfast.solve_head(H, Y, target_gap=0),
+            ValueError,
+            "target_gap: expected a finite number > 0",
+        ),
         (lambda: gcfast.solve_head(H, Y, weight_decay=-1), ValueError, "weight_decay"),
         (lambda: gcfast.solve_head(H, Y, method="adam"), ValueError, "method.*nearest"),
         (lambda: gcfast.solve_head(H, Y, method="exact"), ValueError, "'exact' is for loss='mse'"),

@@ -146,6 +146,36 @@ def docstring_faults(tree: Path) -> list[str]:
     return out
 
 
+# What makes a tensor out of nothing puts it where torch.set_default_device says.
+MAKERS = {
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint"),
+    *("randn", "randperm", "scalar_tensor", "tensor", "zeros", "Generator"),
+}
+
+
+def device_faults(tree: Path) -> list[str]:
+    """Tensors and generators that are made without a word about the device they belong on.
+
+    The command line is a process of its own, in which nobody else has set a default.
+    """
+    out = []
+    for name, source in sources(tree).items():
+        if name.startswith("gcfast.cli"):
+            continue
+        for node in ast.walk(source):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            named = any(k.arg in ("device", None) for k in node.keywords)
+            if (
+                of_torch
+                and node.func.attr in MAKERS
+                and not (named or (node.func.attr == "Generator" and node.args))
+            ):
+                out.append(f"{name}:{node.lineno}: torch.{node.func.attr} without a device")
+    return out
+
+
 def folder_faults(tree: Path) -> list[str]:
     """Tests that lie in no room's folder."""
     rooms = {room_of(name) for name in sources(tree)} | {"tools", "core"}
@@ -154,7 +184,7 @@ def folder_faults(tree: Path) -> list[str]:
     return out + [f"tests/{path.name} belongs into a folder" for path in known if path.match("test_*.py")]
 
 
-CHECKS = (face_faults, name_faults, size_faults, docstring_faults, folder_faults)
+CHECKS = (face_faults, name_faults, size_faults, docstring_faults, device_faults, folder_faults)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -214,6 +244,8 @@ def test_a_small_house(small):
         (docstring_faults, "gcfast/ops/more.py", "x = 1", "is no sentence"),
         (docstring_faults, "gcfast/ops/more.py", '"""More of ops."""', "is no sentence"),
         (docstring_faults, "gcfast/ops/more.py", '"""More ops, and no stop"""', "is no sentence"),
+        (device_faults, "gcfast/ops/add.py", "import torch; x = torch.zeros(3)", "zeros without a device"),
+        (device_faults, "gcfast/ops/add.py", "import torch; x = torch.Generator()", "Generator without"),
         (folder_faults, "tests/attic/test_old.py", "", "tests/attic is no room"),
         (folder_faults, "tests/test_nowhere.py", "", "belongs into a folder"),
     ],
