@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gcfast import errors
 from gcfast.losses import MSE, UNIT, ConvexLoss, bounds_at, gap_above, mean_above
 
 Status = Literal["holds", "fails", "unknown", "not checked"]
@@ -90,8 +91,7 @@ class Certificate:
         from the linear rate 1 - sigma_min^2/sigma_max^2. The rounding of all this is in it, not that of the
         steps. Infinite where sigma_min has no proved bound; ValueError without a loss.
         """
-        if not (isinstance(eps, (int, float)) and eps > 0):
-            raise ValueError(f"eps: expected a positive number; got {eps!r}")
+        errors.is_number("eps", eps, above=0)
         if self._convex is None or self._outputs is None or self._targets is None:
             raise ValueError("steps_to needs a loss and targets: call certify(..., loss=...)")
         assert self.gap is not None and self.infimum is not None
@@ -105,7 +105,7 @@ class Certificate:
             if not 0 < rate < 1:
                 return math.inf
             return _whole(0.5 * (math.log(self.gap / eps) * up + 64 * UNIT) / -math.log1p(-rate) * up)
-        goal = self._convex.reachable(outputs, targets, 0.5 * eps)
+        goal = self._convex.reachable(outputs, targets, max(0.5 * eps, 2.0**-1022))
         beta = self._convex.smoothness(outputs.shape[1]) * self.sigma_max_upper**2 / self.n
         if goal is None or not math.isfinite(beta):
             return math.inf

@@ -88,8 +88,8 @@ def is_activation(activation: Any, beta: Any, order: Any = 0) -> None:
         raise ValueError(
             f"beta is softplus's sharpness: activation {activation} takes beta=1.0 only; got {beta!r}"
         )
-    if order not in (0, 1, 2):
-        raise ValueError(f"order must be 0, 1 or 2 (the derivative's order); got {order!r}")
+    if not isinstance(order, int) or order not in (0, 1, 2):
+        raise ValueError(f"order must be 0, 1 or 2 (the derivative's order); got {errors.came(order)}")
 
 
 def is_number(name: str, value: float) -> None:
@@ -215,8 +215,9 @@ def wide_rows(op: str, z: Tensor, weight: Tensor, bias: Tensor) -> None:
 def precision(value: str | None, dtype: torch.dtype) -> None:
     if value is None:
         return
-    if value not in PRECISIONS:
-        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}; got {value!r}")
+    if not isinstance(value, str) or value not in PRECISIONS:
+        got = errors.came(value)
+        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}; got {got}")
     if value != "ieee" and dtype != torch.float32:
         raise ValueError(
             f"precision says how float32 products may be made: {_short(dtype)} takes None or 'ieee' only; "

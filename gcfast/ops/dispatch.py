@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from gcfast import errors
 from gcfast.ops import native
 
 log = logging.getLogger("gcfast")
@@ -231,8 +232,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _check_name(name: str, where: str) -> None:
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"{where} must be one of {', '.join((*BACKENDS, 'auto'))}; got {name!r}")
+    if not isinstance(name, str) or name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{where} must be one of {', '.join((*BACKENDS, 'auto'))}; got {errors.came(name)}")
 
 
 def forced() -> str | None:
@@ -278,6 +279,6 @@ def choose(op: str, tensor: torch.Tensor) -> str:
 
 def last_backend(op: str) -> str | None:
     """The backend that the latest call of `op` in this process ran on; None before the first call."""
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}; got {errors.came(op)}")
     return _last.get(op)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcfast import reference
+from gcfast import errors, reference
 from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.registration import operator
 from gcfast.ops.wide_calls import chosen_precision
@@ -28,10 +28,13 @@ def _check_jacobian_gram(
         raise ValueError(f"g must have shape (n, C, T, R); got {tuple(g.shape)}")
     if h.dim() != 4 or h.shape[3] != g.shape[3]:
         raise ValueError(f"h must have shape (n2, C2, T2, {g.shape[3]}), R from g; got {tuple(h.shape)}")
+    errors.is_flag("lower", lower)
     if lower and g.shape != h.shape:
         raise ValueError(f"h must have g's shape, {tuple(g.shape)}, with lower=True; got {tuple(h.shape)}")
     (n, c, t, r), (n2, c2, t2, _) = g.shape, h.shape
     arguments.has_shape("out", out, (n * c, n2 * c2), "n C from g, n2 C2 from h")
+    if not isinstance(ends, Sequence) or any(type(end) is not int for end in ends):
+        raise TypeError(f"ends must be a sequence of ints; got {errors.came(ends)}")
     if any(a > b for a, b in zip((0, *ends), ends)) or (list(ends) or [0])[-1] != r:
         raise ValueError(f"ends must not descend and the last be R, {r} from g; got {tuple(ends)}")
     arguments.has_shape("scale", scale, (len(ends), n * t, n2 * t2), "L from ends, n T from g, n2 T2 from h")
@@ -137,7 +140,7 @@ def jacobian_gram(
     """
     if ends is None:
         ends = [g.shape[-1]] if isinstance(g, Tensor) and g.dim() else []
-    jacobian_gram_op(out, g, h, scale, list(ends), lower)
+    jacobian_gram_op(out, g, h, scale, ends, lower)
 
 
 def gradient_gram(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast import reference
+from gcfast import errors, reference
 from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.registration import operator
 
@@ -50,9 +50,10 @@ def _check_add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, inner: i
     if a.dim() != 2 or a.shape[0] != r:
         raise ValueError(f"a must have shape ({r}, k), r from out; got {tuple(a.shape)}")
     arguments.has_shape("b", b, (a.shape[1], c), "k from a, c from out")
-    if alpha not in (1.0, -1.0):
-        raise ValueError(f"alpha must be 1 or -1; got {alpha!r}")
+    if not isinstance(alpha, (int, float)) or alpha not in (1.0, -1.0):
+        raise ValueError(f"alpha must be 1 or -1; got {errors.came(alpha)}")
     arguments.is_whole("inner", inner, 1)
+    errors.is_flag("lower", lower)
     if lower and r != c:
         raise ValueError(f"out must be square with lower=True; got {(r, c)}")
 

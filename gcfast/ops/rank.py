@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast import reference
+from gcfast import errors, reference
 from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.arithmetic import exact_products, plain_thread
 from gcfast.ops.registration import operator
@@ -124,6 +124,7 @@ def _check(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool = True) 
     for name, value in (("atol", atol), ("rtol", rtol)):
         arguments.is_float64(name, value, "a", a)
         arguments.has_shape(name, value, a.shape[:1], "B from a")
+    errors.is_flag("check_tolerance", check_tolerance)
 
 
 def rank_operator(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast import reference
+from gcfast import errors, reference
 from gcfast.ops import arguments, dispatch, native
 from gcfast.ops.arguments import as_rows
 from gcfast.ops.registration import Derivative, operator, save
@@ -20,6 +20,7 @@ def _check_residual(
 ) -> None:
     arguments.logits_and_target(logits, target)
     arguments.smoothing(label_smoothing)
+    errors.is_flag("check_target", check_target)
 
 
 def _check_curvature(logits: Tensor, v: Tensor) -> None:

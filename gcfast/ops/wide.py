@@ -272,8 +272,9 @@ def wide_forward(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if isinstance(z, Tensor) and torch.is_autocast_enabled(z.device.type):
-        dtype = torch.get_autocast_dtype(z.device.type)
+    kind = z.device.type if isinstance(z, Tensor) else ""
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         operands = (z, weight, bias, head_weight, head_bias)
         z, weight, bias, head_weight, head_bias = (_autocast(t, dtype) for t in operands)
     arguments.is_float("z", z)

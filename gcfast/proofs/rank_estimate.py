@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gcfast import errors
 from gcfast.ops import RankBounds, kernel_ranks, rank_operator
 from gcfast.proofs.large_matrix_rank import rank_of_large
 
@@ -50,6 +51,7 @@ class RankEstimate:
 def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
     """A float, or a float64 tensor on `device`."""
     if isinstance(value, Tensor):
+        errors.is_dense(name, value)
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number or a real tensor; got {value.dtype}")
         if value.device != device and value.dim() > 0:
@@ -111,6 +113,7 @@ def matrix_rank(
     """
     if not isinstance(A, Tensor):
         raise TypeError(f"A must be a tensor; got {type(A).__name__}")
+    errors.is_dense("A", A)
     if A.is_complex():
         raise TypeError(f"A must be real; got {A.dtype}")
     if not A.is_floating_point():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast import ops
+from gcfast import errors, ops
 from gcfast.features import FeaturesWithOnes, WideFeatures
 from gcfast.ops import arguments
 from gcfast.proofs.rounding import mirror_
@@ -51,6 +51,7 @@ def wide_gram(
     """
     arguments.wide_rows("wide_gram", z, weight, bias)
     arguments.is_activation(activation, beta)
+    errors.is_flag("ones", ones)
     for name, value in (("z", z), ("weight", weight), ("bias", bias)):
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")

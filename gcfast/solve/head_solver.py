@@ -104,6 +104,7 @@ def solve_head(
     if max_iterations is not None:
         errors.is_count("max_iterations", max_iterations)
     allowed_bytes(max_bytes, torch.device("cpu"))  # its own check
+    target_gap, weight_decay = float(target_gap), float(weight_decay)
     convex = resolve_loss(loss)
     if isinstance(model_or_features, nn.Module):
         if start is not None:

@@ -229,7 +229,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "out": torch.zeros(N, N).double(),
             "g": normal(N, 1, 2, D),
             "h": normal(N, 1, 2, D),
-            "scale": torch.ones(1).double(),
+            "scale": torch.ones(1, 2 * N, 2 * N).double(),
             "ends": None,
             "lower": False,
         },
@@ -329,7 +329,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
 
 # what a message may call the argument
 ALSO = {
-    "model_or_features": "model|features|z|targets",
+    "model_or_features": "model|features|z|targets|start",
     "data_or_targets": "data|targets|inputs",
     "data": "data|targets|inputs",
     "n_samples": "n_samples|width",
@@ -342,6 +342,7 @@ ALSO = {
     "x": "x|model",
     "y": "y|targets",
     "start": "start|weight|bias",
+    "z": "z|out",
 }
 
 WRONG: dict[str, Callable[[], Any]] = {
@@ -404,6 +405,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 # what can be called is right for these, and an error of its own is its own
 FUNCTIONS = ("callback",)
+PROMISED = ("the cache is stale", "cannot be differentiated")  # RuntimeErrors by their docstrings
 REFUSALS = (TypeError, ValueError, MemoryError, RuntimeError)
 
 
@@ -432,7 +434,7 @@ def fault(call: Callable[..., Any], arguments: dict[str, Any], name: str) -> str
             call(**arguments)
     except REFUSALS as error:
         named = re.search(rf"(?<![\w.])({ALSO.get(name, re.escape(name))})(?!\w)", str(error))
-        if named and (type(error) is not RuntimeError or "the cache is stale" in str(error)):
+        if named and (type(error) is not RuntimeError or any(words in str(error) for words in PROMISED)):
             return None
         return f"{type(error).__name__}: {str(error)[:160]}"
     except BaseException as error:
