@@ -88,7 +88,7 @@ def is_activation(activation: Any, beta: Any, order: Any = 0) -> None:
         raise ValueError(
             f"beta is softplus's sharpness: activation {activation} takes beta=1.0 only; got {beta!r}"
         )
-    if not isinstance(order, int) or order not in (0, 1, 2):
+    if type(order) not in (int, torch.SymInt) or order not in (0, 1, 2):
         raise ValueError(f"order must be 0, 1 or 2 (the derivative's order); got {errors.came(order)}")
 
 

@@ -51,11 +51,11 @@ class RankEstimate:
 def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
     """A float, or a float64 tensor on `device`."""
     if isinstance(value, Tensor):
-        errors.is_dense(name, value)
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number or a real tensor; got {value.dtype}")
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
+        errors.is_dense(name, value)
         return value.detach().to(device, torch.float64)  # its values are checked where they are read
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")

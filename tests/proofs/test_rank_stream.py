@@ -20,6 +20,7 @@ from resumable import ROOT
 pytest.importorskip("flint")
 
 FROZEN = Path(__file__).with_name("proved.json")  # by block what was proved, as bits behind a one
+FEW = (rank_stream.FLUSH, "upward")  # states of the processor that every run tries
 CHUNK = 10  # blocks of a test of the million
 
 
@@ -43,7 +44,7 @@ def powerless(counts: dict[str, dict[str, int]]) -> dict[str, tuple[int, int]]:
     return {key: (proved, easy) for key, (proved, easy) in pairs.items() if proved < 0.999 * easy}
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 10))])
 def test_ten_thousand_matrices(block, record_property):
     tally = judged(groups(block))
     record_property("ranks", plain(tally.counts))
@@ -67,7 +68,9 @@ def in_a_state(state: str, *blocks_and_sizes: int) -> list[dict]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("state", SURROUNDINGS)
+@pytest.mark.parametrize(
+    "state", [s if s in FEW else pytest.param(s, marks=pytest.mark.slow) for s in SURROUNDINGS]
+)
 def test_the_state_of_the_processor(state, record_property):
     """It is put right, or refused by name: no false statement in any."""
     (tally,) = in_a_state(state, 0, 1, 1)
