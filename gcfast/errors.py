@@ -7,6 +7,7 @@ import importlib
 import math
 import numbers
 import os
+import sys
 from collections.abc import Collection, Iterator
 from types import ModuleType
 from typing import Any
@@ -72,14 +73,21 @@ def is_count(name: str, value: Any, least: int = 1) -> None:
         raise (ValueError if whole else TypeError)(f"{name}: expected {above}; got {came(value)}")
 
 
+def as_real(value: Any) -> float:
+    """A real number as a float, infinite where it is beyond those; NaN for what is none, truth values too."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+
+
 def is_number(name: str, value: Any, least: float = -math.inf, *, above: float | None = None) -> None:
     """A finite real number >= ``least``, or > ``above``; 0-d tensors are not numbers."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     # comparisons, for torch.compile does not follow math.isfinite; they are false for a NaN
-    inside = real and least <= value < math.inf and value > (-math.inf if above is None else above)
+    x = as_real(value)
+    inside = least <= x < math.inf and x > (-math.inf if above is None else above)
     if not inside:
         bound = f" > {above:g}" if above is not None else f" >= {least:g}" if least > -math.inf else ""
-        raise (ValueError if real else TypeError)(
+        raise (TypeError if x != x and not isinstance(value, float) else ValueError)(
             f"{name}: expected a finite number{bound}; got {came(value)}"
         )
 

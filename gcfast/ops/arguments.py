@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +81,7 @@ def is_activation(activation: Any, beta: Any, order: Any = 0) -> None:
     if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         got = errors.came(activation)
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {got}")
-    if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < float(beta) < math.inf:
+    if not 0 < errors.as_real(beta) < math.inf:
         raise ValueError(f"beta must be a finite number > 0; got {errors.came(beta)}")
     if beta != 1.0 and activation != "softplus":
         raise ValueError(

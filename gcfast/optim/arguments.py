@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,20 +13,16 @@ from gcfast import errors
 from gcfast.model import Head, unwrap
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def resolve_switch_step(value: Any) -> float:
     """The number of steps of phase one: an int, or infinity."""
     if value is None:
         return math.inf
-    if not _is_real(value) or math.isnan(value) or value <= 0:
+    if not errors.as_real(value) > 0:
         raise ValueError(
             "switch_step: expected a number of steps > 0 (or None to switch by hand), "
-            f"got {value!r} ({type(value).__name__})"
+            f"got {errors.came(value)} ({type(value).__name__})"
         )
-    if math.isinf(value):
+    if math.isinf(errors.as_real(value)):
         return math.inf
     # 0.28 * 100 = 28.000000000000004 means 28
     return max(1, math.ceil(value * (1 - 1e-12))) if not isinstance(value, int) else value
@@ -35,9 +30,9 @@ def resolve_switch_step(value: Any) -> float:
 
 def resolve_perturbation(value: Any) -> float:
     """The standard deviation of the Gaussian step."""
-    if not _is_real(value) or not math.isfinite(value) or value < 0:
+    if not 0 <= errors.as_real(value) < math.inf:
         raise ValueError(
-            f"perturbation: expected a finite number ≥ 0, got {value!r} ({type(value).__name__})"
+            f"perturbation: expected a finite number ≥ 0, got {errors.came(value)} ({type(value).__name__})"
         )
     return float(value)
 

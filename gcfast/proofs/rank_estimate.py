@@ -61,7 +61,7 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0; got {value}")
-    return float(value)
+    return errors.as_real(value)
 
 
 def _relative(absolute: float | Tensor, default: float) -> float | Tensor:

@@ -352,6 +352,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "minus one": lambda: -1,
     "seven": lambda: 7,
     "huge": lambda: 10**30,
+    "beyond floats": lambda: 10**400,
     "half": lambda: 0.5,
     "minus half": lambda: -0.5,
     "tiny": lambda: 5e-324,
