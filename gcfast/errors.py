@@ -75,9 +75,11 @@ def is_count(name: str, value: Any, least: int = 1) -> None:
 
 def as_real(value: Any) -> float:
     """A real number as a float, infinite where it is beyond those; NaN for what is none, truth values too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        return math.nan
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return math.inf if value > 0 else -math.inf
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    return float(value)
 
 
 def is_number(name: str, value: Any, least: float = -math.inf, *, above: float | None = None) -> None:
