@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,8 +54,13 @@ class Child(subprocess.Popen[Any]):
 
 
 def start(command: Sequence[object], **options: Any) -> Child:
-    """A child whose output, as text, comes in pipes."""
+    """A child whose output, as text, comes in pipes.
+
+    ``python -c`` runs in another folder, for the working directory would shadow the installed package.
+    """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if "-c" in command:
+        pipes["cwd"] = tempfile.gettempdir()
     return Child([str(word) for word in command], **pipes | options)
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 import threading
 from fractions import Fraction
 
@@ -192,9 +191,7 @@ else:
 
 
 def _child(script: str) -> None:
-    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    # elsewhere, for the working directory would shadow the installed package
-    done = children.run([sys.executable, "-c", script], env=env, cwd=tempfile.gettempdir())
+    done = children.run([sys.executable, "-c", script], env={**os.environ, "OMP_WAIT_POLICY": "passive"})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
