@@ -156,6 +156,19 @@ def test_the_gap_is_that_of_the_weight_decay_that_was_asked_for(scale, method):
     assert not _false(drawn, solution, 1e-2, steps=20), str(solution)
 
 
+def test_an_interrupted_path_is_judged_by_the_weight_decay_that_was_asked_for():
+    normal = _draws(4)
+    h, y = normal(40, 6), normal(40, 3).argmax(1)
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    solution = gcfast.solve_head(h, y, weight_decay=1e-4, target_gap=1e-6, callback=stop)
+    assert solution.interrupted and solution.path[-1][0] > 1e-4
+    assert solution.regularization == 1e-4 and not solution.converged
+    assert not _false(_problem("cross_entropy", h, y, 3), solution, 1e-4, steps=20), str(solution)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ["softplus", "tanh"])
 def test_features_that_are_made_anew_are_those_that_are_judged(activation, dtype):
