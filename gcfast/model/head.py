@@ -70,8 +70,9 @@ class Head:
         )
 
     def formula(self, h: Tensor) -> Tensor:
-        """W h + b, whatever hooks and subclasses would make of it."""
-        return nn.functional.linear(h, self.weight, self.bias)
+        """W h + b in the dtype of h, whatever hooks and subclasses would make of it."""
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        return nn.functional.linear(h, self.weight.to(h.dtype), bias)
 
     def __str__(self) -> str:
         return _describe(self.name, self.module)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gcfast import ops
 from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_body import trace_to_head
 from gcfast.model.analytic_ops import activation_verdict
@@ -142,10 +143,16 @@ def _of_wide_layer(model: nn.Module, call: ModuleCall, record: Trace) -> WideLay
         analytic=verdict == "analytic",
         polynomial=False,
         module=layer,
-        formula=lambda z: WideLayer.forward(layer, z),
+        formula=partial(_wide, layer),
         altered=altered,
         caveat=altered or constraint(model, call.name, layer, record),
     )
+
+
+def _wide(layer: WideLayer, z: Tensor) -> Tensor:
+    """What a WideLayer computes, in the dtype of z: a model may use autocast of its own."""
+    pre = nn.functional.linear(z, layer.weight.to(z.dtype))
+    return ops.activation(pre, layer.bias.to(z.dtype), activation=layer.activation, beta=layer.beta)
 
 
 # activations that torch computes by several operators
@@ -161,7 +168,8 @@ def _of_linear(
         return None
 
     def affine(z: Tensor) -> Tensor:
-        return nn.functional.linear(z, linear.weight, linear.bias)
+        bias = None if linear.bias is None else linear.bias.to(z.dtype)
+        return nn.functional.linear(z, linear.weight.to(z.dtype), bias)
 
     def apply(function: Callable[[Tensor], Any], z: Tensor) -> Tensor:
         out = function(affine(z))

@@ -117,7 +117,11 @@ def solve_head(
         check_matches_outputs(convex, training_set.targets, training_set.output_shape)
         module = training_set.head.module
         head_problem = make_problem(
-            training_set.features, training_set.targets, convex, (module.weight, module.bias)
+            training_set.features,
+            training_set.targets,
+            convex,
+            (module.weight, module.bias),
+            module.weight.dtype,
         )
     else:
         features = checked(model_or_features)
@@ -287,7 +291,7 @@ def _as_stored(
     head_problem: HeadProblem, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The weight in the dtype of the features; the bias takes what its rounding moves all samples by."""
-    stored = weight.to(head_problem.features.dtype).to(torch.float64)
+    stored = weight.to(head_problem.dtype).to(torch.float64)
     if bias is not None:
         bias = bias + head_problem.logits(weight - stored, None).mean(0)
     return stored, bias

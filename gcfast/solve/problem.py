@@ -28,6 +28,7 @@ class HeadProblem:
     weight: Tensor  # V_tau (C, m), float64
     bias: Tensor | None
     infimum: float
+    dtype: torch.dtype  # of the head as it is stored
     target_gap: float = 1e-6
     weight_decay: float = 0.0
     _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
@@ -103,7 +104,7 @@ class HeadProblem:
         given: Head = (weight.double(), None if bias is None else bias.double())
         last = self._bounded
         if last is None or not _equal((last[1].weight, last[1].bias), given):
-            dtype = self.features.dtype
+            dtype = self.dtype
             stored = (given[0].to(dtype).double(), None if given[1] is None else given[1].to(dtype).double())
             heads = [given] if _equal(stored, given) else [stored, given]
             found = bounded_heads(self.features, heads, self.loss, self.targets)
@@ -129,8 +130,13 @@ def _equal(one: Head, other: Head) -> bool:
 
 
 def make_problem(
-    features: Features, targets: Tensor, loss: ConvexLoss, start: tuple[Tensor, Tensor | None] | None
+    features: Features,
+    targets: Tensor,
+    loss: ConvexLoss,
+    start: tuple[Tensor, Tensor | None] | None,
+    dtype: torch.dtype | None = None,
 ) -> HeadProblem:
+    """The problem with its arguments checked; ``dtype`` of the head, by default that of the features."""
     n, m = features.n, features.m
     if targets.device != features.device:
         raise ValueError(
@@ -166,4 +172,6 @@ def make_problem(
             raise ValueError("start: the weights are not finite")
     y = loss.prepare(targets, n, len(weight))
     copies = equal_rows(features.keys())
-    return HeadProblem(features, y, loss, weight, bias, infimum_with_copies(loss, y, copies))
+    return HeadProblem(
+        features, y, loss, weight, bias, infimum_with_copies(loss, y, copies), dtype or features.dtype
+    )

@@ -85,7 +85,7 @@ def evaluate_head(
 
     With weight decay P is what was asked for, whatever lambda the path got to.
     """
-    dtype = head_problem.features.dtype
+    dtype = head_problem.dtype
     arrived, lam = lam == weight_decay, weight_decay or lam
     stored, before = head_problem.bounded(weight, bias)
     check_convex(head_problem.loss, stored.at.outputs, head_problem.targets, seen=head_problem.start_logits)

@@ -215,3 +215,33 @@ def test_a_call_is_the_same_in_every_state(name, state):
         return
     # products are cast by autocast as those of nn.Linear are
     assert_same(found, expected, exact, own_dtype=name == "wide_forward" and state == "autocast")
+
+
+def test_a_model_with_an_autocast_of_its_own_is_served():
+    """As libraries for mixed precision prepare it: half precision inside, float32 outside."""
+
+    def prepared(model):
+        whole = model.forward
+
+        def forward(*args):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return whole(*args).float()
+
+        model.forward = forward
+        return model
+
+    assert gcfast.find_head(prepared(network()), data()[0]).name == "3"
+    cert = gcfast.certify(prepared(network()), data(), loss="cross_entropy")
+    assert cert.status == "holds" and cert.route == "direct"
+    model = prepared(network())
+    assert "forward of the model is replaced" in gcfast.certify(model, data(), route="theorem").reason
+    solution = gcfast.solve_head(model, data(), target_gap=1e-3)
+    assert solution.converged and solution.weight.dtype == torch.float32
+    assert torch.equal(model[3].weight, solution.weight)
+    cache = gcfast.FeatureCache(prepared(frozen()), data())
+    torch.testing.assert_close(
+        cache.head(cache.features), prepared(frozen())(data()[0]), rtol=0.05, atol=0.05
+    )
+    assert gcfast.LayerJacobians(prepared(network()), data()[0]).gram().isfinite().all()
+    with pytest.raises(ValueError, match="x: the model cannot be run on this"):
+        gcfast.trainability(prepared(network()), *data())  # a copy in float64, whose forward is the old one's

@@ -148,7 +148,9 @@ def test_the_working_set_has_no_float64_beyond_its_room():
 
     h, y = _many(n=1100)
     start = torch.zeros((5, 1500), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    problem = HeadProblem(as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0)
+    problem = HeadProblem(
+        as_features(h.float()), y, resolve_loss("cross_entropy"), *start, 0.0, torch.float32
+    )
     working = WorkingSet("set", problem, 100)
     working.add(torch.arange(80))
     assert not working.finer() and working.gram.dtype == torch.float32
@@ -174,7 +176,7 @@ def test_samples_that_only_the_bias_feels_keep_the_working_set_from_certifying(m
     h[6:, 10:] = torch.stack([pairs, -pairs], 1).flatten(0, 1)
     y = torch.tensor([0, 1, 2, 0, 1, 2] + 30 * [0])
     start = torch.zeros((3, 30), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), *start, 0.0)
+    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), *start, 0.0, torch.float64)
     working = working_set.WorkingSet("set", problem)
     working.add(torch.arange(6))
     zero = torch.zeros((36, 3), dtype=torch.float64)
@@ -281,7 +283,7 @@ def test_no_head_is_farther_from_the_minimiser_than_its_bound():
 
     h, y, lam = _features(20, 6), torch.full((20, 2), 100.0, dtype=torch.float64), 0.3
     zero = torch.zeros((2, 6), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    problem = HeadProblem(as_features(h), y, Huber(), *zero, 0.0)
+    problem = HeadProblem(as_features(h), y, Huber(), *zero, 0.0, torch.float64)
     nearest = torch.cat([h.mean(0), torch.ones(1)]).expand(2, 7) / (2 * lam)  # each slope is 1/2
     fields = dict.fromkeys(("method", "reason", "interrupted", "iterations", "products", "peak_bytes"), 0)
     for step in (0.0, 0.01, 1.0):
@@ -300,7 +302,7 @@ def test_the_loss_that_decides_is_that_of_the_head_as_stored():
 
     h, y = _features(dtype=torch.float32), _labels()
     w, b = (1e4 * part for part in _start())  # of which float32 keeps three digits behind the point
-    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), w, b, 0.0)
+    problem = HeadProblem(as_features(h), y, resolve_loss("cross_entropy"), w, b, 0.0, torch.float32)
     du, db = _features(4, 90, seed=5), _features(1, 4, seed=6)[0]
     for dw, dv in ((du, 0 * db), (0 * du, db), (du, db)):
         stored = h.double() @ (w + dw).float().double().T + (b + dv).float().double()
