@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from numbers import Real
 from typing import Any
 
 import torch
@@ -190,11 +189,11 @@ def real_targets(y: Tensor) -> Tensor:
 
 def number(name: str, value: Any, low: float, high: float, words: str) -> float:
     """``value`` as a float; TypeError and ValueError with ``words`` where it is no number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {words}; got {type(value).__name__}")
-    if not low <= float(value) <= high:
-        raise ValueError(f"{name}: expected {words}; got {value}")
-    return float(value)
+    x = errors.as_real(value)
+    if not low <= x <= high:
+        kind = ValueError if x == x or isinstance(value, float) else TypeError
+        raise kind(f"{name}: expected {words}; got {errors.came(value)}")
+    return x
 
 
 def finite(y: Tensor) -> None:

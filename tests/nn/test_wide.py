@@ -342,6 +342,7 @@ def test_repr_state_and_errors():
     layer = WideLayer(3, 5, beta=2.0)
     assert repr(layer) == "WideLayer(3, 5, activation='softplus', beta=2)"
     assert sorted(layer.state_dict()) == ["bias", "weight"]
+    assert WideLayer(3, 5, device="meta").weight.is_meta  # made first, filled from a checkpoint later
     with pytest.raises(ValueError, match="m: expected a positive int; got 0"):
         WideLayer(3, 0)
     with pytest.raises(ValueError, match="activation must be one of"):
