@@ -12,12 +12,18 @@ _AT_ONCE = 1 << 22  # numbers that are compared at a time
 
 @torch.no_grad()
 def first_difference(
-    formula: Callable[[Tensor], Tensor], z: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None
+    formula: Callable[[Tensor], Tensor],
+    z: Tensor,
+    given: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    steep: bool = False,
 ) -> int | None:
     """The first row of ``given`` (k, m) that is not formula(z) to rounding; None where all are.
 
-    ``formula`` is a function of slope |exp| at most, applied to z weight^T + bias: z (k, d), weight (m, d),
-    bias (m,). It is computed as the layer computes it, so that what is left is the order of summation.
+    ``formula`` is a function of slope 2 at most, or ``steep`` as exp is, of z weight^T + bias: z (k, d),
+    weight (m, d), bias (m,). It is computed as the layer computes it, so that what is left is the order of
+    summation. What that may move is measured by the formula's values: those given may be anything.
     """
     if given.shape != (len(z), len(weight)):
         return 0
@@ -28,10 +34,11 @@ def first_difference(
         rows, part = z[start : start + step], given[start : start + step]
         again = formula(rows)
         lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        size = torch.addcmul(shift, lengths[:, None], norms) * (1 + part.abs()) + part.abs()
+        size = torch.addcmul(shift, lengths[:, None], norms) * (1 + again.abs() if steep else 2) + again.abs()
         eps = max(torch.finfo(t.dtype).eps for t in (rows, part, again))
         # written so that a NaN differs from everything but a NaN
-        same = ((again - part).abs() <= 64 * eps * size) | (again == part) | (again.isnan() & part.isnan())
+        apart = (again - part).abs()
+        same = ((apart <= 64 * eps * size) & apart.isfinite()) | (again == part) | (again.isnan() & part.isnan())
         bad = (~same.all(1)).nonzero()
         if len(bad):
             return start + int(bad[0])

@@ -69,7 +69,8 @@ class WideLayerFound:
         """
         layer: Any = self.module
         with _columns(layer, columns), evaluating(layer):
-            row = first_difference(self.formula, z, h, layer.weight, layer.bias)
+            steep = self.activation_name in ("exp", "square", "power")
+            row = first_difference(self.formula, z, h, layer.weight, layer.bias, steep)
         if row is None:
             return None
         formula = f"{self.activation_name}(Q z{' + c' if self.thresholds else ''}) of {self.name!r}"

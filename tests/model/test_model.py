@@ -721,3 +721,32 @@ def test_the_packages_own_wide_layer(activation, analytic):
 def test_heads_compare_by_module():
     layer = nn.Linear(3, 2)
     assert Head("x", layer) == Head("x", layer) != Head("x", nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("strange", [float("inf"), 1e30, -1e30, float("nan"), 1e-2])
+def test_no_value_passes_for_what_a_formula_gives(strange):
+    from gcfast.model.agreement import first_difference
+
+    layer, z = nn.Linear(4, 3), 1e2 * torch.randn(5, 4)
+    with torch.no_grad():
+        layer.weight.mul_(1e2)
+        given = layer(z)
+    assert first_difference(layer, z, given, layer.weight, layer.bias) is None
+    assert first_difference(layer, z, given * (1 + 1e-6), layer.weight, layer.bias) is None
+    z[3], given[3] = 0.0, layer.bias.detach()
+    given[3, 1] = given[3, 1] + strange
+    assert first_difference(layer, z, given, layer.weight, layer.bias) == 3
+
+
+def test_a_finite_value_does_not_pass_for_an_infinite_one():
+    from gcfast.model.agreement import first_difference
+
+    layer, z = nn.Linear(1, 2), torch.tensor([[1.0], [1e3]])
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        given = layer(z).exp()
+    assert given[1].isinf().all()
+    formula = lambda rows: layer(rows).exp()  # noqa: E731
+    assert first_difference(formula, z, given, layer.weight, layer.bias, steep=True) is None
+    given[1, 0] = 5.0
+    assert first_difference(formula, z, given, layer.weight, layer.bias, steep=True) == 1
