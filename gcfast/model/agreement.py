@@ -36,9 +36,9 @@ def first_difference(
         lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         size = torch.addcmul(shift, lengths[:, None], norms) * (1 + again.abs() if steep else 2) + again.abs()
         eps = max(torch.finfo(t.dtype).eps for t in (rows, part, again))
-        # written so that a NaN differs from everything but a NaN
         apart = (again - part).abs()
-        same = ((apart <= 64 * eps * size) & apart.isfinite()) | (again == part) | (again.isnan() & part.isnan())
+        near = (apart <= 64 * eps * size) & apart.isfinite()
+        same = near | (again == part) | (again.isnan() & part.isnan())  # a NaN is near nothing
         bad = (~same.all(1)).nonzero()
         if len(bad):
             return start + int(bad[0])
