@@ -59,7 +59,7 @@ class DenseGram(Gram):
         return ops.gram_product(self.matrix, x)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.matrix if len(index) == self.n else self.matrix[index]
+        return self.matrix if len(index) == self.n else self.matrix.index_select(0, index)
 
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal().to(torch.float64)

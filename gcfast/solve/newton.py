@@ -207,7 +207,8 @@ def _softmax_preconditioner(problem: GramProblem, p: Tensor, lam: float) -> Prec
     e[pairs, cls] += 1
     e[pairs, ref] -= 1
     # exact small integers times K: no rounding but the product's own
-    system = ((e @ e.mT) * k_rows[:, sample][inverse]).to(torch.float64)
+    pairs_of_k = k_rows.index_select(1, sample).index_select(0, inverse)
+    system = pairs_of_k.mul_(e @ e.mT).to(torch.float64)
     p_active = p[sample, cls]
     rest = torch.ones(len(rows), dtype=torch.float64, device=p.device).index_add_(0, inverse, -p_active)
     shared = n * lam / rest.clamp(min=1e-12)
@@ -270,7 +271,7 @@ def _separable_preconditioner(problem: GramProblem, d: Tensor, lam: float) -> Pr
             continue
         previous = (rows, values)
         k_rows = problem.gram.rows(rows)
-        system = k_rows[:, rows].to(torch.float64)
+        system = k_rows.index_select(1, rows).to(torch.float64)
         system.diagonal().add_(n * lam / values)
         blocks.append((rows, shifted_cholesky(system), k_rows))
 
