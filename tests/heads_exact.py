@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import flint
 import mpmath as mp
 import numpy as np
 import torch
@@ -18,13 +19,20 @@ from torch import Tensor
 from gcfast.losses import MSE, BCEWithLogits, ConvexLoss, CrossEntropy, Huber
 
 DIGITS = 80
-Rows = list[list[mp.mpf]]
+Rows = Sequence[Sequence[mp.mpf]]
 
 
 def rows_of(t: Tensor) -> Rows:
     """A matrix, or a column for a vector, as exact numbers."""
     t = t.detach().double().cpu()
     return [[mp.mpf(x) for x in row] for row in (t if t.dim() == 2 else t[:, None]).tolist()]
+
+
+def _dots(a: Rows, b: Rows) -> Rows:
+    """Of each row of a with each of b, rounded once: so many bits hold every sum of products exactly."""
+    with flint.ctx.workprec(1 << 13):
+        left, right = (flint.arb_mat([[flint.arb(x) for x in row] for row in rows]) for rows in (a, b))
+        return [[+mp.mpf(x) for x in row] for row in (left * right.transpose()).tolist()]
 
 
 def _softmax(z: Sequence[mp.mpf]) -> tuple[mp.mpf, list[mp.mpf]]:
@@ -143,7 +151,7 @@ class ExactHeads:
 
     def logits(self, weight: Rows, bias: Rows | None) -> Rows:
         shift = [mp.mpf(0)] * self.c if bias is None else [row[0] for row in bias]
-        return [[mp.fdot(h, w) + b for w, b in zip(weight, shift, strict=True)] for h in self.h]
+        return [[z + b for z, b in zip(row, shift, strict=True)] for row in _dots(self.h, weight)]
 
     def mean(self, z: Rows) -> mp.mpf:
         return mp.fsum(self.loss.value(a, b) for a, b in zip(z, self.y, strict=True)) / self.n
@@ -186,7 +194,7 @@ class ExactHeads:
             lam_ = mp.mpf(lam)
 
             def objective(v: Rows) -> tuple[mp.mpf, Rows]:
-                z = [[mp.fdot(h, w) for w in v] for h in h1]
+                z = _dots(h1, v)
                 return self.mean(z) + lam_ / 2 * _square(v, origin), z
 
             first, z = objective(v)
@@ -225,10 +233,10 @@ class ExactHeads:
 
     def _gradient(self, h1: Rows, v: Rows, origin: Rows, z: Rows, lam: mp.mpf) -> Rows:
         slopes = [self.loss.slope(a, b) for a, b in zip(z, self.y, strict=True)]
-        columns = list(zip(*h1, strict=True))
+        total = _dots(list(zip(*slopes, strict=True)), list(zip(*h1, strict=True)))
         return [
-            [mp.fdot(h, r) / self.n + lam * (x - o) for h, x, o in zip(columns, row, start, strict=True)]
-            for r, row, start in zip(zip(*slopes, strict=True), v, origin, strict=True)
+            [t / self.n + lam * (x - o) for t, x, o in zip(*rows, strict=True)]
+            for rows in zip(total, v, origin, strict=True)
         ]
 
 
