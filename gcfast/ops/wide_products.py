@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -110,23 +112,17 @@ def wide_panel(
     return out
 
 
-def _check_head_grad(
+def _check_with_right_hand_sides(
+    name: str,
     z: Tensor,
     weight: Tensor,
     bias: Tensor,
-    residual: Tensor,
+    right_hand_sides: Tensor,
     activation: str,
     beta: float,
     precision: str | None,
 ) -> None:
-    arguments.wide_right_hand_sides(z, weight, bias, "residual", residual)
-    arguments.wide_settings(z, activation, beta, precision)
-
-
-def _check_gram_product(
-    z: Tensor, weight: Tensor, bias: Tensor, r: Tensor, activation: str, beta: float, precision: str | None
-) -> None:
-    arguments.wide_right_hand_sides(z, weight, bias, "r", r)
+    arguments.wide_right_hand_sides(z, weight, bias, name, right_hand_sides)
     arguments.wide_settings(z, activation, beta, precision)
 
 
@@ -172,7 +168,7 @@ def _with_right_hand_sides(
 
 @operator(
     "wide_head_grad",
-    _check_head_grad,
+    partial(_check_with_right_hand_sides, "residual"),
     lambda z, weight, bias, residual, *rest: z.new_empty(residual.shape[1], weight.shape[0]),
 )
 def wide_head_grad_op(
@@ -193,7 +189,7 @@ def wide_head_grad_op(
 
 @operator(
     "wide_gram_product",
-    _check_gram_product,
+    partial(_check_with_right_hand_sides, "r"),
     lambda z, weight, bias, r, *rest: z.new_empty(r.shape),
 )
 def wide_gram_product_op(
