@@ -190,7 +190,7 @@ PYBIND11_MODULE(_cpu, m) {
   GCFAST_DEF(wide_head_grad)
   GCFAST_DEF(wide_backward)
   GCFAST_DEF(wide_gram_product)
-  GCFAST_DEF(wide_panel)
+  m.def("wide_panel_f64", &wide_panel<double>, nogil);
   m.def("wide_bf16", &gcfast::cpu::wide_bf16);
   m.def("instruction_set", &instruction_set);
   m.def("self_test", &gcfast::cpu::self_test);
