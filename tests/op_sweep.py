@@ -58,106 +58,143 @@ def normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
 
 
-def layer(dtype: torch.dtype = F32) -> dict[str, Any]:
+def layer(n: int, d: int, m: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "z": normal(5, 3, dtype=dtype),
-        "weight": normal(7, 3, dtype=dtype),
-        "bias": normal(7, dtype=dtype),
+        "z": normal(n, d, dtype=dtype),
+        "weight": normal(m, d, dtype=dtype),
+        "bias": normal(m, dtype=dtype),
     }
 
 
-SOFT = {"activation": "softplus", "beta": 1.5}
+def symmetric(n: int, dtype: torch.dtype) -> Tensor:
+    a = normal(n, n, dtype=dtype)
+    return a + a.mT
+
+
+def of_rank(rank: int, batch: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Whole numbers, products of `rank` columns and rows."""
+    return (torch.randint(-9, 9, (batch, n, rank)) @ torch.randint(-9, 9, (batch, rank, m))).to(dtype)
+
+
+SOFT = {"activation": "softplus", "beta": 1.5, "precision": None}
 NEEDS = {"need_z": True, "need_hidden": True, "need_head": True}
-# Arguments that fit, by the names of the schema. Order among the operands is that of the schema as well.
-CALLS: dict[str, Callable[[], dict[str, Any]]] = {
-    "activation": lambda: {
-        "x": normal(4, 5),
-        "bias": normal(5),
+# Arguments that fit, by the names of the schema, for sizes that may be others. Order among the operands is
+# that of the schema as well. Sizes whose names differ by a 2 are equal where a triangle is asked for.
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "activation": lambda n=4, m=5, dtype=F32: {
+        "x": normal(n, m, dtype=dtype),
+        "bias": normal(m, dtype=dtype),
         "activation": "gelu",
         "beta": 1.0,
         "order": 1,
     },
-    "activation_grad": lambda: {
-        "grad": normal(4, 5),
-        "x": normal(4, 5),
-        "bias": normal(5),
+    "activation_grad": lambda n=4, m=5, dtype=F32: {
+        "grad": normal(n, m, dtype=dtype),
+        "x": normal(n, m, dtype=dtype),
+        "bias": normal(m, dtype=dtype),
         "activation": "tanh",
         "beta": 1.0,
         "order": 1,
     },
-    "activation_out": lambda: {
-        "x": normal(4, 5),
-        "bias": normal(5),
+    "activation_out": lambda n=4, m=5, dtype=F32: {
+        "x": normal(n, m, dtype=dtype),
+        "bias": normal(m, dtype=dtype),
         "activation": "silu",
         "beta": 1.0,
         "order": 2,
-        "out": normal(4, 5),
+        "out": normal(n, m, dtype=dtype),
     },
-    "softmax_residual": lambda: {
-        "logits": normal(6, 4),
-        "target": torch.arange(6) % 4,
+    "softmax_residual": lambda n=6, labels=4, dtype=F32: {
+        "logits": normal(n, labels, dtype=dtype),
+        "target": torch.arange(n) % labels,
         "label_smoothing": 0.1,
         "check_target": False,
     },
-    "softmax_curvature": lambda: {"logits": normal(6, 4), "v": normal(6, 4)},
-    "wide_forward": lambda: {
-        **layer(),
-        "head_weight": normal(2, 7),
-        "head_bias": normal(2),
-        **SOFT,
-        "precision": None,
+    "softmax_curvature": lambda n=6, labels=4, dtype=F32: {
+        "logits": normal(n, labels, dtype=dtype),
+        "v": normal(n, labels, dtype=dtype),
     },
-    "wide_backward": lambda: {
-        "g": normal(5, 2),
-        **layer(),
-        "head_weight": normal(2, 7),
+    "wide_forward": lambda n=5, d=3, m=7, c=2, dtype=F32: {
+        **layer(n, d, m, dtype),
+        "head_weight": normal(c, m, dtype=dtype),
+        "head_bias": normal(c, dtype=dtype),
         **SOFT,
-        "precision": None,
+    },
+    "wide_backward": lambda n=5, d=3, m=7, c=2, dtype=F32: {
+        "g": normal(n, c, dtype=dtype),
+        **layer(n, d, m, dtype),
+        "head_weight": normal(c, m, dtype=dtype),
+        **SOFT,
         **NEEDS,
     },
-    "wide_head_grad": lambda: {**layer(), "residual": normal(5, 2), **SOFT, "precision": None},
-    "wide_gram_product": lambda: {**layer(), "r": normal(5, 2), **SOFT, "precision": None},
-    "wide_panel_out": lambda: {**layer(F64), **SOFT, "out": normal(5, 7, dtype=F64)},
-    "gram_product": lambda: {"gram": torch.ones(5, 5), "x": normal(5, 2)},
-    "add_product": lambda: {
-        "out": normal(4, 4),
-        "a": normal(4, 6),
-        "b": normal(6, 4),
+    "wide_head_grad": lambda n=5, d=3, m=7, c=2, dtype=F32: {
+        **layer(n, d, m, dtype),
+        "residual": normal(n, c, dtype=dtype),
+        **SOFT,
+    },
+    "wide_gram_product": lambda n=5, d=3, m=7, c=2, dtype=F32: {
+        **layer(n, d, m, dtype),
+        "r": normal(n, c, dtype=dtype),
+        **SOFT,
+    },
+    "wide_panel_out": lambda n=5, d=3, m=7, dtype=F64: {
+        **layer(n, d, m, dtype),
+        "activation": "softplus",
+        "beta": 1.5,
+        "out": normal(n, m, dtype=F64),
+    },
+    "gram_product": lambda n=5, c=2, dtype=F32: {
+        "gram": symmetric(n, dtype),
+        "x": normal(n, c, dtype=dtype),
+    },
+    "add_product": lambda n=4, n2=4, k=6, dtype=F32: {
+        "out": normal(n, n2, dtype=dtype),
+        "a": normal(n, k, dtype=dtype),
+        "b": normal(k, n2, dtype=dtype),
         "alpha": -1.0,
         "inner": 4,
         "lower": False,
     },
-    "gram_error_bound": lambda: {"h": normal(4, 6)},
-    "abs_products": lambda: {
-        "a": normal(4, 6),
-        "left": torch.rand(4, dtype=F64),
-        "right": torch.rand(6, dtype=F64),
+    "gram_error_bound": lambda n=4, m=6, dtype=F32: {"h": normal(n, m, dtype=dtype)},
+    "abs_products": lambda n=4, m=6, dtype=F32: {
+        "a": normal(n, m, dtype=dtype),
+        "left": torch.rand(n, dtype=F64),
+        "right": torch.rand(m, dtype=F64),
     },
-    "jacobian_gram": lambda: {
-        "out": normal(6, 6),
-        "g": normal(2, 3, 2, 5),
-        "h": normal(2, 3, 2, 5),
-        "scale": normal(2, 4, 4),
-        "ends": [3, 5],
+    "jacobian_gram": lambda layers=2, n=2, c=3, t=2, n2=2, c2=3, t2=2, r=5, dtype=F32: {
+        "out": normal(n * c, n2 * c2, dtype=dtype),
+        "g": normal(n, c, t, r, dtype=dtype),
+        "h": normal(n2, c2, t2, r, dtype=dtype),
+        "scale": normal(layers, n * t, n2 * t2, dtype=dtype),
+        "ends": [r - (layers - 1 - i) * r // (layers + 1) for i in range(layers)],
         "lower": False,
     },
-    "gradient_gram": lambda: {
-        "out": normal(6, 6),
-        "g": normal(2, 3, 2, 5),
-        "a": normal(2, 2, 4),
-        "h": normal(2, 3, 2, 5),
-        "b": normal(2, 2, 4),
+    "gradient_gram": lambda n=2, c=3, t=2, n2=2, c2=3, t2=2, r=5, s=4, dtype=F32: {
+        "out": normal(n * c, n2 * c2, dtype=dtype),
+        "g": normal(n, c, t, r, dtype=dtype),
+        "a": normal(n, t, s, dtype=dtype),
+        "h": normal(n2, c2, t2, r, dtype=dtype),
+        "b": normal(n2, t2, s, dtype=dtype),
     },
-    "batched_rank": lambda: {
-        "a": torch.randint(-9, 9, (3, 4, 5)).float(),
-        "atol": torch.zeros(3, dtype=F64),
-        "rtol": torch.full((3,), 1e-6, dtype=F64),
+    "batched_rank": lambda batch=3, n=4, m=5, rank=4, dtype=F32: {
+        "a": of_rank(rank, batch, n, m, dtype),
+        "atol": torch.zeros(batch, dtype=F64),
+        "rtol": torch.full((batch,), 1e-6, dtype=F64),
         "check_tolerance": True,
     },
-    "capture_cotangent": lambda: {"g": normal(3), "key": 12345},
+    "capture_cotangent": lambda n=3, dtype=F32: {"g": normal(n, dtype=dtype), "key": 12345},
 }
 CALLS["matrix_rank"] = CALLS["batched_rank"]
 WRITTEN = "out"
+
+
+def operators() -> set[str]:
+    """All that are registered: each has a call."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gcfast::"))
+    found = {name.split("::")[1].split(".")[0] for name in names}
+    assert found == set(CALLS), found ^ set(CALLS)
+    return found
+
 
 INTEGERS = (-1, 0, 1, 2, 3, 7, 2**31, 2**62, 10**30, None, "a", 1.5)
 FLOATS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 0.5, 2.5, 1e300, None, "a", 10**400)
@@ -347,14 +384,8 @@ def sweep(name: str, seed: int, pairs: int, say: Callable[[str], None]) -> list[
 def main(seed: int = 0, pairs: int = 200, *only: str) -> int:
     faulthandler.enable()
     graph._receivers[12345] = lambda g: None
-    operators = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("gcfast::")
-    }
-    assert operators == set(CALLS), operators ^ set(CALLS)
     wrong = []
-    for name in only or sorted(operators):
+    for name in only or sorted(operators()):
         wrong += sweep(name, seed, pairs, lambda title: print(title, flush=True))
     print("\n".join(f"WRONG {line}" for line in wrong))
     print(f"{len(wrong)} wrong")
