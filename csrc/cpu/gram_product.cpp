@@ -29,19 +29,19 @@ template <class T> __attribute__((always_inline)) inline T dot(const T* a, const
 }
 
 // R rows of K at k (stride ld), columns [0, columns), C sides at x and out (stride n), xi = x at these rows:
-// sums[r][c] += K[r, j] x[c, j] in lanes, out[c, j] += K[r, j] xi[c, r]. What is left of a lane goes to out_i.
+// sums[r][c] += K[r, j] x[c, j] in lanes, out[c, j] += K[r, j] xi[c, r]. `columns` is a whole number of lanes, as
+// block rows and tiles begin at multiples of kRows.
 template <class T, int R, int C>
 __attribute__((always_inline)) inline void micro(const T* k, int64_t ld, const T* x, T* out, int64_t n, int64_t columns,
-                                                 const T* xi, T* out_i, typename Lanes<T>::Vec* sums, int stride,
-                                                 const T* next) {
+                                                 const T* xi, typename Lanes<T>::Vec* sums, int stride, const T* next) {
   using Vec = typename Lanes<T>::Vec;
   constexpr int64_t W = Lanes<T>::width;
+  static_assert(kRows % W == 0 && kColumns % W == 0, "a lane would reach beyond a tile");
   Vec sum[R][C];
   T side[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = sums[r * stride + c], side[r][c] = xi[c * n + r];
-  int64_t j = 0;
-  for (; j + W <= columns; j += W) {
+  for (int64_t j = 0; j < columns; j += W) {
     Vec row[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -63,12 +63,6 @@ __attribute__((always_inline)) inline void micro(const T* k, int64_t ld, const T
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r * stride + c] = sum[r][c];
-  for (; j < columns; ++j)
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) {
-        out_i[c * n + r] += k[r * ld + j] * x[c * n + j];
-        out[c * n + j] += k[r * ld + j] * side[r][c];
-      }
 }
 
 template <class T, int C>
@@ -80,11 +74,11 @@ __attribute__((always_inline)) inline void tile(const GramProductArgs<T>& a, con
     const T* k = a.gram + i * a.ld + j0;
     // the next four rows, or the first four of the next tile
     const T* next = !first ? nullptr : i + 8 <= i1 ? k + 4 * a.ld : a.gram + i0 * a.ld + j0 + columns;
-    micro<T, 4, C>(k, a.ld, x + j0, out + j0, a.n, columns, x + i, out + i, sums + (i - i0) * stride, stride, next);
+    micro<T, 4, C>(k, a.ld, x + j0, out + j0, a.n, columns, x + i, sums + (i - i0) * stride, stride, next);
   }
   for (; i < i1; ++i)
-    micro<T, 1, C>(a.gram + i * a.ld + j0, a.ld, x + j0, out + j0, a.n, columns, x + i, out + i, sums + (i - i0) * stride,
-                   stride, nullptr);
+    micro<T, 1, C>(a.gram + i * a.ld + j0, a.ld, x + j0, out + j0, a.n, columns, x + i, sums + (i - i0) * stride, stride,
+                   nullptr);
 }
 
 // Rows [i0, i0 + kRows) of K for `sides` <= kSides right-hand sides.
