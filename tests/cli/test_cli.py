@@ -319,7 +319,7 @@ def test_interruption_of_the_solver_keeps_what_was_finished(
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_control_c_in_phase_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gcfast", *SMALL[:-1], "10000", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "gcfast", *SMALL[:-1], "5000", "--out", str(tmp_path)]
     process = children.start(command, cwd=tmp_path)  # where no source tree shadows what is installed
     assert process.stdout is not None and process.stderr is not None
     assert "120 training" in process.stdout.readline()
