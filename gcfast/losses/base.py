@@ -102,15 +102,15 @@ class ConvexLoss(ABC):
         """Upper bound (n,) of loss_i(z + d) - loss_i(z) - <gradient at z, d> for all |d| <= error (n, C).
 
         By :meth:`smoothness`; where that is unknown by convexity: z + d lies between the 2 C outputs
-        z +- C error_c e_c and z, where the loss is evaluated.
+        z +- C error_c e_c, where the loss is evaluated.
         """
         c = z.shape[1]
         smooth = self.smoothness(c)
         if math.isfinite(smooth):
             return 0.5 * smooth * (error**2).sum(1) + TINY
         of_value, of_residual = self.rounding(z, y, value, residual)
-        highest = value + of_value
-        far = (c * error + 4 * UNIT * z.abs()) * SPARE + TINY
+        highest = torch.full_like(value, -math.inf)
+        far = (c * error + 4 * UNIT * z.abs()) * SPARE  # so far that it is so after rounding
         for k in range(c):
             for sign in (-1.0, 1.0):
                 ahead = z.clone()
@@ -135,14 +135,17 @@ class ConvexLoss(ABC):
         inf where none is known. y: prepared targets, n >= 1.
         """
         kappa = self.dominance(c)
-        return residual_norm**2 / (kappa * len(y)) if kappa > 0 else math.inf
+        return residual_norm * residual_norm / (kappa * len(y)) * SPARE + TINY if kappa > 0 else math.inf
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         """Outputs near z at which every loss_i is within eps of its infimum; None if not known."""
         return None
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        """inf_q sum_{i in group} loss_i(q), (groups,), or a lower bound: samples no model can tell apart."""
+        """inf_q sum_{i in group} loss_i(q), (groups,), or a lower bound: samples no model can tell apart.
+
+        y: prepared targets, n >= 1. No group is empty.
+        """
         total = torch.zeros(groups, dtype=torch.float64, device=y.device)
         return total.index_add_(0, group, self.infimum(y).to(torch.float64))
 
@@ -164,17 +167,18 @@ def group_mean(y: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     count = torch.zeros(groups, dtype=torch.float64, device=y.device).index_add_(
         0, group, torch.ones_like(y[:, 0])
     )
-    return group_sum(y, group, groups) / count.clamp(min=1).unsqueeze(1), count
+    return group_sum(y, group, groups) / count.unsqueeze(1), count
 
 
 def log_excess(u: float) -> float:
-    """A k with -log(1 - v) <= v + k v^2 for all v <= u, inf for u >= 1: (-log(1 - u) - u) / u^2, rounded up.
+    """A k with -log(1 - v) <= v + k v^2 for all v <= u, but for a factor within ``SPARE``; inf for u >= 1.
 
-    For (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v.
+    For (-log(1 - v) - v) / v^2 = int_0^1 (1 - s) / (1 - s v)^2 ds increases with v, k is this at u; where u
+    is below 1/1000, and the difference has lost digits, 1/2 + u/2, which is no less.
     """
     if u >= 1.0:
         return math.inf
-    return 0.5 + 0.5 * u if u < 1e-3 else (-math.log1p(-u) - u) / u**2 * (1 + 1e-9)
+    return 0.5 + 0.5 * u if u < 1e-3 else (-math.log1p(-u) - u) / u**2
 
 
 def real_targets(y: Tensor) -> Tensor:

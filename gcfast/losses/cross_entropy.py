@@ -169,12 +169,12 @@ class CrossEntropy(ConvexLoss):
             zeros = (y == 0).sum(1).to(torch.float64)
             least = torch.where(y > 0, y, math.inf).amin(1)
         share = (c - 1) / c
-        excess = log_excess(math.sqrt(share) * residual_norm / float(least.amin()))
-        outside = math.sqrt(float((zeros * (c - zeros) / c).sum())) * residual_norm
         weight = float((torch.where(zeros == c - 1, share, 1.0) / least).amax())
-        if excess == math.inf:
+        curved = log_excess(math.sqrt(share) * residual_norm / float(least.amin()) * SPARE) * weight
+        if not math.isfinite(curved):
             return math.inf
-        return (outside + excess * weight * residual_norm**2) / len(y) * (1 + (len(y) + 64) * UNIT) * SPARE
+        outside = math.sqrt(float((zeros * (c - zeros) / c).sum())) * residual_norm
+        return (outside + curved * residual_norm**2) / len(y) * SPARE + TINY
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         if y.dim() == 2:
@@ -188,14 +188,12 @@ class CrossEntropy(ConvexLoss):
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         if y.dim() == 2:
-            members = int(group.bincount().amax()) if len(group) else 1
-            return entropy_below(group_sum(y, group, groups), (members + y.shape[1] + 4) * UNIT)
+            known = (int(group.bincount().amax()) + y.shape[1] + 4) * UNIT
+            return entropy_below(group_sum(y, group, groups), known)
         # count the pairs (group, class) that occur: a table of all would be groups x classes
-        classes = int(y.max()) + 1 if len(y) else 1
+        classes = int(y.max()) + 1
         pair, times = torch.unique(group * classes + y, return_counts=True)
         of, count = pair // classes, group.bincount(minlength=groups).to(torch.float64)
-        share, missing = times / count[of], (count[of] - times) / count[of]
-        terms = times * torch.where(2 * share > 1, torch.log1p(-missing), share.log())
-        total = torch.zeros_like(count).index_add_(0, of, terms).neg_()
+        terms = times * torch.log1p((count[of] - times) / times)
         # each term is right to 8 u, and a group adds no more of them than there are classes
-        return total * (1 - (classes + 16) * UNIT)
+        return torch.zeros_like(count).index_add_(0, of, terms) * (1 - (classes + 8) * UNIT)

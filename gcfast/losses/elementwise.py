@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast.losses.base import ConvexLoss, finite, group_mean, group_sum, log_excess, number, real_targets
-from gcfast.losses.rounding import SPARE, TINY, UNIT, entropy_below
+from gcfast.losses.rounding import SPARE, TINY, UNIT, entropy_below, positive, row_means_below
 
 
 class Elementwise(ConvexLoss):
@@ -88,9 +88,8 @@ class MSE(Elementwise):
         terms = (count[:, None] + 8) * UNIT  # roundings of a sum over a group
         square, size = group_sum(t * t, group, groups), group_sum(t.abs(), group, groups)
         off = group_sum(t, group, groups).abs() + terms * size
-        least = square * (1 - 2 * terms) - off * off / count.clamp(min=1)[:, None] * (1 + 16 * UNIT)
-        least = torch.where((least > TINY) & square.isfinite(), least - TINY, 0.0)
-        return least.mean(1) * (1 - (y.shape[1] + 8) * UNIT)
+        least = square * (1 - 2 * terms) - off * off / count[:, None] * (1 + 2 * terms)
+        return row_means_below(positive(least - TINY))
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         return y
@@ -137,8 +136,7 @@ class BCEWithLogits(Elementwise):
 
     def _entropy(self, ones: Tensor, zeros: Tensor, known: float) -> Tensor:
         """Of sums of y and of 1 - y, each within a factor 1 +- known."""
-        below = entropy_below(torch.stack([ones, zeros], -1), known)
-        return below.mean(1) * (1 - (below.shape[1] + 8) * UNIT)
+        return row_means_below(entropy_below(torch.stack([ones, zeros], -1), known))
 
     def _parts(self, z: Tensor, y: Tensor, residual: Tensor) -> Tensor:
         return ((1 - y) * torch.sigmoid(z) + y * torch.sigmoid(-z)) / z.shape[1]
@@ -160,15 +158,14 @@ class BCEWithLogits(Elementwise):
         least = float(torch.where(hard, 1.0, torch.minimum(y, 1 - y)).amin())
         weight = float(torch.where(hard, 1.0, 1 / (y * (1 - y))).amax())
         norm = c * residual_norm
-        excess = log_excess(norm / least)
-        if excess == math.inf:
+        curved = log_excess(norm / least * SPARE) * weight
+        if not math.isfinite(curved):
             return math.inf
-        return (math.sqrt(int(hard.sum())) * norm + excess * weight * norm**2) / y.numel() * SPARE
+        return (math.sqrt(int(hard.sum())) * norm + curved * norm**2) / y.numel() * SPARE + TINY
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
-        members = int(group.bincount().amax()) if len(group) else 1
         ones, zeros = group_sum(y, group, groups), group_sum(1 - y, group, groups)
-        return self._entropy(ones, zeros, (members + 4) * UNIT)
+        return self._entropy(ones, zeros, (int(group.bincount().amax()) + 4) * UNIT)
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         far = -math.log(math.expm1(eps))
@@ -190,7 +187,8 @@ class Huber(Elementwise):
         return self._of((z - y).abs()).mean(1)
 
     def _of(self, a: Tensor) -> Tensor:
-        return torch.where(a <= self.delta, 0.5 * a * a, self.delta * (a - 0.5 * self.delta))
+        slope = a.clamp(max=self.delta)
+        return slope * (a - 0.5 * slope)
 
     def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
         """Slopes lie in [-delta, delta], the curvature in [0, 1]."""
@@ -218,14 +216,15 @@ class Huber(Elementwise):
     def gap_bound(self, y: Tensor, c: int, residual_norm: float) -> float:
         """As the base class: all |t| = C |residual| < delta, where the loss is t^2/2, or inf."""
         norm = c * residual_norm * SPARE
-        return 0.5 * norm * residual_norm / len(y) * SPARE if norm < self.delta else math.inf
+        return 0.5 * norm * residual_norm / len(y) * SPARE + TINY if norm < self.delta else math.inf
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         return y
 
     def group_infimum(self, y: Tensor, group: Tensor, groups: int) -> Tensor:
         # The slope in each output is increasing and piecewise linear: Newton for its zero, in all groups and
-        # outputs at once, from their means, and bisection where Newton leaves what is known to hold the zero.
+        # outputs at once, from their means, and bisection where Newton leaves what is known to hold the zero,
+        # as it does where the curvature is 0.
         q, count = group_mean(y, group, groups)
         index = group[:, None].expand_as(y)
         low = torch.zeros_like(q).scatter_reduce(0, index, y, "amin", include_self=False)
@@ -243,22 +242,18 @@ class Huber(Elementwise):
         for _ in range(100):
             slope, hidden, inside = slope_at(q)
             low, high = torch.where(slope < -hidden, q, low), torch.where(slope > hidden, q, high)
-            middle = 0.5 * (low + high)
-            settled = (slope.abs() <= hidden) | (middle <= low) | (middle >= high)
-            if bool(settled.all()):
+            newton, middle = q - slope / inside, 0.5 * (low + high)
+            step = torch.where((newton > low) & (newton < high), newton, middle)
+            last, q = q, torch.where(slope.abs() > hidden, step, q)
+            if torch.equal(last, q):
                 break
-            newton = q - slope / inside.clamp(min=1)
-            step = torch.where((inside > 0) & (newton > low) & (newton < high), newton, middle)
-            q = torch.where(settled, q, step)
         slope, hidden, inside = slope_at(q)
-        near = 8 * (hidden / inside.clamp(min=1) + UNIT * q.abs())
+        near = 8 * (hidden / inside + UNIT * q.abs())
         for side in (q - near, q + near):
             at, unsure, _ = slope_at(side)
             low = torch.where(at < -unsure, torch.maximum(low, side), low)
             high = torch.where(at > unsure, torch.minimum(high, side), high)
         # the zero lies between low and high, where by convexity the sum is no less than the tangent at q
-        reach = torch.maximum(high - q, q - low).clamp(min=0) * SPARE
+        reach = torch.maximum(high - q, q - low) * SPARE
         below = group_sum(self._of((q[group] - y).abs()), group, groups) * (1 - terms)
-        below = below - (slope.abs() + hidden) * reach * SPARE - TINY
-        below = torch.where((below > 0) & below.isfinite(), below, 0.0)
-        return below.mean(1) * (1 - (y.shape[1] + 8) * UNIT)
+        return row_means_below(positive(below - (slope.abs() + hidden) * reach * SPARE - TINY))

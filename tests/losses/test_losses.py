@@ -201,23 +201,6 @@ def test_tiny_losses_keep_their_digits():
     assert math.isclose(float(residual[0, 1]), -exact, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("loss", "targets", "words"),
-    [
-        (CrossEntropy(), torch.tensor([0, 4, 1]), r"label 4 of sample 1 is out of range for 4 outputs"),
-        (CrossEntropy(), torch.tensor([0, 1, -100]), r"label -100 of sample 2"),
-        (CrossEntropy(), torch.full((3, 4), 0.3), "row 0 is no probability vector"),
-        (CrossEntropy(), torch.zeros(2, dtype=torch.long), r"shape \(3,\)"),
-        (resolve_loss("mse"), torch.tensor([[1.0, 2, 3, math.nan]] * 3), "sample 0"),
-        (resolve_loss("mse"), torch.zeros(3, 3), r"shape \(3, 4\)"),
-        (BCEWithLogits(), torch.full((3, 4), 1.5), r"\[0, 1\]"),
-    ],
-)
-def test_bad_targets_are_named(loss, targets, words):
-    with pytest.raises(ValueError, match=words):
-        loss.prepare(targets, 3, 4)
-
-
 class _Quartic(ConvexLoss):
     name = "quartic"
 
