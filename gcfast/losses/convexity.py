@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gcfast.losses.base import ConvexLoss
 from gcfast.losses.resolve import OWN
+from gcfast.losses.rounding import TINY
 
 SCALES = (0.1, 1.0, 10.0, 1e4)  # how far from the outputs met
 NEAR = 10.0  # beyond, a loss may overflow
@@ -62,7 +63,7 @@ class _Rows:
         self.loss, self.z, self.y, self.first = loss, z, y, first
         self.n, self.c = z.shape
         # what rounding of values and of slopes is measured by where the loss is nearly 0
-        self.unit, self.slope = z.new_zeros(self.n), 0.0
+        self.unit, self.slope = z.new_zeros(self.n), math.nan
 
     def check(self, directions: Tensor) -> None:
         """``directions``: one (n, C) for each of the scales."""
@@ -72,7 +73,7 @@ class _Rows:
             points.append(self._chord(here, self.z + scale * way, infimum, scale <= NEAR))
         low = here
         for _ in range(STEPS):  # Polyak's, which go below an infimum that is too high
-            step = 1.9 * (low[1] - infimum) / low[2].square().sum(1).clamp(min=1e-300)
+            step = 1.9 * (low[1] - infimum) / low[2].square().sum(1).clamp(min=TINY)
             z = low[0] - step[:, None] * low[2]
             low = (z, *self.terms(z))
             self._above(infimum, low[1])

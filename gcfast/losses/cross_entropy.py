@@ -98,7 +98,8 @@ class CrossEntropy(ConvexLoss):
         """softmax(z) from the residual: exact where it is tiny."""
         if y.dim() == 2:
             return residual + y
-        return residual.scatter_add(1, y[:, None], torch.ones_like(residual[:, :1]))
+        label = y[:, None]
+        return residual.scatter_add(1, label, torch.ones_like(label, dtype=residual.dtype))
 
     def curvature_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return ops.softmax_curvature(z, v)

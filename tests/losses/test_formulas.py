@@ -294,6 +294,16 @@ def test_excess_without_smoothness_is_by_the_values_around():
             _tight(one, highest - here + off + along + 4 * U * (highest + here), 3e-5)
 
 
+def test_excess_sees_a_kink_just_before_the_farthest_output():
+    class Hinge(_Absolute):
+        def value(self, z, y):
+            return (z.abs().sum(1) - (1 - 1e-7)).clamp(min=0)
+
+    z = torch.zeros((1, 2), dtype=F64)
+    found = Hinge(0.0).excess(z, z, _t([0.5, 0.25]), z[:, 0], z)
+    assert 1e-7 <= float(found) <= 2e-6
+
+
 def test_bounds_add_up():
     """Each term of the sum is the largest once."""
     for value, residual, of_value, of_residual, excess, error in (
@@ -551,6 +561,13 @@ def test_values_and_derivatives_are_exact_where_floats_are(name):
                 4 * float(x) * p[2] / c for x, p in zip(z[i], parts, strict=True)
             ]
         assert loss.infimum(y).tolist() == [0.0, 0.0]
+
+
+def test_derivatives_of_a_users_loss_are_those_of_its_value():
+    loss, z = _Quadratic(), _t([1.0, -2.0, 0.5], [0.0, 4.0, 8.0])
+    assert loss.residual(z, z).tolist() == (loss.a * z).tolist()
+    assert loss.curvature_product(z, z, 4 * z).tolist() == (loss.a * 4 * z).tolist()
+    assert loss.curvature_diagonal(z, z).tolist() == [loss.a.tolist()] * 2
 
 
 def test_what_is_said_of_all_outputs():
