@@ -101,6 +101,8 @@ class ConvexLoss(ABC):
     def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
         """Upper bound (n,) of loss_i(z + d) - loss_i(z) - <gradient at z, d> for all |d| <= error (n, C).
 
+        It may be exceeded by a factor within ``SPARE``, which :func:`bounds_at` adds.
+
         By :meth:`smoothness`; where that is unknown by convexity: z + d lies between the 2 C outputs
         z +- C error_c e_c, where the loss is evaluated.
         """

@@ -44,9 +44,9 @@ def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor, seen: Tensor | None = N
         generator = torch.Generator(device="cpu").manual_seed(0)
         shape = (len(SCALES), rows, c)
         directions = torch.randn(shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
-    whole = _Rows(loss, z, y, 0).value(z)
+    whole = _Rows(loss, z, y).value(z)
     if n > 1:
-        _Rows(loss, z[: n // 2], y[: n // 2], 0).must_be(whole[: n // 2])
+        _Rows(loss, z[: n // 2], y[: n // 2]).must_be(whole[: n // 2])
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         some = _Rows(loss, z[part], y[part], start)
@@ -59,7 +59,7 @@ def check_convex(loss: ConvexLoss, z: Tensor, y: Tensor, seen: Tensor | None = N
 class _Rows:
     """Some samples: their outputs z, their prepared targets y, and the number of the first of them."""
 
-    def __init__(self, loss: ConvexLoss, z: Tensor, y: Tensor, first: int):
+    def __init__(self, loss: ConvexLoss, z: Tensor, y: Tensor, first: int = 0):
         self.loss, self.z, self.y, self.first = loss, z, y, first
         self.n, self.c = z.shape
         # what rounding of values and of slopes is measured by where the loss is nearly 0
@@ -98,7 +98,8 @@ class _Rows:
         self._finite(value)
         # the loss shows its size and slope far away, on one side or the other, where it is nearly 0 at z
         size = z.abs().amax(1).clamp(min=1)
-        way = NEAR * size[:, None] * (1 - 2 * (torch.arange(self.c, device=z.device) % 2))
+        way = NEAR * size[:, None].expand_as(z)
+        way[:, 1::2].neg_()
         sides = torch.stack([value, self.value(z + way), self.value(z - way)]).abs()
         sides = sides.nan_to_num(nan=0.0, posinf=0.0)
         # some terms of the value may be as large as z, and so their rounding

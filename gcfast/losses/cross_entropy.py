@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class CrossEntropy(ConvexLoss):
     def output_count(self, y: Tensor) -> int:
         y = real_targets(y)
         if not y.is_floating_point() and bool((y == self.ignore_index).any()):
-            self._labels(y, len(y), int(y.max()) + 1)
+            self._labels(y, len(y), sys.maxsize)  # which names it
         return super().output_count(y)
 
     def attained(self, y: Tensor) -> bool:
@@ -118,7 +119,7 @@ class CrossEntropy(ConvexLoss):
         Q log1p(s) - sum_c q_c a_c, Q = sum_c q_c: terms of one sign. e_c is known to (8 + |a_c|) u relative,
         so log1p(s) to (C + 16) u of itself and sum p_c |a_c| u. The gradient is Q p - q; it is made as p - q,
         at the maximum as (1 - q) - (1 - p): what is lost there is relative to 1 - p and 1 - q. prepare() has
-        rounded probabilities, each to (C + 4) u relative.
+        rounded probabilities, each to (C + 4) u relative: Q is 1 within ``SPARE``.
         """
         c = z.shape[1]
         top, k = z.max(1, keepdim=True)
@@ -131,23 +132,20 @@ class CrossEntropy(ConvexLoss):
         of_p = p * (2 * c + 32 + a + spread)
         of_p = of_p.nan_to_num(0.0).scatter(1, k, (2 * c + 32) * missing + spread)
         of_residual = of_p + 2 * residual.abs()
-        total = torch.ones_like(value)
         if y.dim() == 2:
-            total = y.sum(1)
             p = p.scatter(1, k, 1.0)
-            off = (total - 1).abs()[:, None] / UNIT + 2 * c + 8
+            off = (y.sum(1) - 1).abs()[:, None] / UNIT + 2 * c + 8
             of_residual = of_residual + off * (p + y) + (1 - y.gather(1, k)).abs() * e.eq(1.0)
         else:
             wrong = (k[:, 0] != y).to(z.dtype)[:, None]
             of_residual = of_residual + wrong * e.eq(1.0)
-        of_value = ((3 * c + 48) * value.abs() + 2 * total * spread[:, 0]) * UNIT
+        of_value = ((3 * c + 48) * value.abs() + 2 * spread[:, 0]) * UNIT
         return of_value * SPARE + c * TINY, of_residual * (UNIT * SPARE) + TINY
 
     def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
-        """For log-sum-exp at most (max d - min d)^2 / 8 (Hoeffding's lemma) and max d - min d."""
+        """For log-sum-exp at most (max d - min d)^2 / 8 (Hoeffding's lemma) and max d - min d, times Q."""
         most = error.amax(1)
-        total = torch.ones_like(most) if y.dim() == 1 else y.sum(1) * SPARE
-        return total * torch.minimum(0.5 * most**2 + TINY, 2 * most)
+        return torch.minimum(0.5 * most**2 + TINY, 2 * most)
 
     def smoothness(self, c: int) -> float:
         return 0.5 if c > 1 else 0.0

@@ -140,21 +140,14 @@ def test_what_counts_as_rounding():
     rows = _rows(_Script())
     torch.testing.assert_close(rows._slack(a, -b), 1e-9 * (3 + b.abs() + UNIT), rtol=1e-12, atol=0)
     torch.testing.assert_close(rows._slack(-a), 1e-9 * (3 + UNIT), rtol=1e-12, atol=0)
+    one = torch.tensor([[0.0, 3.0]] * N, dtype=F64)
     for unit in (1e3, 0.0):
         rows = _rows(_Script(), torch.full((N,), unit, dtype=F64))
-        for other, size in ((5.0, 8.0), (-5.0, 8.0), (0.0, 3.0)):
-            for f in (0.999, 1.001):
-                one = torch.tensor([[0.0, 3.0]] * N, dtype=F64)
-                # both are as far apart as may be: the distance counts in what is let pass
-                two = torch.tensor([[0.0, other]] * N, dtype=F64)
-                if other == 5.0:
-                    two = one + f * (6e-6 + 1e-9 * unit)
-                    two[:, 0] = 0.0
-                    assert rows._differ(one, two).tolist() == [f > 1] * N == rows._differ(two, one).tolist()
-                    assert rows._differ(one[:, 1], two[:, 1]).tolist() == [f > 1] * N
-                else:
-                    assert bool(rows._differ(one, two).all()) and size > 0
-    assert not rows._differ(one, one).any()
+        for f in (0.999, 1.001):
+            two = one + torch.tensor([0.0, f * (6e-6 + 1e-9 * unit)], dtype=F64)
+            for a, b in ((one, two), (two, one), (-one, -two), (one[:, 1], two[:, 1])):
+                assert rows._differ(a, b).tolist() == [f > 1] * N
+        assert rows._differ(one, -one).all() and not rows._differ(one, one).any()
 
 
 def test_borders_of_values():
@@ -181,11 +174,7 @@ def test_borders_of_values():
         wrong = (slope * Z).sum(1) - own - off * 1e-9 * (size + UNIT)
         script = _Script(own, own, own, residual=lambda z, y: slope, terms=lambda z, y: (own, slope, wrong))
         value, residual, found = _rows(script).terms(Z)
-        assert (value.tolist(), residual.tolist(), found.tolist()) == (
-            own.tolist(),
-            slope.tolist(),
-            wrong.tolist(),
-        )
+        assert torch.equal(value, own) and torch.equal(residual, slope) and torch.equal(found, wrong)
 
     _border(conjugate)
     value, residual, found = _rows(_Bowl()).terms(Z)  # by automatic differentiation
@@ -232,35 +221,29 @@ def test_borders_of_promises():
         low, high = value - 1.5, value + 1
         excess = high - low - off * 1e-9 * (high + low + UNIT)
         far = torch.stack([0 * excess, (3 * excess).sqrt()], 1)
-        points = [
-            here,
-            (way, low, 9 + slope, None),
-            (way, value * math.nan, 9 + slope, None),
-            (way, high, far, None),
-        ]
-        first = (Z, value, 9 + slope, None)
-        _rows(_Script(**given, dominance=lambda c: 1.5 * c))._promises([first, *points[1:]], ZERO)
+        points = [(Z, v, 9 + slope, None) for v in (value, low, math.nan * value)]
+        loss = _Script(**given, dominance=lambda c: 1.5 * c)
+        _rows(loss)._promises([*points, (way, high, far, None)], ZERO)
 
     _border(dominated)
 
     seen = []
 
     def gap(factor):
+        low = value - 1
+        excess = value - low - 1e-9 * (value + low + UNIT)
+
         def gap_bound(y, c, norm):
             seen.append(norm)
-            return (
-                factor * float((value - value - 2e-9 * value - 1e-9 * UNIT).mean())
-                if len(seen) % 2
-                else math.inf
-            )
+            return factor * float(excess.mean())
 
-        loss = _Script(**given, gap_bound=gap_bound)
-        _rows(loss)._promises([here, (way, value + 1, math.inf * (1 + slope), None), here], ZERO)
+        overflown = (way, low, math.inf * (1 + slope), None)
+        _rows(_Script(**given, gap_bound=gap_bound))._promises([here, overflown], ZERO)
 
     gap(1.0)
-    assert seen == pytest.approx([math.sqrt(N) / 2 * (1 + 1e-12)] * 2, rel=1e-14)
+    assert seen == pytest.approx([math.sqrt(N) / 2 * (1 + 1e-12)], rel=1e-14, abs=0)
     with pytest.raises(ValueError, match=rf"gap_bound gives .* \(samples {FIRST} to {FIRST + N - 1}\)"):
-        gap(1 + 1e-12)  # of a negative number
+        gap(1 - 1e-12)
 
     infimum, asked = value - 1, []
 
@@ -309,6 +292,9 @@ def test_border_of_groups(which):
 class _Nothing(ConvexLoss):
     """The loss that is 0 everywhere: every bound is met with equality, and none is broken."""
 
+    def __init__(self):
+        self.asked, self.grouped = [], []
+
     def value(self, z, y):
         return 0.0 * z.sum(1)
 
@@ -319,6 +305,7 @@ class _Nothing(ConvexLoss):
         return torch.zeros_like(z)
 
     def curvature_product(self, z, y, v):
+        self.asked.append((z, v))
         return torch.zeros_like(z)
 
     def curvature_diagonal(self, z, y):
@@ -337,13 +324,50 @@ class _Nothing(ConvexLoss):
         return 0.0
 
     def group_infimum(self, y, group, groups):
+        self.grouped.append(groups)
         return torch.zeros(groups, dtype=F64)
 
 
 @pytest.mark.parametrize("n", range(1, N + 1))
 def test_what_is_met_with_equality_is_not_broken(n):
-    check_convex(_Nothing(), Z[:n], ROWS[:n])
-    check_convex(_Nothing(), Z[:n], ROWS[:n], seen=1 - Z[:n])
+    loss = _Nothing()
+    check_convex(loss, Z[:n], ROWS[:n])
+    assert loss.grouped == ([n // 2] if n > 1 else [])
+    # derivatives at the end of the chord of scale 1, along the shortest one, and along each output in turn
+    directions = torch.randn((4, n, C), generator=torch.Generator().manual_seed(0), dtype=F64)
+    for found, along in zip(
+        loss.asked, (directions[0], torch.eye(C, dtype=F64).repeat(n, 1)[:n]), strict=True
+    ):
+        assert [a.tolist() for a in found] == [(Z[:n] + directions[1]).tolist(), along.tolist()]
+    check_convex(loss, Z[:n], ROWS[:n], seen=1 - Z[:n])
+
+
+def test_a_loss_may_overflow_far_away_alone():
+    directions = torch.randn((4, 1, 1), generator=torch.Generator().manual_seed(0), dtype=F64)
+    near, far = 10 * float(directions[2].abs()), 1e4 * float(directions[3].abs())
+
+    class Walled(_Bowl):
+        def value(self, z, y):
+            return torch.where(z[:, 0].abs() < self.wall, super().value(z, y), math.inf)
+
+    loss, here = Walled(), torch.zeros((1, 1), dtype=F64)
+    loss.wall = near * 1.001
+    assert loss.wall < far
+    check_convex(loss, here, here)
+    loss.wall = near * 0.999
+    with pytest.raises(ValueError, match="is not finite at finite outputs"):
+        check_convex(loss, here, here)
+
+
+def test_a_value_that_others_change():
+    """Seen by the first half alone, whose samples count from 0."""
+
+    class Mixed(_Nothing):
+        def value(self, z, y):
+            return z[:, 0] + z.mean()
+
+    with pytest.raises(ValueError, match=r"others change its value \(at sample 0\)"):
+        check_convex(Mixed(), Z, ROWS)
 
 
 @pytest.mark.parametrize("y", [torch.tensor(1.0), torch.zeros(N - 1), torch.zeros(N + 1, C), [0.0] * N])

@@ -90,6 +90,7 @@ TARGETS = [  # the loss, n and C, the targets, and what is prepared, or why they
     (CrossEntropy(), (2, 3), torch.tensor([0, 1, 2]), r"must have shape \(2,\); got \(3,\)"),
     (CrossEntropy(), (2, 3), _t([0.5, 0.5], [0.0, 1.0]), r"probabilities of shape \(2, 3\); got \(2, 2\)"),
     (CrossEntropy(), (2, 2), _t([0.5, 0.5], [0.5, -1e-300]), "row 1 is no probability vector"),
+    (CrossEntropy(), (2, 2), _t([1.0, -1e-300], [0.5, 0.5]), "row 0 is no probability vector"),
     (CrossEntropy(), (2, 2), _t([0.5, 0.5], [math.nan, 1.0]), "expected finite numbers; got nan at sample 1"),
     (CrossEntropy(), (2, 2), _t([0.0, 1.0], [1.0, 0.0]), [[0.0, 1.0], [1.0, 0.0]]),
     (CrossEntropy(0.5), (2, 2), torch.tensor([0, 1]), [[0.75, 0.25], [0.25, 0.75]]),
