@@ -236,7 +236,7 @@ class Huber(Elementwise):
             t = q[group] - y
             part = t.clamp(-self.delta, self.delta)
             inside = group_sum((t.abs() <= self.delta).to(q.dtype), group, groups)
-            hidden = terms * group_sum(part.abs(), group, groups) + TINY
+            hidden = terms * group_sum(part.abs(), group, groups)  # sums of denormals are exact
             return group_sum(part, group, groups), hidden, inside
 
         for _ in range(100):

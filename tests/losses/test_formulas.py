@@ -22,7 +22,7 @@ from gcfast.losses import (
     mean_above,
     rounding,
 )
-from gcfast.losses.base import log_excess
+from gcfast.losses.base import group_sum, log_excess
 
 F64 = torch.float64
 U, TINY = mp.mpf(2) ** -53, mp.mpf(2) * mp.mpf(sys.float_info.min)
@@ -512,6 +512,32 @@ def test_infimum_of_groups_where_huber_is_a_parabola():
     y, group = _t([0.5, 1.0], [-0.5, -1.0], [3.0, 3.0]), torch.tensor([1, 1, 0])
     stated = [(part * (1 - 26 * u) + 4 * part * (1 - 26 * u)) / 2 * (1 - 3 * u) for part in (0.25,)]
     assert Huber(2.0).group_infimum(y, group, 2).tolist() == [0.0, *stated]
+
+
+@pytest.mark.parametrize(
+    ("t", "delta", "q", "reach"),
+    [
+        ([-5.0, -2.0, 1.0, 2.0], 2.0**-30, -1.0, 4.0),  # no member is near the mean
+        ([16.0, 0.0, -10.0, -10.0], 1.0, -1.0, 9.0),  # one is delta away: the slope is certain on one side
+    ],
+)
+@mp.workdps(50)
+def test_infimum_of_groups_where_huber_is_flat(t, delta, q, reach):
+    """What rounding hides of a slope of 0 counts along the whole flat piece, on which the minimum may lie."""
+    y, group = torch.tensor(t, dtype=F64)[:, None], torch.zeros(4, dtype=torch.int64)
+    terms, delta_ = 28 * U, mp.mpf(delta)
+    sizes = [min(abs(q - x), delta_) * (abs(q - x) - min(abs(q - x), delta_) / 2) for x in t]
+    stated = (mp.fsum(sizes) * (1 - terms) - terms * 4 * delta_ * reach) * (1 - 2 * U)
+    _near(float(Huber(delta).group_infimum(y, group, 1)[0]), stated)
+
+
+def test_newton_finds_the_infimum_of_a_group_in_few_steps(monkeypatch):
+    """From the mean, 23/8, it leaves the bracket; from the middle, 23/16, it goes to 7/6, the minimum."""
+    calls = []
+    monkeypatch.setattr("gcfast.losses.elementwise.group_sum", lambda *a: calls.append(1) or group_sum(*a))
+    y, group = _t([0.0], [0.5], [1.0], [10.0]), torch.zeros(4, dtype=torch.int64)
+    Huber(2.0).group_infimum(y, group, 1)
+    assert len(calls) == 3 * (3 + 1 + 2) + 1  # the last one for the values
 
 
 @mp.workdps(50)
