@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gcfast import errors
-from gcfast.losses import MSE, UNIT, ConvexLoss, bounds_at, gap_above, mean_above
+from gcfast.losses import MSE, ConvexLoss, above, bounds_at, gap_above, mean_above
+from gcfast.proofs import SMALLEST, round_up
 
 Status = Literal["holds", "fails", "unknown", "not checked"]
 
@@ -88,35 +89,35 @@ class Certificate:
 
         From L(w_t) - L(V) <= beta |V - V_tau|^2 / (2 t), beta = smoothness * sigma_max(H1)^2 / n, for the V
         that reaches a loss near L* + eps/2, |V - V_tau| <= |Z - Z_tau| / sigma_min(H1); for the squared loss
-        from the linear rate 1 - sigma_min^2/sigma_max^2. The rounding of all this is in it, not that of the
-        steps. Infinite where sigma_min has no proved bound; ValueError without a loss.
+        from L(w_t) - L* <= (1 - sigma_min^2/sigma_max^2)^(2t) (L(V_tau) - L*). The rounding of all this is in
+        it, not that of the steps. Infinite where sigma_min has no proved bound; ValueError without a loss.
         """
         errors.is_number("eps", eps, above=0)
-        if self._convex is None or self._outputs is None or self._targets is None:
+        if self._convex is None or self._outputs is None or self._error is None or self._targets is None:
             raise ValueError("steps_to needs a loss and targets: call certify(..., loss=...)")
         assert self.gap is not None and self.infimum is not None
         if self.gap <= eps:
             return 0.0
         if self.sigma_min_lower <= 0:
             return math.inf
-        outputs, targets, up = self._outputs, self._targets, 1 + 64 * UNIT
+        condition = above(self.sigma_max_upper / self.sigma_min_lower)
+        square = above(condition * condition)
+        if square == math.inf:
+            return math.inf
+        outputs, targets = self._outputs, self._targets
         if type(self._convex) is MSE:
-            rate = (self.sigma_min_lower / self.sigma_max_upper) ** 2 / up
-            if not 0 < rate < 1:
-                return math.inf
-            return _whole(0.5 * (math.log(self.gap / eps) * up + 64 * UNIT) / -math.log1p(-rate) * up)
-        goal = self._convex.reachable(outputs, targets, max(0.5 * eps, 2.0**-1022))
-        beta = self._convex.smoothness(outputs.shape[1]) * self.sigma_max_upper**2 / self.n
-        if goal is None or not math.isfinite(beta):
+            return _whole(0.5 * math.log(above(self.gap / eps)) / -math.log1p(-1 / square))
+        goal = self._convex.reachable(outputs, targets, max(0.5 * eps, SMALLEST))
+        smoothness = self._convex.smoothness(outputs.shape[1])
+        if goal is None or smoothness == math.inf:
             return math.inf
         # what is left of eps at the goal as it is stored
         loss = mean_above(bounds_at(self._convex, goal, targets, torch.zeros_like(goal)).value)
         left = eps - gap_above(loss, self.infimum)
         if not left > 0:
             return math.inf
-        away = (goal - outputs).abs() * (1 + 2 * UNIT) + (0.0 if self._error is None else self._error)
-        distance2 = mean_above(away.flatten() ** 2, 1) / self.sigma_min_lower**2
-        return _whole(beta * distance2 / (2 * left) * up)
+        away2 = ((goal - outputs).abs() + self._error) ** 2
+        return _whole(smoothness * square * mean_above(away2.flatten(), self.n) / (2 * left))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; infinities become None."""
@@ -171,6 +172,8 @@ class Certificate:
 
 
 def _whole(steps: float) -> float:
+    """The next whole number, some ten roundings of ``steps`` allowed for."""
+    steps = round_up(steps)
     return float(math.ceil(steps)) if math.isfinite(steps) else math.inf
 
 

@@ -93,9 +93,8 @@ def prove_directly(
             f"samples repeat: only {n} of {evidence.n} rows can be independent{independent}",
         )
         return False
-    room = allowed_bytes(max_bytes, features.device)
     found = None
-    if room is None or 24 * n * n < room:
+    if _fits(_basis_bytes(n), max_bytes, features):
         found = near_dependency(features, ones=ones)
     independent = _independent_rows(evidence, features, ones, max_bytes, on_progress)
     if found is not None:
@@ -126,13 +125,20 @@ def _independent_rows(
     on_progress: Callable[[str, float], None] | None,
 ) -> str:
     """Set ``rank_lower`` from rows that are proved independent; a clause that says so, or nothing."""
-    copy = features.nbytes
-    try:
-        needed = max(proof_bytes(features.n, features.m), 24 * features.n**2) + copy
-        check_memory("a lower bound of the rank", needed, max_bytes, features.device, "more memory")
-    except MemoryError:
+    most = max(proof_bytes(features.n, features.m), _basis_bytes(features.n))
+    if not _fits(most + features.nbytes, max_bytes, features):  # a copy of the rows that are kept
         return ""
     evidence.rank_lower, proof = prove_rank_of_basis(features, ones=ones, progress=on_progress)
     if proof is None:
         return ""
     return f"; {evidence.rank_lower} rows are proved independent ({proof.route})"
+
+
+def _basis_bytes(n: int) -> int:
+    """Of the rows that are a basis: the Gram, its factor and a copy."""
+    return 3 * 8 * n * n
+
+
+def _fits(needed: int, max_bytes: int | None, features: Features) -> bool:
+    room = allowed_bytes(max_bytes, features.device)
+    return room is None or needed <= room

@@ -106,11 +106,12 @@ def _analytic(
         evidence.note(name, "holds", f"{what} is real analytic")
         return True
     worst: Status = "fails" if certain else "unknown"
-    evidence.note(name, worst, "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else ""))
+    words = "; ".join(bad if len(bad) <= 5 else [*bad[:5], "..."])
+    evidence.note(name, worst, words)
     if forced:
         raise ValueError(
             "route: the theorem needs features that are real analytic in the hidden weights; "
-            f"{'; '.join(bad[:5])}. Use route='direct'"
+            f"{words}. Use route='direct'"
         )
     return False
 

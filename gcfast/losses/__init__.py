@@ -11,7 +11,7 @@ from gcfast.losses.convexity import check_convex
 from gcfast.losses.cross_entropy import CrossEntropy
 from gcfast.losses.elementwise import MSE, BCEWithLogits, Huber
 from gcfast.losses.resolve import check_matches_outputs, infimum_with_copies, resolve_loss
-from gcfast.losses.rounding import UNIT, gap_above, mean_above, nan_is_inf
+from gcfast.losses.rounding import UNIT, above, gap_above, mean_above, nan_is_inf
 
 __all__ = [
     "MSE",
@@ -21,6 +21,7 @@ __all__ = [
     "CrossEntropy",
     "Huber",
     "LossBounds",
+    "above",
     "bounds_at",
     "check_convex",
     "check_matches_outputs",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gcfast.features import Features
-from gcfast.losses import UNIT, ConvexLoss, LossBounds, bounds_at, mean_above, nan_is_inf
+from gcfast.losses import ConvexLoss, LossBounds, above, bounds_at, mean_above, nan_is_inf
 from gcfast.proofs import ROOT, SMALLEST, bounded_logits, gamma, round_up
 
 Head = tuple[Tensor, Tensor | None]  # weight (C, m), bias (C,), float64
@@ -38,8 +38,7 @@ class BoundedHead:
     ``norms`` (n,) are no less than the row norms of H1.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    head: Head
     at: LossBounds
     loss: float
     computed: float
@@ -56,10 +55,9 @@ def bounded_heads(
     z, error, norms = bounded_logits(features, weight, bias)
     c = len(heads[0][0])
     found = []
-    for k, (w, b) in enumerate(heads):
-        own = slice(k * c, (k + 1) * c)
-        at = bounds_at(loss, z[:, own].contiguous(), targets, error[:, own].contiguous())
-        found.append(BoundedHead(w, b, at, mean_above(at.value), float(at.computed.mean()), norms))
+    for head, own, off in zip(heads, z.split(c, 1), error.split(c, 1), strict=True):
+        at = bounds_at(loss, own.contiguous(), targets, off.contiguous())
+        found.append(BoundedHead(head, at, mean_above(at.value), float(at.computed.mean()), norms))
     return found
 
 
@@ -68,51 +66,69 @@ def bounded_gradients(
 ) -> list[tuple[Tensor, Tensor | None, float]]:
     """H1^T r / n of each head's residuals as (C, m), (C,), and a bound of its error in Frobenius norm.
 
-    |fl(H1^T r) - H1^T r|_F <= gamma_n sum_i |h_i| |r_i|, and residuals off by d_i add sum_i |h_i| |d_i|.
+    A sum of n products over n is off by gamma_(n+1) (1/n) sum_i |h_i| |r_i|, and residuals off by d_i add
+    (1/n) sum_i |h_i| |d_i|. Each product that underflows may cost the least normal number, and so may the
+    quotient; where an operand is flushed, it is that number times the other one, which is far less than what
+    ROOT has added to the norms.
     """
     n, m = features.n, features.m
     r = torch.cat([head.at.residual for head in heads], 1)
     total = torch.zeros((r.shape[1], m), dtype=torch.float64, device=features.device)
     for rows, columns, block in features.blocks():
         total[:, columns].addmm_(r[rows].mT, block)
-    found, start, terms = [], 0, gamma(n + 4)
-    for head in heads:
-        own = slice(start, start + head.at.residual.shape[1])
-        start = own.stop
-        bias = None if head.bias is None else r[:, own].sum(0) / n
+    found, terms = [], gamma(n + 1)
+    sizes = [head.at.residual.shape[1] for head in heads]
+    for head, c, own, biases in zip(heads, sizes, total.split(sizes), r.sum(0).split(sizes), strict=True):
         of_rows = terms * row_norms(head.at.residual) + row_norms(head.at.residual_error)
-        lost = SMALLEST * (n + float(head.norms.sum()) + float(row_norms(head.at.residual).sum()))
-        of_sum = mean_above(nan_is_inf(head.norms * of_rows)) + math.sqrt(m + 1) * r.shape[1] * lost
-        found.append((total[own] / n, bias, round_up(of_sum, 16)))
+        of_sum = mean_above(nan_is_inf(head.norms * of_rows)) + math.sqrt(c * (m + 1)) * 2 * SMALLEST
+        found.append((own / n, None if head.head[1] is None else biases / n, round_up(of_sum)))
     return found
 
 
 def bounded_gap(
     head: BoundedHead, slope: tuple[Tensor, Tensor | None, float], center: Head, lam: float
 ) -> tuple[float, float]:
-    """No less than P(U) - D(r), U = head - center, and what it is as computed."""
+    """No less than P(U) - D(r), U = head - center, and what it is as computed.
+
+    slope + lambda U takes three roundings in each entry. With one of |U|, two of the size and one of its
+    product with gamma they are seven; lambda U may underflow. So may the last term of the gap, and what that
+    hides is less than the least normal number.
+    """
     weight, bias, lost = slope
-    u_bias = None if head.bias is None or center[1] is None else head.bias - center[1]
-    u = head.weight - center[0]
+    u, u_bias = difference(head.head, center)
     size = norm_above(weight, bias) + lam * norm_above(u, u_bias)
     gradient = norm_above(weight + lam * u, None if bias is None or u_bias is None else bias + lam * u_bias)
-    most = (gradient + lost + 8 * UNIT * size) * (1 + 8 * UNIT) + 2.0**-1000
-    gap = (mean_above(head.at.excess) + 0.5 * most * (most / lam)) * (1 + 8 * UNIT) + 2.0**-1070
-    return (math.inf if math.isnan(gap) else gap), 0.5 * gradient * (gradient / lam)
+    underflow = SMALLEST * math.sqrt(weight.numel() + len(weight))
+    most = above(above(gradient + lost + gamma(7) * size) + underflow)
+    gap = above(mean_above(head.at.excess) + SMALLEST + above(0.5 * most * (most / lam)))
+    return gap, 0.5 * gradient * (gradient / lam)
+
+
+def difference(head: Head, center: Head) -> Head:
+    """What lies between two heads."""
+    return head[0] - center[0], None if head[1] is None or center[1] is None else head[1] - center[1]
 
 
 def row_norms(x: Tensor) -> Tensor:
     """No less than the norms of the rows of x (n, C)."""
-    return torch.linalg.vector_norm(x, dim=1) * (1 + 2 * gamma(x.shape[1] + 4)) + math.sqrt(x.shape[1]) * ROOT
+    c = x.shape[1]
+    return torch.linalg.vector_norm(x, dim=1) * (1 + gamma(c + 4)) + math.sqrt(c) * ROOT
 
 
 def norm_above(*parts: Tensor | None) -> float:
     """No less than the Frobenius norm of all parts together, at any scale."""
-    given = [p for p in parts if p is not None and p.numel()]
-    scale = max((float(p.abs().amax()) for p in given), default=0.0)
-    if scale == 0.0 or not math.isfinite(scale):
-        return 0.0 if scale == 0.0 else math.inf
-    count = sum(p.numel() for p in given)
-    square = sum(float(((p / scale) ** 2).sum()) for p in given)
-    norm = math.sqrt(square * (1 + 2 * gamma(count + 8)) + count * SMALLEST) * scale
-    return norm * (1 + 2.0**-48) + 2.0**-1070
+    x = torch.cat([p.flatten() for p in parts if p is not None])
+    largest = x.abs().amax()
+    if not bool(largest):
+        return 0.0
+    norm = above(float(row_norms(x[None] / largest)) * float(largest))
+    return math.inf if math.isnan(norm) else norm
+
+
+def norm_below(*parts: Tensor | None) -> float:
+    """No more than it, where each entry may have been rounded once.
+
+    Of k entries :func:`norm_above` makes 3/2 k + 14 roundings, and three more follow: at most 20 k.
+    """
+    count = sum(p.numel() for p in parts if p is not None)
+    return norm_above(*parts) * (1 - gamma(20 * count)) - SMALLEST

@@ -103,7 +103,7 @@ class HeadProblem:
         """
         given: Head = (weight.double(), None if bias is None else bias.double())
         last = self._bounded
-        if last is None or not _equal((last[1].weight, last[1].bias), given):
+        if last is None or not _equal(last[1].head, given):
             dtype = self.dtype
             stored = (given[0].to(dtype).double(), None if given[1] is None else given[1].to(dtype).double())
             heads = [given] if _equal(stored, given) else [stored, given]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.losses import UNIT, check_convex, gap_above
-from gcfast.solve.bounds import BoundedHead, Head, bounded_gap, bounded_gradients, norm_above
+from gcfast.losses import above, check_convex, gap_above
+from gcfast.solve.bounds import Head, bounded_gap, bounded_gradients, difference, norm_above, norm_below
 from gcfast.solve.problem import HeadProblem
 
 
@@ -100,12 +100,11 @@ def evaluate_head(
     computed = stored.computed - head_problem.infimum
     if lam > 0:
         duality_gap, certain = bounded_gap(before, slopes[-1], center, lam)
-        moved = _difference(stored, (before.weight, before.bias))
-        far = math.sqrt(2 * (duality_gap / lam) * (1 + 8 * UNIT)) + norm_above(*moved) * (1 + 8 * UNIT)
-        length = norm_above(*_difference(stored, center)) * (1 - 2.0**-20) - 2.0**-1060
-        distance = far / length * (1 + 8 * UNIT) if length > 0 else (math.inf if far > 0 else 0.0)
+        moved = norm_above(*difference(stored.head, before.head))
+        far = above(above(math.sqrt(2 * duality_gap)) / math.sqrt(lam) + moved)
+        length = norm_below(*difference(stored.head, center))
+        distance = above(far / length) if 0 < length < math.inf else math.inf
         computed = certain if weight_decay else computed
-        distance = math.inf if math.isnan(distance) else distance
     gap = duality_gap if weight_decay else gap_above(stored.loss, head_problem.infimum)
     if not (gap <= gap_target or fields.get("interrupted")):
         if computed <= gap_target:
@@ -117,8 +116,8 @@ def evaluate_head(
         elif weight_decay and arrived and fields.get("method") == "nearest":
             reason = f"no step went further down, at a gap of {gap:.3g}"
     return HeadSolution(
-        weight=stored.weight.to(dtype),
-        bias=None if stored.bias is None else stored.bias.to(dtype),
+        weight=stored.head[0].to(dtype),
+        bias=None if stored.head[1] is None else stored.head[1].to(dtype),
         loss=stored.loss,
         infimum=head_problem.infimum,
         gap=gap,
@@ -127,12 +126,7 @@ def evaluate_head(
         residual=norm_above(*slopes[0][:2]),
         regularization=lam,
         converged=gap <= gap_target,
-        seconds=0.0,
+        seconds=math.nan,  # solve_head knows how many
         reason=reason,
         **fields,
     )
-
-
-def _difference(head: BoundedHead, center: Head) -> tuple[Tensor, Tensor | None]:
-    b, c = head.bias, center[1]
-    return head.weight - center[0], None if b is None or c is None else b - c
