@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from gcfast.certificate.evidence import Evidence
 from gcfast.features import checked
 from gcfast.losses import ConvexLoss, bounds_at, mean_above, resolve_loss
 from gcfast.proofs import proof_bytes
+from gcfast.storage import StateFile
 
 
 def _certificate(**given: Any) -> Certificate:
@@ -185,6 +187,15 @@ def test_a_checkpoint_is_of_the_direct_route(tmp_path):
     assert path.read_bytes() == b"no checkpoint"
 
 
+def test_the_state_is_kept_as_often_by_whoever_keeps_it():
+    calls = (
+        (gcfast.certify, "checkpoint_seconds"),
+        (gcfast.solve_head, "checkpoint_seconds"),
+        (StateFile, "every"),
+    )
+    assert len({inspect.signature(call).parameters[name].default for call, name in calls}) == 1
+
+
 def test_the_loss_is_that_of_the_head_where_its_features_were_gone_through():
     """Then the outputs are logits made anew, with an error; else they are the model's own."""
     model = nn.Sequential(gcfast.WideLayer(3, 8), nn.Linear(8, 2)).double()
@@ -230,7 +241,7 @@ def test_features_that_are_not_stored_are_said_to_be_made_anew(dtype):
 # -- the direct route's memory
 
 
-def test_the_proof_needs_its_panels_and_no_more(monkeypatch):
+def test_the_proof_needs_its_panels_and_no_more():
     """Its tiles may lie in files; one byte less than the panels is refused."""
     h = _draws(20, 30)
     panels = proof_bytes(20, 30, disk=True)
