@@ -70,7 +70,7 @@ def prove_directly(
     )
     evidence.sigma_max_upper = proof.sigma_max_upper if not groups else math.inf
     if proof.proved:
-        evidence.rank_lower = n
+        evidence.rank_lower = features.n
         if groups:
             evidence.note(
                 _NAME,
