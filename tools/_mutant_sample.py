@@ -186,6 +186,10 @@ def tests_of(mutant: Mutant, calls: Calls, seconds: float) -> list[str]:
 
 def programs_of(mutant: Mutant, root: Path) -> list[str]:
     """The C++ tests of a header, which need no build of the modules."""
-    header = Path(mutant["file"]).name
-    programs = {p.stem for p in (root / "tests" / "core").glob("*.cpp") if f'"{header}"' in p.read_text()}
+    header = Path(mutant["file"])
+    programs = {
+        p.stem
+        for p in (root / "tests" / "core").glob("*.cpp")
+        if p.stem == header.stem or f'/{header.name}"' in p.read_text()
+    }
     return [f"tests/ops/test_core.py::test_core[native-{p}]" for p in sorted(programs) or ["inertia"]]

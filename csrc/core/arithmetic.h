@@ -14,16 +14,20 @@
 
 namespace gcfast {
 
-// A thread's control word, and its bits that choose another rounding than to nearest or flush to zero. Exception masks
-// and flags are no matter of a result's value.
+// The bits of a control word that choose another rounding than to nearest, or flush to zero. Exception masks and flags
+// are no matter of a result's value. Both are here on every machine, so that any of them tests both.
+struct ControlBits { uint64_t rounding, flush; };
+constexpr ControlBits kMxcsr{0x6000, 0x8040};      // x86: RC; FTZ and DAZ
+constexpr ControlBits kFpcr{0xC00000, 0x1080001};  // Arm: RMode; FZ, FZ16, FIZ
+
 #if defined(__SSE2__)
 using ControlWord = uint32_t;
-constexpr ControlWord kRoundingBits = 0x6000, kFlushBits = 0x8040;  // RC; FTZ and DAZ
+constexpr ControlWord kRoundingBits = kMxcsr.rounding, kFlushBits = kMxcsr.flush;
 inline ControlWord control_word() { return _mm_getcsr(); }
 inline void set_control_word(ControlWord word) { _mm_setcsr(word); }
 #elif defined(__aarch64__)
 using ControlWord = uint64_t;
-constexpr ControlWord kRoundingBits = 0xC00000, kFlushBits = 0x1080001;  // RMode; FZ, FZ16, FIZ
+constexpr ControlWord kRoundingBits = kFpcr.rounding, kFlushBits = kFpcr.flush;
 inline ControlWord control_word() {
   ControlWord word;
   __asm__ volatile("mrs %0, fpcr" : "=r"(word));
@@ -32,7 +36,7 @@ inline ControlWord control_word() {
 inline void set_control_word(ControlWord word) { __asm__ volatile("msr fpcr, %0" ::"r"(word)); }
 #else  // the rounding alone can be asked for; what flushes is seen by known answers (gcfast/ops/arithmetic.py)
 using ControlWord = int;
-constexpr ControlWord kRoundingBits = ~FE_TONEAREST, kFlushBits = 0;
+constexpr ControlWord kRoundingBits = ~FE_TONEAREST, kFlushBits{};
 inline ControlWord control_word() { return std::fegetround(); }
 inline void set_control_word(ControlWord word) { std::fesetround(word); }
 #endif

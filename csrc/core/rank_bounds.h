@@ -57,12 +57,9 @@ class RankBounds {
 
   // Of v^T G v / v^T v, computed in double in any order. NaN counts for nothing.
   GCFAST_HD void rayleigh(double quotient) {
-    const double low = quotient - gram_ - 0x1.1p-53 * (3 * n_ + 8) * trace_;
-    if (low > top_lo_) top_lo_ = low;
+    top_lo_ = fmax(top_lo_, quotient - gram_ - 0x1.1p-53 * (3 * n_ + 8) * trace_);
   }
-  GCFAST_HD void largest_at_most(double bound) {
-    if (bound < top_hi_) top_hi_ = bound;
-  }
+  GCFAST_HD void largest_at_most(double bound) { top_hi_ = fmin(top_hi_, bound); }
 
   GCFAST_HD double error(double size, double shift) const {
     return gram_ + step_ * size + 5 * unit_ * (trace_ + shift) + tiny_;
@@ -73,8 +70,8 @@ class RankBounds {
     return 1.001 * t + 1.01 * error(2 * trace_, t);
   }
   GCFAST_HD double shift_below() const {
-    const double t = tolerance(top_lo_), left = 0.999 * t - error(2 * trace_, t);
-    return left > 0.25 * t ? left : 0.25 * t;
+    const double t = tolerance(top_lo_);
+    return fmax(0.999 * t - error(2 * trace_, t), 0.25 * t);
   }
   GCFAST_HD double shift_of_top() const { return 1.01 * top_lo_ + error(2 * trace_, top_lo_); }
 
@@ -103,7 +100,7 @@ class RankBounds {
       const double slack = 1 - residual;
       least += 0.99999 * slack * slack / scaled_inverse_square;
     }
-    return least > 0 ? sqrt(least) * (1 - 1e-14) : 0.0;
+    return sqrt(fmax(least, 0.0)) * (1 - 1e-14);
   }
   // A lower bound of the tolerance itself.
   GCFAST_HD double least_tolerance() const { return sqrt(tolerance(top_lo_)) * (1 - 1e-14); }
@@ -111,7 +108,7 @@ class RankBounds {
 
  private:
   GCFAST_HD double tolerance(double top) const {  // squared
-    const double r = options_.rtol * sqrt(top > 0 ? top : 0), t = options_.atol > r ? options_.atol : r;
+    const double r = options_.rtol * sqrt(fmax(top, 0.0)), t = options_.atol > r ? options_.atol : r;
     return t * t;
   }
   double n_ = 0, trace_ = 0, unit_ = 0, gram_ = 0, step_ = 0, tiny_ = 0, top_hi_ = 0, top_lo_ = 0;

@@ -43,6 +43,9 @@ std::vector<double> results(const std::vector<double>& a) {
 }  // namespace
 
 int main() {
+  // as the manuals number them: MXCSR.RC is bits 13 and 14, FTZ 15, DAZ 6; FPCR.RMode 22 and 23, FZ 24, FZ16 19, FIZ 0
+  CHECK(kMxcsr.rounding == 3u << 13 && kMxcsr.flush == (1u << 15 | 1u << 6), "x86");
+  CHECK(kFpcr.rounding == 3u << 22 && kFpcr.flush == (1u << 24 | 1u << 19 | 1u), "Arm");
   const ControlWord plain = control_word();
   const std::vector<double> a = operands(), want = results(a);
   CHECK(std::isfinite(sum_of(want)), "finite");

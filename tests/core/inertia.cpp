@@ -1,4 +1,4 @@
-// csrc/core/double_double.h, rank_bounds.h, inertia.h and rank_team.h: errors as their comments state them, in
+// csrc/core/double_double.h, deflation.h, inertia.h and rank_team.h: errors as their comments state them, in
 // arithmetic of 113 bits; inertia against exact counts; and what a GPU's team runs, by threads in its place. With
 // --threads, only the last (for a thread sanitizer).
 #include "../../csrc/core/inertia.h"
@@ -370,43 +370,7 @@ template <class Num, int R, int Own> void known_eigenvalues() {
   }
 }
 
-void bounds() {
-  // Singular values 2 and 1 exactly known: trace 5, frobenius sqrt(17), no error of the Gram.
-  const RankOptions relative{0, 0.25}, absolute{1.5, 0}, all{3, 0};
-  for (bool doubled : {false, true}) {
-    RankBounds b(2, 2, doubled, 5, std::sqrt(17.0), 0, relative);
-    CHECK(!b.none() && b.part() == (doubled ? 0.125 : 1.0), "%g", b.part());
-    CHECK(b.sigma_max() >= 2 && b.sigma_max() < std::sqrt(std::sqrt(17.0)) * (1 + 1e-6), "%g", b.sigma_max());
-    b.rayleigh(NAN);
-    b.rayleigh(4 * (1 - 1e-13));
-    b.largest_at_most(4 * (1 + 1e-13));
-    CHECK(b.sigma_max() >= 2 && b.sigma_max() < 2 * (1 + 1e-12), "%.17g", b.sigma_max());
-    // the tolerance is 1/2 now, its square 1/4, known to about 1e-13
-    CHECK(b.from_below(0.26, 5) && !b.from_below(0.25, 5) && !b.from_below(0.24, 5), "below");
-    CHECK(b.from_above(0.24, 5) && !b.from_above(0.25, 5) && !b.from_above(0.26, 5), "above");
-    CHECK(b.from_below(b.shift_above(), 10) && b.shift_above() < 0.2505, "%.17g", b.shift_above());
-    CHECK(b.from_above(b.shift_below(), 10) && b.shift_below() > 0.249, "%.17g", b.shift_below());
-    CHECK(b.shift_of_top() > 4 && b.shift_of_top() < 4.1, "%.17g", b.shift_of_top());
-    CHECK(b.resolves() && b.may_resolve(), "1/4 in either precision");
-    CHECK(!b.from_below(1, 1e40) && !b.from_below(1, HUGE_VAL) && !b.from_below(1, NAN), "growth");
-    CHECK(!b.from_above(0, NAN), "growth");
-    const double error = b.error(5, 0.25), unit = doubled ? kUnit * kUnit : kUnit;
-    CHECK(error > 5 * 8 * unit && error < 5 * 60 * unit, "%g", error);
-    // L = I, D = (4, 1) - 1/4: exact but for the errors
-    const double least = b.sigma_min(0.25, 4.5, 2, 2, 1 / 0.75);
-    CHECK(least <= 1 && least > 0.9999, "%.17g", least);
-    CHECK(b.sigma_min(0.25, 4.5, 1e20, 1e20, 1) <= 0.5, "an inverse that is none");
-    CHECK(b.sigma_min(0.25, HUGE_VAL, 2, 2, 1) == 0 && b.sigma_min(0.25, 4.5, NAN, NAN, NAN) <= 0.5, "not finite");
-
-    RankBounds fixed(2, 2, doubled, 5, std::sqrt(17.0), 0, absolute);
-    CHECK(fixed.from_below(2.26, 5) && !fixed.from_below(2.25, 5) && fixed.from_above(2.24, 5), "atol 1.5");
-    CHECK(!RankBounds(2, 2, doubled, 5, std::sqrt(17.0), 5, relative).from_below(5.3, 5), "the Gram's error counts");
-    // an atol above the norm alone says that the rank is 0; the top is known by the trace only
-    CHECK(RankBounds(2, 2, doubled, 1, 1, 0, all).none(), "none");
-    CHECK(!RankBounds(2, 2, doubled, 5, std::sqrt(17.0), 0, RankOptions{0, 0}).none(), "tolerance 0");
-  }
-  CHECK(!RankBounds(4, 4, false, 1, 1, 0, RankOptions{0, 1e-9}).resolves(), "1e-18 in double");
-  CHECK(RankBounds(4, 4, true, 1, 1, 0, RankOptions{0, 1e-9}).resolves(), "1e-18 in double-double");
+void roots() {
   CHECK(exponent_above_root(1) >= 0 && power_of_two(exponent_above_root(1)) <= 2, "%d", exponent_above_root(1));
   for (double x : {0x1p-1022, 1e-300, 0.24999999, 0.25, 0.9999999999, 1.0, 3.9, 4.0, 1e300}) {
     const double root = std::sqrt(x), above = power_of_two(exponent_above_root(x));
@@ -706,6 +670,21 @@ void without_room() {
         "%d %d %d", (int)batch.rank[0], (int)batch.rank[4], (int)batch.rank[7]);
 }
 
+// Traces of 2^-690 to 2^690 are taken as they are; what is beyond is scaled first, for the second pass.
+void ends_of_the_range() {
+  Batch<double> batch(4, 1, 1, "rows");
+  const double least = 0x1p-345, largest = 0x1p345;
+  batch.store = {least, largest, std::nextafter(least, 0), std::nextafter(largest, HUGE_VAL)};
+  const std::vector<double> entries = batch.store;
+  const std::vector<char> open = batch.by(0, 4);
+  for (int b = 0; b < 4; ++b) {
+    CHECK(open[b] == (b >= 2) && batch.rank[b] == 1, "matrix %d: rank %d", b, (int)batch.rank[b]);
+    const double least_share = batch.least[b] / entries[b], largest_share = batch.largest[b] / entries[b];
+    CHECK(least_share <= 1 && least_share > 0.999 && largest_share >= 1 && largest_share < 1.001, "matrix %d: %g to %g", b,
+          least_share, largest_share);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -732,10 +711,11 @@ int main(int argc, char** argv) {
 #endif
   known_eigenvalues<double, 4, 1>();
   known_eigenvalues<Pair, 2, 2>();
-  bounds();
+  roots();
   never_full<float>();
   never_full<double>();
   without_room();
+  ends_of_the_range();
   return report();
 }
 
