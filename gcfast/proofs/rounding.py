@@ -90,9 +90,8 @@ def panel_slices(columns: int, inner: int) -> int:
 
 def mirror_(g: Tensor) -> Tensor:
     """The lower triangle of g above the diagonal as well, in place."""
-    strip = 512
-    for i in range(0, len(g), strip):
-        diagonal = g[i : i + strip, i : i + strip]
+    for rows in tiling(g.device).spans(len(g)):
+        diagonal = g[rows, rows]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
-        g[:i, i : i + strip] = g[i : i + strip, :i].mT
+        g[: rows.start, rows] = g[rows, : rows.start].mT
     return g

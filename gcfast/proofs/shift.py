@@ -149,8 +149,10 @@ def least_eigenvalue(low: Tiles) -> float:
     for step in range(8):
         v = torch.linalg.qr(v)[0]
         w = tiles.solve_triangular(low, v)
-        # ||L^-1 v||: Rayleigh's quotient of the inverse
-        new = float(torch.linalg.matrix_norm(w, 2)) ** 2
+        try:  # ||L^-1 v||: Rayleigh's quotient of the inverse
+            new = float(torch.linalg.matrix_norm(w, 2)) ** 2
+        except OverflowError:
+            return 0.0
         if step > 1 and new <= 1.02 * largest:
             return 1.0 / new
         largest = max(largest, new)
@@ -175,11 +177,11 @@ def prove_by_shift(
     The first shift is about twice what the proof will lose. ``sharp`` adds a second factorisation, shifted by
     most of the estimated lambda_min. ``on_progress``: told a step and its fraction done.
     """
-    if not math.isfinite(g.error):
-        return None
     a = g.lower
     lost = g.error + tiling(a.device).gamma(a.n) * g.largest
     shift = 2.2 * lost
+    if not 0.0 < shift < math.inf:  # 0: of a Gram so small that its errors vanish
+        return None
     low = Tiles(a.n, a.dtype, a.device, scratch)
     residual = verified_cholesky(a, shift, low, lambda fraction: on_progress("Cholesky", fraction))
     if residual is None:

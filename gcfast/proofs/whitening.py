@@ -78,7 +78,7 @@ def split(a: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def doubled_bits(k: int) -> int:
     """Bits a factor for which products of inner length k, of the split's high parts, are exact in float64."""
-    return (53 - math.ceil(math.log2(max(k, 2)))) // 2
+    return (53 - (k - 1).bit_length()) // 2  # k 4^bits <= 2^53
 
 
 def times_doubled(x: Tiles, b: Tensor, maxima: Tensor) -> Tensor:
