@@ -168,7 +168,7 @@ GCFAST_HD void find_scale(const Team& team, const RankTask<T>& t, const T* matri
     for (int64_t inner = team.rank(); inner < extent; inner += team.size()) {
       const double x = fabs(static_cast<double>(matrix[outer * outer_stride + inner * inner_stride]));
       if (!(x < HUGE_VAL)) bad = 1;
-      if (x > largest) largest = x;
+      largest = fmax(largest, x);
     }
   largest = team.largest(largest);
   int e = 0;

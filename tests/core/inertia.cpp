@@ -679,9 +679,8 @@ void ends_of_the_range() {
   const std::vector<char> open = batch.by(0, 4);
   for (int b = 0; b < 4; ++b) {
     CHECK(open[b] == (b >= 2) && batch.rank[b] == 1, "matrix %d: rank %d", b, (int)batch.rank[b]);
-    const double least_share = batch.least[b] / entries[b], largest_share = batch.largest[b] / entries[b];
-    CHECK(least_share <= 1 && least_share > 0.999 && largest_share >= 1 && largest_share < 1.001, "matrix %d: %g to %g", b,
-          least_share, largest_share);
+    const double low = batch.least[b] / entries[b], high = batch.largest[b] / entries[b];
+    CHECK(0.999 < low && low <= 1 && 1 <= high && high < 1.001, "matrix %d: %g to %g", b, low, high);
   }
 }
 

@@ -61,6 +61,15 @@ template <class T> void walk(const Case& c) {
 
   Panel<T> panel = panel_of<T>(x.data, c.bias ? bias.data : nullptr, c.grad ? grad.data : nullptr, target.data, c.rows,
                                c.cols, xs, gs, os);
+  // Rows in whole units, none to spare; accesses of 16 bytes wherever every operand allows them.
+  const int64_t W = kWidth<T>, spare = panel.line - panel.cols;
+  CHECK(panel.joined ? spare == 0 : panel.line % W == 0 && spare >= 0 && spare < W, "%lld spare", (long long)spare);
+  const auto whole = [&](const T* p, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % W == 0;
+  };
+  const auto wide = [&](const T* p, int64_t stride) { return whole(p, panel.joined ? 0 : stride); };
+  CHECK(panel.wide == (wide(x.data, xs) && (!c.grad || wide(grad.data, gs)) && wide(target.data, os)), "wide");
+  CHECK(panel.wide_bias == (c.bias && whole(bias.data, panel.line)), "wide bias");
   spread_over(panel, c.threads);
   for (uint32_t thread = 0; thread < c.threads; ++thread) walk_panel(panel, thread, c.threads, f);
 

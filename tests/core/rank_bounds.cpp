@@ -60,12 +60,12 @@ void top() {
   const double n = 0x1p40;
   RankBounds many(int64_t{1} << 40, int64_t{1} << 40, false, 4, 4, 0x1p-38, kRelative);
   many.rayleigh(0x1p-9);
-  CHECK(is(many.least_tolerance(), std::sqrt(Wide(0x1p-9) - Wide(0x1p-38) - Wide(1.0625) * kUnit * (3 * n + 8) * 4) * inward),
-        "%a", many.least_tolerance());
+  const Wide left = Wide(0x1p-9) - Wide(0x1p-38) - Wide(1.0625) * kUnit * (3 * n + 8) * 4;
+  CHECK(is(many.least_tolerance(), std::sqrt(left) * inward), "%a", many.least_tolerance());
   // The tolerance is the larger of its two.
-  CHECK(is(RankBounds(1, 1, false, 4, 4, 0, RankOptions{3, 1}).least_tolerance(), 3 * inward), "atol");
-  CHECK(is(RankBounds(1, 1, false, 4, 4, 0, RankOptions{3, 2}).least_tolerance(), std::sqrt(Wide(0.9999) * 4) * 2 * inward),
-        "rtol");
+  const RankBounds absolute(1, 1, false, 4, 4, 0, RankOptions{3, 1}), relative(1, 1, false, 4, 4, 0, RankOptions{3, 2});
+  CHECK(is(absolute.least_tolerance(), 3 * inward), "atol");
+  CHECK(is(relative.least_tolerance(), std::sqrt(Wide(0.9999) * 4) * 2 * inward), "rtol");
 }
 
 void shifts() {
@@ -132,8 +132,10 @@ void sigma_min() {
       const double root = residual / (1.01 * kUnit * (1 + 3));
       return b.sigma_min(shift, 1, root, root, scaled);
     };
-    CHECK(is(least(0.25, 4), std::sqrt(left + Wide(0.99999) * Wide(0.75) * Wide(0.75) / 4) * inward), "%a", least(0.25, 4));
-    CHECK(is(least(0.45, 4), std::sqrt(left + Wide(0.99999) * Wide(0.55) * Wide(0.55) / 4) * inward), "%a", least(0.45, 4));
+    for (double residual : {0.25, 0.45}) {
+      const Wide slack = 1 - Wide(residual), all = left + Wide(0.99999) * slack * slack / 4;
+      CHECK(is(least(residual, 4), std::sqrt(all) * inward), "%a", least(residual, 4));
+    }
     CHECK(is(least(0.55, 4), std::sqrt(left) * inward), "an inverse that is none: %a", least(0.55, 4));
     CHECK(is(b.sigma_min(shift, 1, NAN, 1, 4), std::sqrt(left) * inward), "no inverse");
     // the last residual with which an inverse says something is below one half
@@ -141,8 +143,8 @@ void sigma_min() {
     double root = 0.5 / c;
     while (c * root > 0.5) root = before(root);
     while (c * root < 0.5) root = after(root);
-    if (c * std::sqrt(root * root) == 0.5)
-      CHECK(is(b.sigma_min(shift, 1, root, root, 4), std::sqrt(left) * inward), "%a", b.sigma_min(shift, 1, root, root, 4));
+    const double at_half = b.sigma_min(shift, 1, root, root, 4);
+    if (c * std::sqrt(root * root) == 0.5) CHECK(is(at_half, std::sqrt(left) * inward), "%a", at_half);
     CHECK(b.sigma_min(0.2, 1, 1, 1, 1e30) == 0 && b.sigma_min(2, HUGE_VAL, 1, 1, 4) == 0, "nothing is left");
     CHECK(b.sigma_min(2, NAN, 1, 1, 4) == 0, "nothing is known");
   }

@@ -141,6 +141,7 @@ void products() {
 }  // namespace
 
 int main() {
+  CHECK(kThreads / kWarps == 32, "the lanes of the instruction");
   tiles();
   slots<kDepth>();
   slots<kCols>();

@@ -12,7 +12,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gcfast.features import FeaturesWithOnes
+from gcfast.features import FeaturesWithOnes, StoredFeatures
 from gcfast.proofs import (
     eigenvalue_counts,
     large_matrix_rank,
@@ -334,7 +334,8 @@ def test_the_errors_of_whitening(coarse, doubled, dtype):
     if not doubled:
         at = whitening.WhiteningSweep.begin(h1, x, dtype, sweep.witness_error)
         assert at.doubled and not whitening.WhiteningSweep.begin(h1, x, dtype, at.witness_error * 1e9).doubled
-        nothing = whitening.WhiteningSweep.begin(h1, Tiles.of(0.1 * x.dense()), dtype, plain).run(h1, x.clone(scale=0.1))
+        small = x.clone(scale=0.1)
+        nothing = whitening.WhiteningSweep.begin(h1, small, dtype, plain).run(h1, small)
         assert nothing.distance > 0.9 and nothing.margin == -math.inf
 
 
@@ -398,9 +399,7 @@ def test_shifts_of_a_cholesky_inverse(coarse, monkeypatch):
         fractions = []
         x, by = whitening.cholesky_inverse(g, 0.5, None, fractions.append)
         assert asked == shifts[: refused + 1] and by == shifts[refused][0]
-        torch.testing.assert_close(
-            x.dense(), torch.diag((g.diagonal() + by).rsqrt()), rtol=1e-12, atol=0.0
-        )
+        torch.testing.assert_close(x.dense(), torch.diag((g.diagonal() + by).rsqrt()), rtol=1e-12, atol=0.0)
         assert fractions == [0.5, 1.0]
     refused = 9
     asked.clear()
@@ -484,9 +483,7 @@ def test_counts_bound_the_rank_where_their_shifts_are_clear_of_the_tolerance(coa
     def told(*found):
         asked.clear()
         left = list(found)
-        monkeypatch.setattr(
-            large_matrix_rank, "count_above", lambda low, by: asked.append(by) or left.pop(0)
-        )
+        monkeypatch.setattr(large_matrix_rank, "count_above", lambda low, by: asked.append(by) or left.pop(0))
         return large_matrix_rank._by_counts(g, low, below, above)
 
     # errors that leave the shift just clear of the tolerance, or just not
@@ -512,7 +509,7 @@ def test_the_error_of_logits(coarse, with_bias):
     n, m, c = 3, 5, 2
     h, weight = draw(n, m), draw(c, m, seed=1)
     bias = draw(c, seed=2) if with_bias else None
-    z, error, norms = logits.bounded_logits(FeaturesWithOnes(h, ones=False).features, weight, bias)
+    z, error, norms = logits.bounded_logits(StoredFeatures(h), weight, bias)
     torch.testing.assert_close(z, h @ weight.mT + (0.0 if bias is None else bias))
     size = h.abs() @ weight.abs().mT + (0.0 if bias is None else bias.abs())
     g = gamma(m + 4)
@@ -522,4 +519,5 @@ def test_the_error_of_logits(coarse, with_bias):
     square = h.square().sum(1) + with_bias
     want = square.sqrt() * (1 + g) + math.sqrt(m * LEAST[WIDE])
     torch.testing.assert_close(norms, want, rtol=1e-12, atol=0.0)
-    assert bool((logits.bounded_logits(FeaturesWithOnes(1e300 * h, ones=False).features, 1e300 * weight, bias)[1] == math.inf).all())
+    _, endless, _ = logits.bounded_logits(StoredFeatures(1e300 * h), 1e300 * weight, bias)
+    assert bool((endless == math.inf).all())
