@@ -28,12 +28,12 @@ def times_power(x: Tensor, exponents: Tensor) -> Tensor:
 
 
 def lower_power(x: float, exponent: int) -> float:
-    """At most x 2^exponent, for x >= 0; 0 where that is not a normal number."""
+    """At most x 2^exponent, for x >= 0; 0 where that may have been rounded to a normal number."""
     try:
         value = math.ldexp(x, exponent)
     except OverflowError:
         return torch.finfo(torch.float64).max
-    return value if value >= NORMAL else 0.0
+    return value if value > NORMAL else 0.0
 
 
 def upper_power(x: float, exponent: int) -> float:
@@ -80,7 +80,7 @@ def scaled_rows(h1: FeaturesWithOnes) -> ScaledRows | None:
         return None
     exponents = -torch.frexp(largest)[1].to(torch.float64)
     # upward every number is scaled exactly; downward those are that stay normal
-    kept = (exponents >= 0) | (times_power(least[:, None], exponents[:, None])[:, 0] >= NORMAL)
+    kept = (exponents >= 0) | (least >= times_power(torch.full_like(least, NORMAL), -exponents))
     return ScaledRows(h1, exponents) if bool(kept.all()) else None
 
 
