@@ -164,7 +164,7 @@ def _rows(features: Features, ones: bool, samples: list[int]) -> Tensor:
 
 def _sparse(features: Features, ones: bool, c: Tensor, row: int, kept: Tensor) -> Dependency:
     """Row ``row`` minus c over the rows ``kept``, without coefficients that the residual does not miss."""
-    largest = max(1.0, float(c.abs().amax())) if len(c) else 1.0
+    largest = max([1.0, *c.abs().tolist()])
     for negligible in (1e-5, 1e-8, 0.0):
         support = (c.abs() > negligible * largest).nonzero()[:, 0]
         pairs = [(row, 1.0), *zip(kept[support].tolist(), (-c[support]).tolist(), strict=True)]
@@ -187,7 +187,7 @@ def _exact_dependency(rows: Tensor) -> list[float] | None:
     k = len(rows)
     if k == 0 or not bool(torch.isfinite(rows).all()):
         return None
-    work = rows / rows.abs().amax(1, keepdim=True).clamp(min=2.0**-1000)
+    work = (rows / rows.abs().amax(1, keepdim=True)).nan_to_num()  # a zero row stays one
     columns: list[int] = []
     for _ in range(min(k - 1, rows.shape[1])):
         at = int(work.abs().argmax())

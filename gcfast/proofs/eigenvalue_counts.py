@@ -30,7 +30,7 @@ def _unpack(factor: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
     k, chosen = 0, pivots.tolist()
     pairs = []
     while k < n:
-        single = chosen[k] > 0
+        single = chosen[k] >= 1  # rows are counted from 1, those of a pair below 0
         row, other = (k, chosen[k] - 1) if single else (k + 1, -chosen[k] - 1)
         if row != other:
             low[[row, other], :k] = low[[other, row], :k]

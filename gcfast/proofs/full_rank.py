@@ -126,7 +126,7 @@ class _Proof:
         else:
             assert state is not None
             self._recall(state)
-            self.progress.expect(self.progress.whitening(max(2 - self.passes, 1)))
+            self.progress.expect(self.progress.whitening(2 - self.passes))
             g = None
             if stage == "factor":
                 g = self._tiles(state, "g", 1)

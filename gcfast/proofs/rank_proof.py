@@ -58,7 +58,7 @@ class ProofProgress:
         self.rest: list[tuple[str, float]] = []
         self.expect(["Gram", "Cholesky"] + (self.whitening(2) if n > 2000 else []))
 
-    def whitening(self, passes: int) -> list[str]:
+    def whitening(self, passes: int) -> list[str]:  # one at least
         return ["factor", "whitening"] + (passes - 1) * ["factor", "compose", "whitening"] + ["norm"]
 
     def expect(self, steps: list[str]) -> None:

@@ -156,7 +156,9 @@ def test_splits_are_as_fine_as_exact_products_allow():
 def test_the_grams_error(coarse, columns):
     n = 9
     h = draw(n, columns - 1) / columns
-    g = shift.bounded_gram(FeaturesWithOnes(h))
+    fractions = []
+    g = shift.GramSweep.begin(FeaturesWithOnes(h)).run(FeaturesWithOnes(h), fractions.append)
+    assert fractions == [min(j + 1024, columns) / columns for j in range(0, columns, 1024)]
     a = torch.cat([h.abs(), torch.ones(n, 1, dtype=WIDE)], 1)
     largest = up(rows_of(a @ a.mT), n + columns)
     tiny = n * columns * LEAST[WIDE] * (2 + rows_of(a))
@@ -266,15 +268,27 @@ def test_nothing_is_proved_of_what_is_too_small():
 
 
 def test_the_least_eigenvalue_is_estimated_in_few_steps(coarse, monkeypatch):
-    solves = []
-    honest = tiles.solve_triangular
-    monkeypatch.setattr(tiles, "solve_triangular", lambda *a, **k: solves.append(1) or honest(*a, **k))
-    for values, most in (([2.0] * 9, 5), ([0.125 * 4**i for i in range(11)], 16)):
-        solves.clear()
-        low = Tiles.of(torch.diag(torch.tensor(values, dtype=WIDE)))
-        least = shift.least_eigenvalue(low)
-        assert values[0] ** 2 * (1 - 1e-12) <= least <= 1.05 * values[0] ** 2
-        assert len(solves) <= most  # two a step, the last of them by half
+    low = Tiles.of(torch.diag(torch.tensor([10 * 1.01**i for i in range(150)], dtype=WIDE)))
+    assert 100 <= shift.least_eigenvalue(low) <= 105
+    steps, growth = [], 1.0
+
+    def solve(low, v, transposed=False):  # the inverse of some matrix, which grows with each step
+        assert v.shape == (150, 8)
+        steps.append(transposed)
+        return 0.01 * growth ** ((len(steps) - 1) // 2) * v
+
+    monkeypatch.setattr(tiles, "solve_triangular", solve)
+    close(shift.least_eigenvalue(low), 1e4)
+    assert steps == [False, True, False, True, False]  # the third step sees that nothing changes
+    steps.clear()
+    growth = math.sqrt(1.021)
+    close(shift.least_eigenvalue(low), 1e4 / 1.021**7)
+    assert len(steps) == 16  # of eight steps
+    steps.clear()
+    growth = math.sqrt(1.019)
+    close(shift.least_eigenvalue(low), 1e4 / 1.019**2)
+    monkeypatch.undo()
+    assert shift.least_eigenvalue(Tiles.of(torch.full((1, 1), 2.0**600, dtype=WIDE))) == 0.0  # underflows
     assert shift.least_eigenvalue(Tiles.of(torch.full((1, 1), 2.0**-600, dtype=WIDE))) == 0.0  # overflows
 
 
@@ -308,7 +322,9 @@ def test_the_errors_of_whitening(coarse, doubled, dtype):
     assert sweep.doubled == doubled
     close(sweep.witness_error, witness)
     close(sweep.tiny, tiny)
-    white = sweep.run(h1, x)
+    fractions = []
+    white = sweep.run(h1, x, fractions.append)
+    assert fractions == [1.0]
     q = (x.dense() @ h).to(dtype)
     near = 1e-11 if dtype == WIDE else 1e-5
     inner = SLICE if dtype == WIDE else 256
@@ -407,6 +423,23 @@ def test_shifts_of_a_cholesky_inverse(coarse, monkeypatch):
 
 
 # Counts of eigenvalues, and the largest
+
+
+def test_a_factor_is_unpacked_as_lapack_packs_it():
+    pairs = singles = swaps = 0
+    for seed in range(6):
+        for n in (1, 2, 5, 9):
+            s = draw(n, n, seed=seed)
+            s = s + s.mT
+            if seed % 2:
+                s.fill_diagonal_(0.0)
+            low, diagonal, below, order = eigenvalue_counts._unpack(*torch.linalg.ldl_factor_ex(s)[:2])
+            assert torch.equal(low, low.tril()) and low.diagonal().tolist() == [1.0] * n
+            middle = torch.diag(diagonal) + torch.diag(below[:-1], -1) + torch.diag(below[:-1], 1)
+            torch.testing.assert_close(low @ middle @ low.mT, s[order][:, order], rtol=0.0, atol=1e-12)
+            pairs, singles = pairs + int((below != 0).sum()), singles + int((below == 0).sum())
+            swaps += order != list(range(n))
+    assert min(pairs, singles, swaps) > 9
 
 
 @pytest.mark.parametrize("by", [0.25, -0.25])

@@ -128,6 +128,8 @@ def test_rows_are_scaled_where_products_would_leave_the_range():
             h = torch.tensor([[value, 0.0]], dtype=WIDE)
             proof = prove_full_rank(h, ones=False)
             assert proof.proved and f"sigma_min({of})^2" in proof.reason
+            square = prove_full_rank(h[:, :1], ones=False)
+            assert square.proved and f"sigma_min({of})^2" in square.reason
             assert 0.8 * value <= proof.sigma_min_lower <= value <= proof.sigma_max_upper <= 1.1 * value
     assert not prove_full_rank(torch.full((2, 1), 2.0**300, dtype=WIDE), ones=False).proved
 
@@ -151,7 +153,12 @@ def test_a_shift_that_keeps_three_quarters_of_the_estimate_is_enough(monkeypatch
         assert proof.sigma_max_upper == round_up(math.sqrt(round_up(g.norm + g.error)))
     # the better of both bounds, the shift's where they are equal
     monkeypatch.setattr(full_rank, "prove_by_shift", lambda g, *a: ShiftProof(4.0, 1e9, 0.25))
-    assert prove_full_rank(h, ones=False).route == "shift"
+    equal = 2.0 * (1 - 1e-15)
+    for least, route in ((before(equal), "shift"), (equal, "shift"), (after(equal), "whitening")):
+        white = RankProof(True, least, 9.0, 0.5, 1, "", "whitening")
+        monkeypatch.setattr(full_rank._Proof, "_by_whitening", lambda *a: white)  # noqa: B023
+        proof = prove_full_rank(h, ones=False)
+        assert proof.route == route and proof.sigma_min_lower == max(least, equal)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +203,29 @@ def test_passes_of_whitening(sharp, margins, passes, margin, monkeypatch):
 
 
 def test_the_rest_is_expected_where_a_proof_goes_on(monkeypatch):
-    monkeypatch.setattr(full_rank._Proof, "_by_whitening", lambda self, g, x, state: self._refused("no"))
-    values = {"stage": "whitening", "sigma_max": 1.0, "last": "", "strict": True, "short": None, "tiles": []}
-    for passes, more in ((0, 2), (1, 1), (2, 1)):
-        state = SimpleNamespace(values={**values, "passes": passes})
+    given, asked = [], []
+
+    def by_whitening(self, g, x, state):
+        given.append((g is not None, x is not None, state is not None))
+        return self._refused("no")
+
+    monkeypatch.setattr(full_rank._Proof, "_by_whitening", by_whitening)
+    monkeypatch.setattr(full_rank._Proof, "scratch", lambda self, triangles: asked.append(triangles))
+    values = {"sigma_max": 1.0, "last": "", "strict": True, "short": None}
+    for stage, kept, passes, more in (
+        ("whitening", ["g", "x"], 1, 1),
+        ("whitening", ["g", "x"], 2, 1),
+        ("factor", ["g"], 0, 2),
+        ("factor", ["g", "x"], 1, 1),
+    ):
+        named = {**values, "stage": stage, "passes": passes, "tiles": kept}
+        state = SimpleNamespace(values=named, tensors=lambda name: torch.eye(3, dtype=WIDE))
         proof = proof_of(checkpoint=SimpleNamespace(load=lambda: state))  # noqa: B023
         assert not proof.run().proved
         assert [step for step, _ in proof.progress.rest] == proof.progress.whitening(more)
+        assert given.pop() == (stage == "factor", stage == "factor" and "x" in kept, stage == "whitening")
+        assert asked == ([1, 2][: len(kept)] if stage == "factor" else [])
+        asked.clear()
 
 
 # The rank of one large matrix

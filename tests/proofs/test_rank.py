@@ -14,6 +14,7 @@ from rank_cases import Spectrum, ldexp
 import gcfast
 from gcfast import matrix_rank, ops
 from gcfast.ops import rank as _ops_rank
+from gcfast.proofs import rank_estimate
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 7), (7, 1), (3, 8), (8, 3), (13, 7), (16, 16), (33, 31), (64, 128), (130, 70)]
@@ -577,6 +578,14 @@ def test_fake_kernels_give_shapes_and_dtypes():
             batch = (5, 2, 3) if len(size) == 4 else size[:-2]
             assert [tuple(t.shape) for t in fields(found)] == [batch] * 5
             assert [t.dtype for t in fields(found)] == [torch.int64] * 3 + [torch.float64] * 2
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_no_rtol_beside_an_atol(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for atol, rtol in ((0.0, 0.25), (2.0**-1074, 0.0), (1.0, 0.0)):
+        assert rank_estimate._relative(atol, 0.25) == rtol
+        assert float(rank_estimate._relative(torch.tensor(atol, dtype=torch.float64), 0.25)) == rtol
 
 
 def test_what_it_prints():

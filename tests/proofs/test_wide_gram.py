@@ -27,7 +27,8 @@ def stored(args, ones, **options):
 
 
 @pytest.mark.parametrize(
-    "n, m, d, ones", [(1, 1, 1, False), (7, 5, 3, True), (30, 40, 2, True), (9, 1030, 4, False)]
+    "n, m, d, ones",
+    [(1, 1, 1, False), (2, 3, 1, False), (3, 2, 1, False), (30, 40, 2, True), (9, 1030, 4, False)],
 )
 def test_the_bound_holds_in_exact_arithmetic(n, m, d, ones):
     args = layer(n, m, d)
