@@ -177,13 +177,12 @@ class _Proof:
         if short is not None and (not self.sharp or short.lower >= 0.75 * short.estimate):
             return self._shifted(short)
         self.short = short
-        self.progress.expect(self.progress.whitening(2 if n > 2000 else 1))
+        self.progress.expect(self.progress.whitening(self.progress.passes))
         return g.lower
 
     def _by_whitening(self, g: Tiles | None, x: Tiles | None, state: SavedState | None) -> RankProof:
         """From the Gram of H1 (g alone), of X H1 (both), or from the middle of a sweep."""
         best: tuple[Tiles | None, Whitened] | None = None
-        shift = 0.0
         while True:
             if state is None:
                 assert g is not None

@@ -157,7 +157,7 @@ def least_eigenvalue(low: Tiles) -> float:
             return 1.0 / new
         largest = max(largest, new)
         v = tiles.solve_triangular(low, w, transposed=True)
-    return 1.0 / largest if largest > 0 and math.isfinite(largest) else 0.0
+    return 1.0 / largest
 
 
 @dataclass

@@ -79,6 +79,7 @@ def test_progress_is_the_share_of_the_operations(n, m):
     nothing.cube = 0.0
     nothing("Cholesky", 0.5)
     assert seen[-1] == ("Cholesky", 0.999)
+    assert progress.passes == (2 if n > 2000 else 1)
     quiet = ProofProgress(None, n, m)
     quiet("Gram", 1.0)
     quiet.end()
@@ -161,6 +162,7 @@ def test_a_shift_that_keeps_three_quarters_of_the_estimate_is_enough(monkeypatch
         assert proof.route == route and proof.sigma_min_lower == max(least, equal)
 
 
+@pytest.mark.parametrize("by", [0.0, 1e-9])
 @pytest.mark.parametrize(
     ("sharp", "margins", "passes", "margin"),
     [
@@ -175,31 +177,41 @@ def test_a_shift_that_keeps_three_quarters_of_the_estimate_is_enough(monkeypatch
         (True, [0.5, None], 2, 0.5),
     ],
 )
-def test_passes_of_whitening(sharp, margins, passes, margin, monkeypatch):
-    shifts, composed, asked, left = [], [], [], list(margins)
+def test_passes_of_whitening(sharp, margins, passes, margin, by, monkeypatch):
+    shifts, composed, asked, stricts, told, left = [], [], [], [], [], list(margins)
     eye = torch.eye(3, dtype=WIDE)
 
     def inverse(g, start, scratch, after):
+        assert g.dtype == WIDE
         shifts.append(start)
-        return Tiles.of(eye.clone()), 0.0
+        return Tiles.of(eye.clone()), by
 
     def sweep(self, x, shift, state):
+        assert shift == by
+        stricts.append(self.strict)
         value = left.pop(0)
-        return None if value is None else Whitened(Tiles.of(eye.clone()), 0.1, 0.0, 0.0, value, False)
+        return None if value is None else Whitened(Tiles.of(eye.float()), 0.1, 0.0, 0.0, value, False)
 
     monkeypatch.setattr(full_rank, "prove_by_shift", lambda *a: asked.append("shift"))
     monkeypatch.setattr(full_rank, "cholesky_inverse", inverse)
     monkeypatch.setattr(full_rank, "compose_", lambda y, x, after: composed.append(1))
     monkeypatch.setattr(full_rank._Proof, "_sweep", sweep)
     monkeypatch.setattr(full_rank._Proof, "scratch", lambda self, triangles: asked.append(triangles))
+    monkeypatch.setattr(ProofProgress, "__call__", lambda self, *step: told.append(step))
     for name in ("norm_sharp", "norm_upper"):
         monkeypatch.setattr(full_rank, name, lambda x: 0.0)
     proof = prove_full_rank(torch.eye(3, 4, dtype=WIDE), ones=False, sharp=sharp)
     assert (proof.passes, proof.margin, proof.proved) == (passes, margin, margin > 0) and not left
     assert shifts == [11.0 * (3 + 4) * 2.0**-53] * passes and len(composed) == passes - 1
     assert asked == [1, 2, "shift", 2, *[3] * (passes - 1)]  # Gram; factor; witness and next factor
+    # whitening without a shift that gained nothing is held to more from then on
+    gains = [0.0, *(value or 0.0 for value in margins)]
+    idle = [by == 0.0 and later <= max(gains[:k]) for k, later in enumerate(gains) if k]
+    assert stricts == [sharp or any(idle[:k]) for k in range(passes)]
     if proof.proved:  # ||X|| is off by 2^-1022 a row where it was scaled
-        assert proof.sigma_min_lower == margin / (3 * NORMAL) * (1 - 1e-14)
+        assert proof.sigma_min_lower == margin / (3 * NORMAL) * (1 - 1e-14) and told[-1] == ("norm", 0.0)
+    else:
+        assert proof.sigma_min_lower == 0.0
 
 
 def test_the_rest_is_expected_where_a_proof_goes_on(monkeypatch):
@@ -226,6 +238,14 @@ def test_the_rest_is_expected_where_a_proof_goes_on(monkeypatch):
         assert given.pop() == (stage == "factor", stage == "factor" and "x" in kept, stage == "whitening")
         assert asked == ([1, 2][: len(kept)] if stage == "factor" else [])
         asked.clear()
+    monkeypatch.undo()
+    swept = []
+    monkeypatch.setattr(full_rank._Proof, "scratch", lambda self, triangles: asked.append(triangles))
+    monkeypatch.setattr(full_rank._Proof, "_sweep", lambda self, *a: swept.append(a))
+    assert not proof._by_whitening(
+        None, None, SimpleNamespace(values={"shift": 0.5}, tensors=state.tensors)
+    ).proved
+    assert asked == [1] and swept[0][1] == 0.5
 
 
 # The rank of one large matrix
