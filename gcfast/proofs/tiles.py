@@ -171,6 +171,11 @@ def times(x: Tiles, b: Tensor) -> Tensor:
     return out
 
 
+def _long_slice(device: torch.device) -> int:
+    """Of the products of proposals, whose errors nobody bounds: half as many sums."""
+    return 2 * tiling(device).slice_length
+
+
 def row_maxima(x: Tiles) -> Tensor:
     """The largest |entry| of each row (n,)."""
     parts = [
@@ -185,7 +190,7 @@ def cholesky(g: Tiles, shift: float, low: Tiles, on_progress: Step = _silent, le
 
     By rows, so that a matrix whose leading rows are dependent already is found out early.
     """
-    inner = 2 * tiling(g.device).slice_length
+    inner = _long_slice(g.device)
     for i, span in enumerate(g.spans):
         for j in range(i + 1):
             s = g[i, j].clone()
@@ -205,7 +210,7 @@ def cholesky(g: Tiles, shift: float, low: Tiles, on_progress: Step = _silent, le
 
 def invert_(low: Tiles, on_progress: Step = _silent) -> Tiles:
     """The inverse of a lower triangular matrix, in its place."""
-    inner = 2 * tiling(low.device).slice_length
+    inner = _long_slice(low.device)
     for i, span in enumerate(low.spans):
         own = _invert_tile(low[i, i])
         for j in range(i):
@@ -235,7 +240,7 @@ def _invert_tile(low: Tensor) -> Tensor:
 
 def compose_(y: Tiles, x: Tiles, on_progress: Step = _silent) -> Tiles:
     """x becomes y x, both lower triangular: a proposal."""
-    inner = 2 * tiling(x.device).slice_length
+    inner = _long_slice(x.device)
     for i in reversed(range(len(x.spans))):
         for j in range(i + 1):
             s = torch.zeros_like(x[i, j])

@@ -503,7 +503,7 @@ def test_bounds_of_the_largest_eigenvalue(coarse):
     h = draw(n, 12, seed=8)  # so that six steps depend on where they begin
     low = (h @ h.mT).tril()
     s = symmetric(low)
-    v = 1 + 0.5 * torch.arange(n, dtype=WIDE).cos()
+    v = 1 + 0.5 * torch.arange(n).cos().to(WIDE)
     for _ in range(6):
         v = v / v.norm()
         quotient, v = float(v @ s @ v), s @ v
