@@ -28,7 +28,6 @@ def _top(g: BoundedGram, low: Tensor) -> tuple[float, float]:
     """Proved bounds of the largest eigenvalue of H H^T: Rayleigh's quotient, and a norm."""
     n = len(low)
     v = low.new_ones(n) + 0.5 * torch.arange(n, device=low.device).cos()  # of no particular direction
-    quotient = 0.0
     for _ in range(6):
         v = v / torch.linalg.vector_norm(v)
         w = low @ v + low.mT @ v - low.diagonal() * v

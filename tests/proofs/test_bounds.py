@@ -458,7 +458,7 @@ def test_a_factor_is_unpacked_as_lapack_packs_it():
 def test_the_error_of_a_count(coarse, monkeypatch, by):
     """By a spoiled factor that has pivots of two rows."""
     n = 9
-    s = (draw(n, n, seed=7) + draw(n, n, seed=7).mT).fill_diagonal_(0.0)
+    s = (draw(n, n, seed=7) + draw(n, n, seed=7).mT).fill_diagonal_(0.125)
     honest = torch.linalg.ldl_factor_ex
 
     def spoiled(a):
@@ -495,6 +495,8 @@ def test_a_pair_counts_one_where_rounding_cannot_hide_another_case(coarse, monke
         assert count(a, math.sqrt(4 * limit * (1 - 1e-9)), c, 1.0) == (0, math.inf)
     a = b = limit  # off^2 is the limit to the bit
     assert count(a, b, 1.0, 1.0) == (0, math.inf)
+    monkeypatch.setattr(torch.linalg, "ldl_factor_ex", lambda full: (full, full[0], torch.tensor(1)))
+    assert eigenvalue_counts.count_above(torch.eye(3, dtype=WIDE), 0.5) == (0, math.inf)
     assert count(1.0, 2.0, -1.0, -1.0)[0] == 1 and count(1.0, 2.0, -1.0, 0.0) == (0, math.inf)
 
 
