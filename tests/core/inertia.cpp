@@ -252,6 +252,7 @@ template <class Num, int R, int Own> void backward_errors() {
       const Pivots<double> pivots = c.e.eliminate(Alone(), shift, 0.0);
       const double off = c.backward_error(shift);
       CHECK(off <= 1, "n %d, trial %d, %zu bytes, tile %d x %d: %g of the bound", n, trial, sizeof(Num), R, Own, off);
+      for (int k = n; k < c.e.padded; ++k) CHECK(wide(c.e.pivot[k]) == 1, "n %d: padding is of the identity", n);
       Quad size = 0, square = 0;
       int positive = 0;
       for (int k = 0; k < n; ++k) {
@@ -624,6 +625,23 @@ void all_teams(bool few) {
   }
 }
 
+// The largest entry comes into [1/2, 1), as far as a power of two is a double; what is decided is not scaled.
+void scales() {
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (double largest : {1.0, 0x1.8p5, 0x1p999, 0x1p1000, DBL_MAX, 0x1p-1001, 0x1p-1002, 0x1p-1074, 0.0, infinity}) {
+    Batch<double> batch(1, 2, 3, "rows");
+    batch.at(0, 1, 2) = -largest;
+    int exponent = 77, e = 0;
+    RankVerdict verdict;
+    find_scale(Alone(), batch.task(), batch.store.data(), exponent, verdict);
+    const bool decided = largest == 0 || largest == infinity;
+    if (!decided) std::frexp(largest, &e);
+    CHECK(exponent == std::max(-1000, std::min(1000, -e)), "%g: %d", largest, exponent);
+    CHECK(verdict.rank == (largest == 0 ? 0 : decided ? -2 : -1), "%g: rank %g", largest, verdict.rank);
+    CHECK(largest > 0 || (verdict.lower == 0 && verdict.upper == 0 && verdict.sigma_max_upper == 0), "nothing is zero");
+  }
+}
+
 // A matrix that is exactly deficient is never said to be of full rank, whatever the tolerance.
 template <class T> void never_full() {
   Random random;
@@ -714,6 +732,7 @@ int main(int argc, char** argv) {
   never_full<float>();
   never_full<double>();
   without_room();
+  scales();
   ends_of_the_range();
   return report();
 }
