@@ -143,7 +143,10 @@ class CrossEntropy(ConvexLoss):
         return of_value * SPARE + c * TINY, of_residual * (UNIT * SPARE) + TINY
 
     def excess(self, z: Tensor, y: Tensor, error: Tensor, value: Tensor, residual: Tensor) -> Tensor:
-        """For log-sum-exp at most (max d - min d)^2 / 8 (Hoeffding's lemma) and max d - min d, times Q."""
+        """For log-sum-exp at most (max d - min d)^2 / 8 (Hoeffding's lemma) and max d - min d.
+
+        The loss has Q of that, which is within the ``SPARE`` of whoever takes it.
+        """
         most = error.amax(1)
         return torch.minimum(0.5 * most**2 + TINY, 2 * most)
 

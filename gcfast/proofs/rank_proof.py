@@ -56,12 +56,10 @@ class ProofProgress:
         self.on_progress, self.cube = on_progress, n / (3 * max(m, 1))
         self.done, self.shown = 0.0, 0.0
         self.rest: list[tuple[str, float]] = []
-        self.passes = (
-            2 if n > 2000 else 1
-        )  # of whitening, where it comes to that; large ones are taken to need it
+        self.passes = 2 if n > 2000 else 1  # of whitening, where it comes to that: large ones mostly do
         self.expect(["Gram", "Cholesky"] + (self.whitening(2) if self.passes > 1 else []))
 
-    def whitening(self, passes: int) -> list[str]:  # one at least
+    def whitening(self, passes: int) -> list[str]:
         return ["factor", "whitening"] + (passes - 1) * ["factor", "compose", "whitening"] + ["norm"]
 
     def expect(self, steps: list[str]) -> None:
