@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAMS = {source.stem: source.read_text() for source in sorted((ROOT / "tests" / "core").glob("*.cpp"))}
 CASES = [
-    pytest.param(mode, name, marks=[] if mode == "native" else pytest.mark.tools)
+    (mode, name)
     for mode in ("native", "plain", "sanitized", "nvcc", "threads")
     for name, text in PROGRAMS.items()
     if mode != "threads" or '"team.h"' in text
 ]
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(("mode", "name"), CASES)
 def test_core(mode, name):
     if not (ROOT / "csrc" / "core").is_dir() or shutil.which("bash") is None:
