@@ -137,7 +137,10 @@ class ConvexLoss(ABC):
         inf where none is known. y: prepared targets, n >= 1.
         """
         kappa = self.dominance(c)
-        return residual_norm * residual_norm / (kappa * len(y)) * SPARE + TINY if kappa > 0 else math.inf
+        if not kappa > 0:
+            return math.inf
+        # kappa itself may be rounded, and there are four roundings here
+        return residual_norm * residual_norm / (kappa * len(y)) * (1 + 6 * UNIT) + TINY
 
     def reachable(self, z: Tensor, y: Tensor, eps: float) -> Tensor | None:
         """Outputs near z at which every loss_i is within eps of its infimum; None if not known."""

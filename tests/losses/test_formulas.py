@@ -404,7 +404,16 @@ def test_gap_bounds_are_what_is_stated():
                 found, stated = loss.gap_bound(y, c, norm), _stated_gap(loss, y, c, norm)
                 above = _stated_gap(loss, y, c, norm * (1 + 2e-6))  # k grows fast next to 1
                 assert stated <= found <= above * (1 + mp.mpf(4e-6)) + 3 * TINY, (loss, y, norm)
-        _tight(_Fixed(dominance=0.5).gap_bound(_t(0, 0, 0), 1, 2.0), mp.mpf(8) / 3)
+        for norm in (
+            0.1,
+            0.3,
+            0.7,
+            1.1,
+            1e100,
+        ):  # kappa = 4/3, norm^2, the divisor and the quotient are rounded
+            least = mp.mpf(norm) ** 2 * 3 / 4 / 5
+            assert least <= MSE().gap_bound(_t(*[[0.0] * 3] * 5), 3, norm) <= least * (1 + 12 * U)
+            assert _Fixed(dominance=0.5).gap_bound(_t(0.0), 1, norm) == 2 * norm * norm * (1 + 6 * 2.0**-53)
     assert _Fixed(dominance=0.0).gap_bound(_t(0.0), 1, 2.0) == math.inf
     for loss, y in ((MSE(), _t([0.0])), (BCEWithLogits(), _t([5e-324])), (CrossEntropy(), _t([5e-324, 1.0]))):
         assert loss.gap_bound(y, y.shape[1], 1e300) == math.inf
