@@ -35,10 +35,7 @@ class Features(ABC):
         """Columns [start, end) in float64, exactly; the same numbers every time."""
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and what is there, in float64, exactly as :meth:`panel`; a few MB at a time on a CPU.
-
-        A block is the caller's own, to change at will.
-        """
+        """Rows, columns and what is there, in float64, exactly as :meth:`panel`; a few MB at a time."""
         width = min(self.m, 1024)
         at_once = self._block_rows(width)
         for i in range(0, self.n, at_once):
@@ -135,7 +132,7 @@ class StoredFeatures(Features):
         at_once = self._block_rows(self.m)
         for i in range(0, self.n, at_once):
             rows = slice(i, min(i + at_once, self.n))
-            yield rows, slice(0, self.m), self.matrix[rows].to(torch.float64, copy=True)
+            yield rows, slice(0, self.m), self.matrix[rows].to(torch.float64)
 
     def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:
         return self.matrix[index].to(dtype)

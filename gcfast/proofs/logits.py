@@ -30,7 +30,7 @@ def bounded_logits(features: Features, weight: Tensor, bias: Tensor | None) -> t
     for rows, columns, block in features.blocks():
         z[rows].addmm_(block, w[columns])
         square[rows] += torch.linalg.vector_norm(block, dim=1) ** 2
-        size[rows].addmm_(block.abs_(), of_w[columns])
+        size[rows].addmm_(block.abs(), of_w[columns])
     if bias is not None:
         z, square = z + bias, square + 1.0
         size[:, :c] += bias.abs()
