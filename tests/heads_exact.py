@@ -29,7 +29,7 @@ def rows_of(t: Tensor) -> Rows:
 
 
 def _dots(a: Rows, b: Rows) -> Rows:
-    """Of each row of a with each of b, rounded once: so many bits hold every sum of products exactly."""
+    """Of each row of a with each of b, floats or not, rounded once: so many bits hold every sum of products exactly."""
     with flint.ctx.workprec(1 << 13):
         left, right = (flint.arb_mat([[flint.arb(x) for x in row] for row in rows]) for rows in (a, b))
         return [[+mp.mpf(x) for x in row] for row in (left * right.transpose()).tolist()]
@@ -145,9 +145,11 @@ class ExactHeads:
 
     def __init__(self, features: Tensor, targets: Tensor, loss: ExactLoss, c: int):
         with mp.workdps(DIGITS):
-            self.h, self.loss, self.c = rows_of(features), loss, c
-            self.y = loss.targets(targets, c)
-            self.n, self.m = len(self.h), len(self.h[0])
+            self.loss, self.c, self.y = loss, c, loss.targets(targets, c)
+        self.h = (
+            features.detach().double().tolist()
+        )  # floats: as exact, and quicker than numbers of 80 digits
+        self.n, self.m = features.shape
 
     def logits(self, weight: Rows, bias: Rows | None) -> Rows:
         shift = [mp.mpf(0)] * self.c if bias is None else [row[0] for row in bias]
@@ -164,7 +166,7 @@ class ExactHeads:
     def infimum(self) -> mp.mpf:
         """L*: equal rows of features share an output."""
         with mp.workdps(DIGITS):
-            groups: dict[tuple[mp.mpf, ...], list[int]] = {}
+            groups: dict[tuple[float, ...], list[int]] = {}
             for i, row in enumerate(self.h):
                 groups.setdefault(tuple(row), []).append(i)
             return mp.fsum(self.loss.infimum([self.y[i] for i in g]) for g in groups.values()) / self.n
@@ -184,7 +186,7 @@ class ExactHeads:
         """
         with mp.workdps(DIGITS):
             ones = bias is not None
-            h1 = [[*row, mp.mpf(1)] if ones else row for row in self.h]
+            h1 = [[*row, 1.0] if ones else row for row in self.h]
             stack = lambda w, b: [  # noqa: E731
                 [*row, *last]
                 for row, last in zip(rows_of(w), rows_of(b) if ones else [[]] * self.c, strict=True)
@@ -199,7 +201,7 @@ class ExactHeads:
 
             first, z = objective(v)
             best, at, size = first, v, len(v[0])
-            features = np.array([[float(x) for x in row] for row in h1])
+            features = np.array(h1)
             for _ in range(steps):
                 g = self._gradient(h1, at, origin, z, lam_)
                 hessian = np.zeros((self.c, size, self.c, size))

@@ -25,7 +25,7 @@ def test_logits_are_within_their_error(ordinary):
                     assert abs(value - mp.mpf(x)) <= e
                     rounded += value != mp.mpf(x)
             for h, norm in zip(drawn.exact.h, norms.tolist(), strict=True):
-                assert mp.sqrt(mp.fsum(x * x for x in h) + (bias is not None)) <= norm
+                assert mp.sqrt(mp.fdot(h, h) + (bias is not None)) <= norm
         if ordinary:
             size = drawn.features.double().abs() @ weight.abs().T + (0.0 if bias is None else bias.abs())
             assert bool((error <= 1e-14 * size).all()) and bool((norms <= 1e3).all())
