@@ -29,7 +29,7 @@ def rows_of(t: Tensor) -> Rows:
 
 
 def _dots(a: Rows, b: Rows) -> Rows:
-    """Of each row of a with each of b, floats or not, rounded once: so many bits hold every sum of products exactly."""
+    """Of each row of a with each of b, rounded once: so many bits hold every sum of products of floats."""
     with flint.ctx.workprec(1 << 13):
         left, right = (flint.arb_mat([[flint.arb(x) for x in row] for row in rows]) for rows in (a, b))
         return [[+mp.mpf(x) for x in row] for row in (left * right.transpose()).tolist()]
@@ -148,7 +148,7 @@ class ExactHeads:
             self.loss, self.c, self.y = loss, c, loss.targets(targets, c)
         self.h = (
             features.detach().double().tolist()
-        )  # floats: as exact, and quicker than numbers of 80 digits
+        )  # as exact, and quicker
         self.n, self.m = features.shape
 
     def logits(self, weight: Rows, bias: Rows | None) -> Rows:

@@ -218,7 +218,7 @@ class WhiteningSweep:
         g2.set_diagonal_(diagonal)
         distance = round_up(float(residual.amax()), 2 * terms)
         inside = 1.0 - distance - product_error
-        margin = (math.sqrt(inside) * (1 - 1e-15) - witness_error) if inside > 0 else -math.inf
+        margin = math.sqrt(max(inside, 0.0)) * (1 - 1e-15) - witness_error  # positive, or no proof
         if not all(map(math.isfinite, (distance, product_error, witness_error))):
             margin = -math.inf
         return Whitened(g2, distance, product_error, witness_error, margin, self.doubled)

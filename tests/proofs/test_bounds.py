@@ -362,7 +362,7 @@ def test_the_errors_of_whitening(coarse, doubled, dtype):
         assert at.doubled and not whitening.WhiteningSweep.begin(h1, x, dtype, at.witness_error * 1e9).doubled
         small = x.clone(scale=0.1)
         nothing = whitening.WhiteningSweep.begin(h1, small, dtype, plain).run(h1, small)
-        assert nothing.distance > 0.9 and nothing.margin == -math.inf
+        assert nothing.distance > 1.0 and nothing.margin == -nothing.witness_error
 
 
 def test_norms(coarse, monkeypatch):

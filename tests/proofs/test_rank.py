@@ -588,6 +588,12 @@ def test_no_rtol_beside_an_atol(compiling, monkeypatch):
         assert float(rank_estimate._relative(torch.tensor(atol, dtype=torch.float64), 0.25)) == rtol
 
 
+def test_a_tolerance_of_one_number_may_be_on_another_device():
+    # refused for having no numbers, not for its place
+    with pytest.raises(TypeError, match="atol: expected a dense tensor"):
+        matrix_rank(A, atol=torch.zeros((), device="meta"))
+
+
 def test_what_it_prints():
     a = torch.diag(torch.tensor([4.0, 2.0, 0.0]))
     assert str(matrix_rank(a, atol=1.0)).startswith("rank 2 (proved), 0.000e+00 <= sigma <= 4.")
