@@ -146,9 +146,7 @@ class ExactHeads:
     def __init__(self, features: Tensor, targets: Tensor, loss: ExactLoss, c: int):
         with mp.workdps(DIGITS):
             self.loss, self.c, self.y = loss, c, loss.targets(targets, c)
-        self.h = (
-            features.detach().double().tolist()
-        )  # as exact, and quicker
+        self.h = features.detach().double().tolist()  # as exact, and quicker
         self.n, self.m = features.shape
 
     def logits(self, weight: Rows, bias: Rows | None) -> Rows:
