@@ -179,7 +179,7 @@ GCFAST_HD void find_scale(const Team& team, const RankTask<T>& t, const T* matri
   } else {
     frexp(largest, &e);
   }
-  exponent = static_cast<int>(fmax(-1000.0, fmin(1000.0, -e)));
+  exponent = static_cast<int>(fmax(-1000.0, fmin(1000.0, -1.0 * e)));
 }
 
 template <bool Doubled, class Team, class T>
