@@ -36,7 +36,7 @@ class Features(ABC):
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns and what is there, in float64, exactly as :meth:`panel`; a few MB at a time."""
-        width = min(self.m, 1024)
+        width = max(1, min(self.m, 1024))
         at_once = self._block_rows(width)
         for i in range(0, self.n, at_once):
             rows = slice(i, min(i + at_once, self.n))
@@ -144,7 +144,7 @@ class StoredFeatures(Features):
         """Rows of a product in ``dtype``."""
         if dtype == self.dtype or self.device.type != "cpu":
             return ROWS
-        return min(ROWS, max(16, CONVERTED // (self.m * dtype.itemsize)))
+        return min(ROWS, max(16, CONVERTED // max(1, self.m * dtype.itemsize)))
 
     def times(self, weight: Tensor) -> Tensor:
         w = weight.mT.contiguous()

@@ -468,3 +468,20 @@ H, Y = _features(), _labels()
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.empty(3, 0),
+        torch.empty(3, 0, dtype=torch.float64),
+        gcfast.WideFeatures(torch.ones(3, 2), (torch.empty(0, 2), torch.empty(0))),
+    ],
+    ids=["float32", "float64", "wide"],
+)
+def test_without_features_there_is_a_bias_to_solve_for(features):
+    solution = gcfast.solve_head(features, torch.tensor([0, 0, 1]))
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    assert solution.converged and solution.weight.shape == (2, 0)
+    assert entropy - 1e-15 <= solution.loss <= entropy + 1e-6 and abs(solution.infimum - entropy) < 1e-14
+    assert solution.bias.diff() == pytest.approx(-math.log(2), abs=2e-3)
