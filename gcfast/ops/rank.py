@@ -109,8 +109,8 @@ def kernel_ranks(a: Tensor, atol: Tensor, rtol: Tensor, check_tolerance: bool) -
     if left:  # a singular value lies where the tolerance is, or the pivots grew
         _refuse_non_finite(out[0] == -2)
         undecided = (out[0] < 0).nonzero()[:, 0]
-        again = (t[undecided] for t in (a, atol, rtol))
-        with _plain_arithmetic(a):
+        again = tuple(t[undecided] for t in (a, atol, rtol))
+        with _plain_arithmetic(again[0]):
             _merge(out, undecided, reference.batched_rank(*again))
     return out
 
