@@ -51,9 +51,7 @@ class CachedHead(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self._snapshot.check()
-        if not torch.is_autocast_enabled(
-            rows.device.type
-        ):  # a model may have made the rows by one of its own
+        if not torch.is_autocast_enabled(rows.device.type):  # the model's own may have made the rows
             rows = rows.to(self.linear.weight.dtype)
         if self.wide is None:
             out: Tensor = self.linear(rows)

@@ -290,7 +290,7 @@ def _solution(
 def _as_stored(
     head_problem: HeadProblem, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight in the dtype of the features; the bias takes what its rounding moves all samples by."""
+    """The weight in its dtype; the bias takes what its rounding moves all samples by."""
     stored = weight.to(head_problem.dtype).to(torch.float64)
     if bias is not None:
         bias = bias + head_problem.logits(weight - stored, None).mean(0)

@@ -17,7 +17,7 @@ from gcfast.solve.solution import Progress
 
 REGULARISED = "minimiser of the regularised problem, certified by duality"
 ARRIVED = "nearest minimiser within the target gap, certified by duality"
-ROUNDING = "rounding in the dtype of the features keeps the loss above the target"
+ROUNDING = "rounding in the dtype of the head keeps the loss above the target"
 OVERFLOW = "the squares of the features overflow float64: scale them"
 LOST = 0.1  # rounding of the outputs, as a share of them, at which they are no longer the head's
 DEEPEST = 1e-40  # of the first lambda: singular values of a 1e-16th, squared, and the target gap

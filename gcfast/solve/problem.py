@@ -97,7 +97,7 @@ class HeadProblem:
         return float(self.loss.value(z, self.targets).mean())
 
     def bounded(self, weight: Tensor, bias: Tensor | None) -> tuple[BoundedHead, BoundedHead]:
-        """The head rounded to the dtype of the features, and as given: one where that is the same.
+        """The head rounded to its dtype, and as given: one where that is the same.
 
         The last ones are remembered: whether a head is within the target is asked before it is evaluated.
         """
@@ -112,7 +112,7 @@ class HeadProblem:
         return last
 
     def loss_above(self, weight: Tensor, bias: Tensor | None) -> float:
-        """No less than the loss of the head as stored, in the dtype of the features.
+        """No less than the loss of the head as stored.
 
         Enlarged so that what is no more than infimum + target_gap is within the target after roundings too.
         """

@@ -30,15 +30,15 @@ class Progress:
 class HeadSolution:
     """A head and what is known of it.
 
-    ``weight`` (C, m), ``bias`` (C,) (None for a head without one), in the dtype of the features. What follows
-    is bounded outward, the rounding of its own evaluation included, and inf where no finite bound is known:
-    ``loss`` is no less than theirs as stored, ``infimum`` no more than L*, which no model whatever can beat;
-    ``gap`` >= L - L* (with weight decay: of the regularised problem that was asked for, then the same as
-    ``duality_gap``). ``duality_gap`` >= P - D certifies the nearest point: |U - U*| <= ``distance_bound``
-    * |U|, rounding to the dtype of the features included (``duality_gap`` is that of the head before it, but
-    with weight decay); both are inf where there is no lambda. ``form`` says how K = H1 H1^T was held,
-    ``path`` lists (lambda, loss), and ``residual`` is the Frobenius norm of the loss's gradient in the head,
-    as computed.
+    ``weight`` (C, m), ``bias`` (C,) (None for a head without one): of a model in the dtype of its head,
+    else in that of the features. What follows is bounded outward, the rounding of its own evaluation
+    included, and inf where no finite bound is known: ``loss`` is no less than theirs as stored, ``infimum``
+    no more than L*, which no model whatever can beat; ``gap`` >= L - L* (with weight decay: of the
+    regularised problem that was asked for, then the same as ``duality_gap``). ``duality_gap`` >= P - D
+    certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|, the rounding to that dtype included
+    (``duality_gap`` is that of the head before it, but with weight decay); both are inf where there is no
+    lambda. ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the
+    Frobenius norm of the loss's gradient in the head, as computed.
     """
 
     weight: Tensor
