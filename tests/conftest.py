@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,20 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a GPU as a whole are left out without one, as the parameters of others are."""
+    """Tests that need a GPU as a whole are left out without one, as the parameters of others are.
+
+    Of a test marked ``one_in(k)`` an even share of the cases runs by default, the same ones each time.
+    """
+    shared: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("one_in"):
+            shared.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in shared.values():
+        mark = cases[0].get_closest_marker("one_in")
+        assert mark is not None
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in cases[-(-len(cases) // mark.args[0]) :]:
+            item.add_marker("slow")
     left_out = [] if GPU else [item for item in items if item.get_closest_marker("gpu")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

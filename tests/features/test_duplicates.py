@@ -80,6 +80,7 @@ def planted(n, d, dtype, seed=0, copies=None):
     return rows
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(40, 1), (40, 7), (60, 33), (50, 300)], ids=str)
 def test_every_dtype_and_width(dtype, shape, keys, small_chunks):

@@ -163,6 +163,7 @@ FINE = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("size", [N, 7, 1, 59])
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_grams(truth):
     assert jac.shape == tuple(full.shape)
 
 
+@pytest.mark.one_in(3)
 def test_cross_grams(truth):
     """Of samples in another order and number, and of new ones."""
     order = [3, 1, 1, 0]
@@ -113,6 +114,7 @@ def test_products_with_vectors(truth):
     assert far(jac.jvp({last: jac.as_dict(v)[last]}).flatten(), full[:, -p:] @ v[-p:]) < CLOSE
 
 
+@pytest.mark.one_in(3)
 def test_sketches_have_one_omega(truth):
     """J Omega = (J Omega) for an Omega found from the sketches themselves, whatever the samples and tiles."""
     jac, full = truth.jac, truth.full
@@ -144,6 +146,7 @@ FORMED = [(name, form) for name in TWO_FORMS for form in FORMS]
 FORMED += [(name, "chosen") for name in CASES if name not in TWO_FORMS]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("truth", "form"), FORMED, indirect=["truth"], ids=[f"{form}-{label(name)}" for name, form in FORMED]
 )
@@ -176,6 +179,7 @@ def test_both_forms_and_all_tiles(truth, form, monkeypatch):
     assert far(jac.gram(), k) < CLOSE and far(jac.diag().flatten(), k.diagonal()) < CLOSE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_samples(truth, count):
     x = select(truth.x, slice(0, count))

@@ -42,6 +42,7 @@ def points(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(groups).to(dtype)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("target", KERNELS, indirect=True)
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("name, beta", CASES)
@@ -118,6 +119,7 @@ def test_beta_that_no_float32_holds(target):
         torch.testing.assert_close(ops.activation(x, beta=beta).cpu(), want, rtol=1e-14, atol=0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", SIZES)
 def test_bias_shapes_and_strides(dtype, cols, poison, target):
@@ -138,6 +140,7 @@ def test_bias_shapes_and_strides(dtype, cols, poison, target):
                 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("cols", [*SIZES, 3000])
 def test_in_place_and_fused_gradient(cols, target):
     x, g = torch.randn(2, 9, cols, dtype=torch.float64, device=target.device)
@@ -212,6 +215,7 @@ def test_narrow_types_round_once(dtype, target):
     assert ((got - want).abs() / spacing).max() <= ulps
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("target", INTERPRETED_OR_GPU, indirect=True)
 @pytest.mark.parametrize("name", ANALYTIC)
 def test_gradients_by_triton(name, target):

@@ -50,6 +50,7 @@ def laid_out(a, layout):
     return view.copy_(a)
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_numbers_are_exact(target, dtype, poison):
@@ -78,6 +79,7 @@ def test_whole_numbers_are_exact(target, dtype, poison):
             assert torch.equal(rows.cpu(), want[0]) and torch.equal(columns.cpu(), want[1]), (n, m)
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(37, 70), (70, 37), (1, 40), (40, 1)])
@@ -129,6 +131,7 @@ def test_large_random_ones_stay_near_torch(target, shape, dtype):
     torch.testing.assert_close(ops.gram_error_bound(h), a @ a.sum(0), rtol=bound, atol=0)
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 0), (17, 33), (36, 69)])

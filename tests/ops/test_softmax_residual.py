@@ -87,6 +87,7 @@ def test_tiny_losses_keep_relative_accuracy(dtype, target):
             assert entropy.item() == pytest.approx(float(-gap * e / (1 + e) - mp.log1p(e)), rel=rel)
 
 
+@pytest.mark.one_in(3)
 @on_kernels
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -199,6 +200,7 @@ def test_strides_empty_and_extremes(c, target):
     assert ops.softmax_curvature(store[:0, :c], store[:0, 3:]).shape == (0, c)
 
 
+@pytest.mark.one_in(3)
 @on
 @pytest.mark.parametrize("order", ["random", "rising"])
 def test_many_classes_sum_accurately(order, target):
@@ -217,6 +219,7 @@ def test_many_classes_sum_accurately(order, target):
     assert (ops.softmax_curvature(f, v) - product).abs().max() < 1e-6 * product.abs().max()
 
 
+@pytest.mark.one_in(3)
 @on
 @pytest.mark.parametrize("c", [3, 20, 70, 300, 1100])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])

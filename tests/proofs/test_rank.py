@@ -131,6 +131,7 @@ def test_agrees_with_torch(target, kind, dtype, poison):
             assert ops.last_backend("batched_rank") == target.backend
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,6 +160,7 @@ FAMOUS = {
 }
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("kind", FAMOUS)
 def test_ill_conditioned_ones(target, kind):

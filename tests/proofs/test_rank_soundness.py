@@ -88,6 +88,7 @@ def check_extremes(target, a):
         assert largest == math.inf or spectrum.above(largest) == 0, "one above sigma_max_upper"
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES, ids=names)
@@ -125,6 +126,7 @@ def test_counts_where_all_roundings_go_one_way(target, family, level, generator)
         check_counts(target, a, (squares * factor).sqrt())
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("shape", [(3, 3), (4, 5), (5, 9), (8, 8)])
@@ -145,6 +147,7 @@ def beside(value: torch.Tensor) -> torch.Tensor:
     return torch.stack([value, up, down, *(value * (1 + d) for d in (1e-12, -1e-12, 1e-9, -1e-9))])
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("scale", [0, -30, 200, -330, 400, -480])
 def test_counts_at_exact_singular_values(target, scale, generator):
@@ -174,6 +177,7 @@ def test_counts_beside_any_singular_value(target, dtype, generator):
                 check_counts(target, a, atol)
 
 
+@pytest.mark.one_in(3)
 @on_each
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_above_a_share_of_the_largest(target, dtype, generator):
