@@ -27,6 +27,7 @@ from gcfast.model import (
     FeatureTap,
     Head,
     WideLayerFound,
+    check_wrappers,
     hidden_parameters,
     keeping_random_state,
     unwrap,
@@ -115,6 +116,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         if place is not None and place.type == "meta":
             raise ValueError("device: expected one that holds numbers; got meta")
         root = unwrap(model)
+        check_wrappers(model)
         with keeping_random_state(root):  # a DataLoader draws a seed for every pass
             self._fill(root, data, head, store, place, max_bytes, fixed)
 

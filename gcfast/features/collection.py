@@ -20,12 +20,16 @@ from gcfast.model import (
     Head,
     HeadError,
     WideLayerFound,
+    alteration,
+    check_wrappers,
     copy_tensors,
     find_head,
     wide_activation,
 )
 from gcfast.nn import WideLayer
 from gcfast.storage import allowed_bytes
+
+_FINE = 2.0**-20  # of a dtype whose values tell one formula from another
 
 
 @dataclass
@@ -72,6 +76,7 @@ def collect(
     Raises ValueError where the data change between the readings, drop or repeat samples, or are empty, where
     the features are not finite or not those of one sample alone; HeadError where the model has no head.
     """
+    check_wrappers(model)
     device = device_of(model)
     reading = Reading(data, fixed, copies=inspect)
     first: Any = None
@@ -100,6 +105,8 @@ def collect(
         looks.keep(x, z[0] if recomputed else h)
         if wide is not None and z:
             differs = wide.difference(z[0], h, sum(map(len, below)))
+            if recomputed and h.dtype != wide.module.weight.dtype:
+                differs = f"what enters the head is {h.dtype}, which the weights of {wide.name!r} are not"
             if differs is not None and recomputed:
                 raise ValueError(
                     f"model: {differs}, so that features cannot be made anew; allow more max_bytes, which "
@@ -112,6 +119,12 @@ def collect(
         differs = head.difference(h, outputs[-1], sum(map(len, outputs)) - len(h))
         if differs is not None:
             raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
+        strange = alteration(head.module) if torch.finfo(outputs[-1].dtype).eps > _FINE else None
+        if strange is not None:
+            raise HeadError(
+                f"model: of the head {head}, {strange}: outputs of {outputs[-1].dtype} are too coarse to "
+                "tell whether it does; use a plain nn.Linear, or compute in float32"
+            )
         if not recomputed:
             features.append(h)
         if y is not None:

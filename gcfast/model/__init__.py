@@ -3,7 +3,7 @@
 from gcfast.model.analytic_body import analyticity
 from gcfast.model.analytic_ops import activation_verdict
 from gcfast.model.draws import Draw, draw_of, forget_draws, note_draws
-from gcfast.model.free_weights import alteration
+from gcfast.model.free_weights import alteration, check_wrappers
 from gcfast.model.freeze import Freezer, digest, fingerprint, hidden_parameters, plain_name, retrace_compiled
 from gcfast.model.head import AmbiguousHeadError, Head, HeadError, find_head
 from gcfast.model.tap import FeatureTap
@@ -25,6 +25,7 @@ __all__ = [
     "alteration",
     "analyticity",
     "call_arguments",
+    "check_wrappers",
     "copy_tensors",
     "digest",
     "draw_of",
