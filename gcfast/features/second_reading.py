@@ -48,14 +48,19 @@ class Reading:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor | None]]:
         batches, twice = 0, self.source.kind == "read twice"
+        first: Tensor | None = None
         for x, y in self.source:
             rows = rows_of(x, y)
+            if batches == 0:
+                first = y
+            _alike(first, y, batches)
             if twice or self.copies:
                 self._inputs.add(_digestible(x, rows, self.copies))
             if twice and y is not None:
                 self._others.add([y])
             self.n, batches = self.n + rows, batches + 1
-            yield x, y
+            if rows:
+                yield x, y
         self._count(batches)
 
     def _count(self, batches: int) -> None:
@@ -159,6 +164,16 @@ def _same(what: str, index: int | None, n: int) -> None:
         "augments them on the way. Give the samples in a fixed order and without random transforms; the "
         "guarantee is about one fixed training set"
     )
+
+
+def _alike(first: Tensor | None, y: Tensor | None, batch: int) -> None:
+    """ValueError where targets of a batch are of another kind than those of the first one."""
+    kinds = ["no targets" if t is None else f"targets {(*t.shape[1:],)} {t.dtype} each" for t in (first, y)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"data: expected targets of one kind in all batches; batch 0 has {kinds[0]}, batch {batch} "
+            f"{kinds[1]}"
+        )
 
 
 def rows_of(x: Any, y: Tensor | None) -> int:
