@@ -24,6 +24,7 @@ from gcfast.model import (
     check_wrappers,
     copy_tensors,
     find_head,
+    output_tensors,
     wide_activation,
 )
 from gcfast.nn import WideLayer
@@ -101,7 +102,11 @@ def collect(
             tap = FeatureTap(model, head, wide.module) if wide and looked_below else FeatureTap(model, head)
             looks = SecondLook(model, wide.module if wide and recomputed else head)
         with tap:
-            h, *z, out = tap(x)
+            h, *z, given = tap(x)
+        given = output_tensors(given)  # whatever holds it
+        if len(given) != 1:
+            raise HeadError(f"model: gives {len(given)} tensors for a batch, where it gave one for the first")
+        out = given[0]
         looks.keep(x, z[0] if recomputed else h)
         if wide is not None and z:
             differs = wide.difference(z[0], h, sum(map(len, below)))
