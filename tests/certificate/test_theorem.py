@@ -375,12 +375,26 @@ def test_without_thresholds_rows_must_differ_up_to_sign(activation):
 def test_without_thresholds_what_differs_up_to_sign_has_full_rank():
     torch.manual_seed(0)
     z = torch.randn(30, 2, dtype=torch.float64)
-    for activation in (nn.Tanh(), nn.Softplus()):
+    for activation in (nn.Tanh(), nn.Softplus(threshold=34)):
         model = nn.Sequential(nn.Linear(2, 200, bias=False), activation, nn.Linear(200, 3)).double()
         with torch.no_grad():
             model[0].weight.mul_(5.0)
         assert gcfast.certify(model, (z, torch.arange(30) % 3), route="theorem").status == "holds"
         assert gcfast.certify(model, (z, torch.arange(30) % 3), route="direct").status == "holds"
+
+
+def test_a_softplus_with_a_threshold_is_analytic_where_rounding_hides_it():
+    """torch's is the identity above its threshold: linear in Q and c, for whole balls of them in float64."""
+    data, model = (grid(), torch.arange(N) % 3), linear_model(nn.Softplus())
+    assert gcfast.certify(model, data, route="theorem").status == "holds"
+    model, data = model.double(), (grid().double(), data[1])
+    model[0].bias.data.add_(25.0)
+    with pytest.raises(ValueError, match=r"identity above threshold 20.*float64.*threshold=34 is"):
+        gcfast.certify(model, data, route="theorem")
+    assert gcfast.certify(model, data, route="direct").status == "fails"
+    model[1].threshold = 34
+    assert gcfast.certify(model, data, route="theorem").status == "holds"
+    assert gcfast.certify(model, data, route="direct").status != "fails"
 
 
 # -- weights that were drawn
