@@ -22,6 +22,7 @@ from gcfast.features.loader import Source, source_of, tensors
 
 log = logging.getLogger("gcfast")
 
+_MORE = 100  # beside twice the length, after which data are taken to have no end
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), np.generic)
 
 
@@ -49,6 +50,9 @@ class Reading:
     def __iter__(self) -> Iterator[tuple[Any, Tensor | None]]:
         batches, twice = 0, self.source.kind == "read twice"
         first: Tensor | None = None
+        said = self.source.n
+        if twice and said is None:  # in batches, or in samples
+            said = len(self.source.batches)  # type: ignore[arg-type]
         for x, y in self.source:
             rows = rows_of(x, y)
             if batches == 0:
@@ -59,6 +63,12 @@ class Reading:
             if twice and y is not None:
                 self._others.add([y])
             self.n, batches = self.n + rows, batches + 1
+            come = batches if self.source.n is None else self.n
+            if twice and said is not None and come > 2 * said + _MORE:
+                raise ValueError(
+                    f"data: a reading goes on after {batches} batches of {self.n} samples, where the "
+                    f"length is {said}; give data that end where they say"
+                )
             if rows:
                 yield x, y
         self._count(batches)

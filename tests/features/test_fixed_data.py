@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -445,6 +446,11 @@ class Promises(Samples):
         return super().__getitem__(i)
 
 
+class SameAgain(Batches):
+    def __iter__(self):
+        return itertools.repeat((xy()[0][:10], xy()[1][:10]))
+
+
 def uneven(change):
     x, y = xy()
     return [(x[:20], y[:20]), change(x[20:], y[20:])]
@@ -452,6 +458,12 @@ def uneven(change):
 
 ODD = {
     "too long": (lambda: Promises(N + 1), {}, "IndexError .*no sample 50.* beyond its samples"),
+    "endless stream": (
+        lambda: loader(Stream(lambda turn: itertools.cycle(range(N)))),
+        {},
+        "goes on after .* is 50",
+    ),
+    "endless batches": (SameAgain, {}, "goes on after .* is 5"),
     "no length": (lambda: Promises(-1), {}, "length of this Promises is none"),
     "subset twice": (lambda: loader(sampler=SubsetRandomSampler([3, 3])), {}, "got 3, 2 times"),
     "subset beyond": (lambda: loader(sampler=SubsetRandomSampler([0, N])), {}, "got 50, 1 times"),
