@@ -103,10 +103,7 @@ def collect(
             looks = SecondLook(model, wide.module if wide and recomputed else head)
         with tap:
             h, *z, given = tap(x)
-        given = output_tensors(given)  # whatever holds it
-        if len(given) != 1:
-            raise HeadError(f"model: gives {len(given)} tensors for a batch, where it gave one for the first")
-        out = given[0]
+        out = output_of(head, h, given, sum(map(len, outputs)))
         looks.keep(x, z[0] if recomputed else h)
         if wide is not None and z:
             differs = wide.difference(z[0], h, sum(map(len, below)))
@@ -121,9 +118,6 @@ def collect(
                 wide = replace(wide, caveat=differs)
             below += z
         outputs.append(out.detach().reshape(-1, head.out_features))
-        differs = head.difference(h, outputs[-1], sum(map(len, outputs)) - len(h))
-        if differs is not None:
-            raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
         strange = alteration(head.module) if torch.finfo(outputs[-1].dtype).eps > _FINE else None
         if strange is not None:
             raise HeadError(
@@ -161,6 +155,24 @@ def collect(
         first_batch=first,
         fixed=reading.statement(),
     )
+
+
+def output_of(head: Head, h: Tensor, given: Any, first: int) -> Tensor:
+    """The tensor in what the model gave; HeadError where that is not W h + b of h (k, m).
+
+    ``first`` is the number of the first of the k samples.
+    """
+    found = output_tensors(given)  # whatever holds it
+    if len(found) != 1 or found[0].numel() != len(h) * head.out_features:
+        shapes = ", ".join(str(tuple(t.shape)) for t in found)
+        raise HeadError(
+            f"model: gives {len(found)} tensors ({shapes}) for samples {first} to {first + len(h) - 1}, "
+            f"where it gave one, the output of its head {head}, for the first ones"
+        )
+    differs = head.difference(h, found[0].reshape(len(h), head.out_features), first)
+    if differs is not None:
+        raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
+    return found[0]
 
 
 def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:
