@@ -351,6 +351,25 @@ def test_wide_features_take_a_plain_layer_or_its_tensors():
     assert gcfast.certify(features, route="theorem").status == "holds"
 
 
+def test_wide_features_stay_what_they_were_while_their_layer_is_trained():
+    """And follow z, which is not copied; nothing is made of the one as it was and the other as it is."""
+    torch.manual_seed(0)
+    model, _ = switched()
+    z, layer = grid(), model[0]
+    features = gcfast.WideFeatures(z, layer)
+    assert record(gcfast.certify(features, route="theorem")).status == "holds"
+    before = features.times(torch.ones(1, M))
+    assert gcfast.certify(features, route="direct").status == "holds"
+    layer.weight.data.zero_()
+    assert record(gcfast.certify(features, route="theorem")).status == "not checked"
+    assert gcfast.certify(features, route="direct").status == "holds"
+    assert torch.equal(features.times(torch.ones(1, M)), before)
+    assert gcfast.certify(gcfast.WideFeatures(z, layer), route="direct").status == "fails"
+    z[1] = z[0]
+    assert gcfast.certify(features, route="direct").status == "fails"
+    torch.testing.assert_close(features.panel(0, M)[0], features.panel(0, M)[1], rtol=0, atol=0)
+
+
 # -- layers without thresholds
 
 
