@@ -82,9 +82,8 @@ class WideFeatures(Features):
     @property
     def _double(self) -> tuple[Tensor, Tensor, Tensor]:
         version = 0 if self.z.is_inference() else self.z._version
-        if (
-            self._doubled is None or self._doubled[0] != version
-        ):  # z is the user's, who may have written to it
+        # z is the user's, who may have written to it
+        if self._doubled is None or self._doubled[0] != version:
             self._doubled = version, (self.z.double(), self.weight.double(), self.bias.double())
         return self._doubled[1]
 
