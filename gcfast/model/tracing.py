@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,15 +250,19 @@ def trace(
     record = Trace()
     recorder = _Recorder(record, model)
     pending: list[ModuleCall] = []
-    handles = []
+    handles, thread = [], threading.get_ident()  # passes of other threads meet the hooks as well
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         recorder.stack.append(name)
         if isinstance(module, watch):
             x = args[0] if args else next(iter(kwargs.values()), None)
             pending.append(ModuleCall(name, module, len(record.ops), x))
 
     def after(name: str, module: nn.Module, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         recorder.stack.pop()
         if isinstance(module, watch):
             call = pending.pop()
