@@ -205,19 +205,19 @@ class Certification:
                 "direct",
                 f"rank(H1) = n = {self.n} is proved at the frozen weights, rounding errors included",
             )
-        wide = self.training_set is not None or isinstance(self.features, WideFeatures)
-        found = self._theorem() if wide and self.route != "direct" else None
-        if found is not None:
-            return self._verdict("holds", "theorem", found)
-        if isinstance(direct, MemoryError):
-            raise direct
-        if direct is False:
+        if direct is False:  # whatever almost every other choice of the weights would give
             return self._verdict(
                 "fails",
                 "direct",
                 "rank(H1) < n at the frozen weights, with the witness below; perturb them anew (TwoPhase) "
                 "or drop the samples",
             )
+        wide = self.training_set is not None or isinstance(self.features, WideFeatures)
+        found = self._theorem() if wide and self.route != "direct" else None
+        if found is not None:
+            return self._verdict("holds", "theorem", found)
+        if isinstance(direct, MemoryError):
+            raise direct
         reason = "neither route decides: " + "; ".join(
             f"{a.name}: {a.reason}" for a in evidence.assumptions if a.status in ("fails", "unknown")
         )

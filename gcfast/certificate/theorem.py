@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from gcfast.certificate.certificate import Status
 from gcfast.certificate.evidence import Evidence
 from gcfast.features import Features, TrainingSet, WideFeatures, equal_rows
 from gcfast.model import Draw, WideLayerFound, activation_verdict, analyticity, draw_of
+
+_LOOKED_AT = 256  # numbers of Q, and of c, whose values are counted
 
 
 def theorem_applies(
@@ -154,16 +157,21 @@ def _drawn(evidence: Evidence, parts: Mapping[str, Tensor | None]) -> tuple[bool
     name = "Q and c drawn from a density"
     draws: dict[str, Draw | None] = {key: draw_of(p) for key, p in parts.items() if p is not None}
     left_out = [key for key, draw in draws.items() if draw is not None and draw.scale == 0]
+    odd = None
     if left_out:
-        evidence.note(
-            name,
-            "unknown",
-            f"{left_out[0]!r} was left out of the Gaussian step (it did not require gradients, or "
-            "perturbation=0): let TwoPhase train and perturb all of the wide layer, or use the direct route",
+        odd = (
+            f"{left_out[0]!r} was left out of the Gaussian step (it did not require gradients, or the "
+            "perturbation is 0 or below the spacing of its numbers)"
         )
-        return False, ""
     draw = next(iter(draws.values()), None)
-    if draw is None or None in draws.values():
+    recorded = draw is not None and None not in draws.values()
+    if odd is None and not recorded:
+        odd = next((why for key, p in parts.items() if p is not None and (why := _no_density(key, p))), None)
+    if odd is not None:
+        way_out = "let TwoPhase train and perturb all of the wide layer, or use the direct route"
+        evidence.note(name, "unknown", f"{odd}: {way_out}")
+        return False, ""
+    if draw is None or not recorded:
         evidence.note(
             name,
             "not checked",
@@ -177,6 +185,21 @@ def _drawn(evidence: Evidence, parts: Mapping[str, Tensor | None]) -> tuple[bool
         "and they are as it left them, bit by bit",
     )
     return True, "with probability one over the Gaussian step that gave Q and c, rank(H1) = n"
+
+
+def _no_density(key: str, part: Tensor) -> str | None:
+    """Numbers of a weight that no density gives, in words: zeros, as under a mask, or many that are equal."""
+    numbers, eps = part.detach().reshape(-1), torch.finfo(part.dtype).eps
+    zeros = int((numbers == 0).sum())
+    if zeros > 1 + 4 * eps * len(numbers):  # a generator may round to zero
+        return f"{zeros} of the {len(numbers)} numbers of {key!r} are exactly 0, which no density gives"
+    generator = torch.Generator("cpu").manual_seed(0)
+    some = torch.randint(len(numbers), (_LOOKED_AT,), generator=generator, dtype=torch.int64, device="cpu")
+    index = some.unique().to(part.device)
+    different = len(numbers[index].unique())
+    if 1 < len(index) >= 2 * different:
+        return f"{len(index)} numbers of {key!r} have {different} values, which no density gives"
+    return None
 
 
 def _layer_of(features: Features) -> tuple[WideLayerFound, Tensor]:

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from gcfast import errors
 from gcfast.ambient import ordinary
-from gcfast.features.cached_head import CachedHead, EntranceTap, output_shape
+from gcfast.features.cached_head import CachedHead, output_shape
 from gcfast.features.checks import check_features
-from gcfast.features.collection import head_by_forward
+from gcfast.features.collection import head_by_forward, output_of
 from gcfast.features.frozen_body import BodySnapshot
 from gcfast.features.loader import device_of, to_device
 from gcfast.features.row_buffer import RowBuffer
@@ -27,6 +27,7 @@ from gcfast.model import (
     FeatureTap,
     Head,
     WideLayerFound,
+    check_wrappers,
     hidden_parameters,
     keeping_random_state,
     unwrap,
@@ -115,6 +116,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         if place is not None and place.type == "meta":
             raise ValueError("device: expected one that holds numbers; got meta")
         root = unwrap(model)
+        check_wrappers(model)
         with keeping_random_state(root):  # a DataLoader draws a seed for every pass
             self._fill(root, data, head, store, place, max_bytes, fixed)
 
@@ -147,8 +149,9 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
                 looks = SecondLook(model, found if wide is None else wide.module)
                 rows = RowBuffer(reading.source.n, device or place, max_bytes, _way_out(found, wide, store))
             if wide is None:
-                with EntranceTap(model, found) as tap:
-                    z, _ = tap(inputs)
+                with FeatureTap(model, found) as tap:
+                    z, given = tap(inputs)
+                output_of(found, z, given, rows.used)
             else:
                 z = _entering(model, found, wide, inputs, self.compared, rows.used)
             if len(targets) != len(z):
@@ -302,12 +305,15 @@ def _entering(
 ) -> Tensor:
     """What enters the wide layer; ValueError where what enters the head is not what the layer makes of it.
 
+    And HeadError where the model's output is not what the head makes of that.
+
     All features of a sample would take as long as the wide layer itself: these columns tell whether the model
     does for every sample what it did for the few that were traced.
     """
     assert columns is not None
     with wide.narrowed(head, columns), FeatureTap(model, head, wide.module) as tap:
-        h, z, _ = tap(inputs)
+        h, z, given = tap(inputs)
+        output_of(head, h, given, first)
     differs = wide.difference(z, h, first, columns)
     if differs is not None:
         raise ValueError(f"model: {differs}, so that its inputs must not be cached; use store='features'")

@@ -20,12 +20,17 @@ from gcfast.model import (
     Head,
     HeadError,
     WideLayerFound,
+    alteration,
+    check_wrappers,
     copy_tensors,
     find_head,
+    output_tensors,
     wide_activation,
 )
 from gcfast.nn import WideLayer
 from gcfast.storage import allowed_bytes
+
+_FINE = 2.0**-20  # of a dtype whose values tell one formula from another
 
 
 @dataclass
@@ -72,6 +77,7 @@ def collect(
     Raises ValueError where the data change between the readings, drop or repeat samples, or are empty, where
     the features are not finite or not those of one sample alone; HeadError where the model has no head.
     """
+    check_wrappers(model)
     device = device_of(model)
     reading = Reading(data, fixed, copies=inspect)
     first: Any = None
@@ -96,10 +102,13 @@ def collect(
             tap = FeatureTap(model, head, wide.module) if wide and looked_below else FeatureTap(model, head)
             looks = SecondLook(model, wide.module if wide and recomputed else head)
         with tap:
-            h, *z, out = tap(x)
+            h, *z, given = tap(x)
+        out = output_of(head, h, given, sum(map(len, outputs)))
         looks.keep(x, z[0] if recomputed else h)
         if wide is not None and z:
             differs = wide.difference(z[0], h, sum(map(len, below)))
+            if recomputed and h.dtype != wide.module.weight.dtype:
+                differs = f"what enters the head is {h.dtype}, which the weights of {wide.name!r} are not"
             if differs is not None and recomputed:
                 raise ValueError(
                     f"model: {differs}, so that features cannot be made anew; allow more max_bytes, which "
@@ -109,9 +118,12 @@ def collect(
                 wide = replace(wide, caveat=differs)
             below += z
         outputs.append(out.detach().reshape(-1, head.out_features))
-        differs = head.difference(h, outputs[-1], sum(map(len, outputs)) - len(h))
-        if differs is not None:
-            raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
+        strange = alteration(head.module) if torch.finfo(outputs[-1].dtype).eps > _FINE else None
+        if strange is not None:
+            raise HeadError(
+                f"model: of the head {head}, {strange}: outputs of {outputs[-1].dtype} are too coarse to "
+                "tell whether it does; use a plain nn.Linear, or compute in float32"
+            )
         if not recomputed:
             features.append(h)
         if y is not None:
@@ -143,6 +155,24 @@ def collect(
         first_batch=first,
         fixed=reading.statement(),
     )
+
+
+def output_of(head: Head, h: Tensor, given: Any, first: int) -> Tensor:
+    """The tensor in what the model gave; HeadError where that is not W h + b of h (k, m).
+
+    ``first`` is the number of the first of the k samples.
+    """
+    found = output_tensors(given)  # whatever holds it
+    if len(found) != 1 or found[0].numel() != len(h) * head.out_features:
+        shapes = ", ".join(str(tuple(t.shape)) for t in found)
+        raise HeadError(
+            f"model: gives {len(found)} tensors ({shapes}) for samples {first} to {first + len(h) - 1}, "
+            f"where it gave one, the output of its head {head}, for the first ones"
+        )
+    differs = head.difference(h, found[0].reshape(len(h), head.out_features), first)
+    if differs is not None:
+        raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
+    return found[0]
 
 
 def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gcfast.model import Head, digest, plain_name, unwrap
+from gcfast.nn import WideLayer
 
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
 
@@ -25,6 +26,7 @@ class BodySnapshot:
         self.model, self.head = unwrap(model), head
         self._slots = list(_slots(self.model, head.module))
         self._digests = {name: digest(place[key]) for name, place, key in self._slots}
+        self._kinds = _kinds(self.model, head.module)
         self._look()
 
     def check(self, model: nn.Module | None = None, full: bool = False) -> None:
@@ -70,7 +72,20 @@ class BodySnapshot:
         if now.keys() != self._digests.keys():
             odd = min(now.keys() ^ self._digests.keys())
             return f"{odd!r} {'is new' if odd in now else 'is gone'}"
-        return next((f"{name!r} changed" for name in now if digest(now[name]) != self._digests[name]), None)
+        changed = [name for name in now if digest(now[name]) != self._digests[name]]
+        kinds = _kinds(root, head)
+        changed += [name for name in kinds.keys() | self._kinds if kinds.get(name) != self._kinds.get(name)]
+        return f"{changed[0]!r} changed" if changed else None
+
+
+def _kinds(model: nn.Module, head: nn.Module) -> dict[str, Any]:
+    """What the modules below the head compute, as far as their class tells, and a WideLayer its function."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if module is not head and next(module.children(), None) is None:
+            function = (module.activation, module.beta) if isinstance(module, WideLayer) else ()
+            found[plain_name(name)] = (type(module), *function)
+    return found
 
 
 def _slots(model: nn.Module, head: nn.Module) -> Iterator[_Slot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,7 +54,17 @@ class Source:
     once: bool = False
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor | None]]:
-        for batch in self.batches:
+        batches = iter(self.batches)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except IndexError as error:  # a dataset's way to say that there is no such sample
+                raise ValueError(
+                    f"data: reading it ended in an IndexError ({error}): is a length or an index beyond its "
+                    "samples?"
+                ) from error
             yield _pair(batch)
 
 
@@ -189,7 +200,15 @@ def _known_order(sampler: Any, total: int) -> tuple[Sequence[int] | None, str]:
     """The samples that torch's own sampler is about, in the dataset's order, and what it does to them."""
     kind = type(sampler)
     if kind is SubsetRandomSampler:
-        return sorted(map(operator.index, sampler.indices)), "shuffles a subset of its dataset"
+        subset = [_plain(i) for i in sampler.indices]
+        odd = [i for i in subset if not isinstance(i, int) or not 0 <= i < total]
+        odd += [i for i, times in Counter(subset).items() if times > 1]
+        if odd:
+            raise ValueError(
+                f"data: expected the SubsetRandomSampler of this DataLoader to hold different indices from 0 "
+                f"to {total - 1}; got {odd[0]!r}, {subset.count(odd[0])} times"
+            )
+        return sorted(subset), "shuffles a subset of its dataset"
     known: dict[type, tuple[str, str]] = {
         SequentialSampler: ("data_source", ""),
         RandomSampler: ("data_source", "shuffles"),
@@ -199,6 +218,8 @@ def _known_order(sampler: Any, total: int) -> tuple[Sequence[int] | None, str]:
     about, why = known.get(kind, ("", ""))
     if not about or len(getattr(sampler, about)) != total:
         return None, ""
+    if kind is RandomSampler and (sampler.replacement or sampler.num_samples != total):
+        why = "draws samples again or leaves some out, which is not taken into account"
     return range(total), why
 
 
@@ -239,6 +260,8 @@ def _length(data: Any) -> int | None:
         return len(data)
     except (TypeError, NotImplementedError):
         return None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"data: the length of this {type(data).__name__} is none: {error}") from error
 
 
 def to_device(x: Any, device: torch.device) -> Any:

@@ -22,6 +22,7 @@ from gcfast.features.loader import Source, source_of, tensors
 
 log = logging.getLogger("gcfast")
 
+_MORE = 100  # beside twice the length, after which data are taken to have no end
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), np.generic)
 
 
@@ -48,14 +49,28 @@ class Reading:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor | None]]:
         batches, twice = 0, self.source.kind == "read twice"
+        first: Tensor | None = None
+        said = self.source.n
+        if twice and said is None:  # in batches, or in samples
+            said = len(self.source.batches)  # type: ignore[arg-type]
         for x, y in self.source:
             rows = rows_of(x, y)
+            if batches == 0:
+                first = y
+            _alike(first, y, batches)
             if twice or self.copies:
                 self._inputs.add(_digestible(x, rows, self.copies))
             if twice and y is not None:
                 self._others.add([y])
             self.n, batches = self.n + rows, batches + 1
-            yield x, y
+            come = batches if self.source.n is None else self.n
+            if twice and said is not None and come > 2 * said + _MORE:
+                raise ValueError(
+                    f"data: a reading goes on after {batches} batches of {self.n} samples, where the "
+                    f"length is {said}; give data that end where they say"
+                )
+            if rows:
+                yield x, y
         self._count(batches)
 
     def _count(self, batches: int) -> None:
@@ -159,6 +174,16 @@ def _same(what: str, index: int | None, n: int) -> None:
         "augments them on the way. Give the samples in a fixed order and without random transforms; the "
         "guarantee is about one fixed training set"
     )
+
+
+def _alike(first: Tensor | None, y: Tensor | None, batch: int) -> None:
+    """ValueError where targets of a batch are of another kind than those of the first one."""
+    kinds = ["no targets" if t is None else f"targets {(*t.shape[1:],)} {t.dtype} each" for t in (first, y)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"data: expected targets of one kind in all batches; batch 0 has {kinds[0]}, batch {batch} "
+            f"{kinds[1]}"
+        )
 
 
 def rows_of(x: Any, y: Tensor | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ class WideFeatures(Features):
             bias (m,)).
         activation, beta: with a pair of tensors, as in :func:`gcfast.ops.activation`.
 
+    The weights are copied, so that it stays what it is while the layer is trained; z is not.
     ``certify`` and ``solve_head`` take it in the place of a matrix of features. What is proved of it is
     proved of one definite matrix: the layer evaluated in float64 (:func:`gcfast.ops.wide_panel`, which gives
     the same bits every time), its values rounded to float32 where the layer is float32.
@@ -60,8 +60,9 @@ class WideFeatures(Features):
             raise TypeError(
                 f"layer: expected a gcfast.WideLayer or (weight, bias); got {type(layer).__name__}"
             )
-        self.given: dict[str, Tensor] = {"weight": pair[0], "bias": pair[1]}  # whose draws may be on record
-        weight, bias = pair[0].detach(), pair[1].detach()
+        self._given: dict[str, Tensor] = {"weight": pair[0], "bias": pair[1]}
+        # copies: the matrix stays what it is while the layer is trained
+        weight, bias = (t.detach().clone() for t in pair)
         matrix, self.mapped = as_matrix(z, "z", "(n, d)")
         arguments.wide_rows("WideFeatures", matrix[:1].to(weight.dtype), weight, bias)
         arguments.is_activation(activation, beta)
@@ -69,10 +70,22 @@ class WideFeatures(Features):
         self.settings: dict[str, Any] = {"activation": activation, "beta": float(beta)}
         self.n, self.d, self.m = len(matrix), matrix.shape[1], len(weight)
         self.dtype, self.device = weight.dtype, matrix.device
+        self._doubled: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
-    @cached_property
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The weights as they were given, whose draws may be on record, where they are what they were."""
+        kept = {"weight": self.weight, "bias": self.bias}
+        same = {key: t for key, t in self._given.items() if torch.equal(t, kept[key])}
+        return {**kept, **same}
+
+    @property
     def _double(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.z.double(), self.weight.double(), self.bias.double()
+        version = 0 if self.z.is_inference() else self.z._version
+        # z is the user's, who may have written to it
+        if self._doubled is None or self._doubled[0] != version:
+            self._doubled = version, (self.z.double(), self.weight.double(), self.bias.double())
+        return self._doubled[1]
 
     def _layer(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         if dtype == torch.float64:

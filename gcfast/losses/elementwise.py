@@ -20,10 +20,13 @@ class Elementwise(ConvexLoss):
 
     def prepare(self, y: Tensor, n: int, c: int) -> Tensor:
         y = real_targets(y)
+        given = tuple(y.shape)
         if y.dim() == 1 and c == 1:
             y = y.unsqueeze(1)
+        elif y.dim() > 2:  # outputs of more axes come as rows as well
+            y = y.flatten(1)
         if tuple(y.shape) != (n, c):
-            raise ValueError(f"targets: expected shape ({n}, {c}); got {tuple(y.shape)}")
+            raise ValueError(f"targets: expected shape ({n}, {c}); got {given}")
         y = y.to(torch.float64)
         finite(y)
         return y

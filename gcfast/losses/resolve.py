@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from gcfast.errors import came
 from gcfast.losses.base import ConvexLoss
 from gcfast.losses.cross_entropy import CrossEntropy
 from gcfast.losses.elementwise import MSE, BCEWithLogits, Elementwise, Huber
@@ -49,6 +50,12 @@ def resolve_loss(loss: str | nn.Module | ConvexLoss) -> ConvexLoss:
                 f"loss: {loss!r} changes a loss of gcfast's, whose other methods then belong to another "
                 f"function; {_WAY_OUT}"
             )
+        if isinstance(loss, OWN):  # made again, for its options may have been set to anything
+            options = inspect.signature(type(loss)).parameters
+            try:
+                return type(loss)(**{name: getattr(loss, name) for name in options})
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"loss: {loss!r} with {error}") from error
         return loss
     if isinstance(loss, str):
         name = loss.lower().replace("-", "_")
@@ -109,9 +116,15 @@ def _patched(thing: object) -> list[str]:
 def check_matches_outputs(loss: ConvexLoss, y: Tensor, shape: torch.Size) -> None:
     """Raise ValueError where torch would broadcast targets y and outputs of one model, ``shape`` a sample.
 
-    (n,) against (n, 1) makes n x n values there, none of which need be a sample's own.
+    (n,) against (n, 1) makes n x n values there, none of which need be a sample's own. Of outputs (n, C, k)
+    its cross-entropy takes k labels a sample, and of (n,) a single one for all.
     """
-    if isinstance(loss, Elementwise) and y.dim() > 0 and len(y.shape) - 1 != len(shape):
+    if isinstance(loss, CrossEntropy) and len(shape) != 1:
+        raise ValueError(
+            f"loss: cross-entropy is of outputs (n, C); the model's are {(len(y), *shape)}, which torch's "
+            "loss takes for something else; leave out the view at the model's end"
+        )
+    if isinstance(loss, Elementwise) and y.dim() > 0 and y.shape[1:] != shape:
         raise ValueError(
             f"targets: expected shape {tuple(y.shape[:1] + shape)}, as the model's outputs; got "
             f"{tuple(y.shape)}, which torch's loss broadcasts or refuses; reshape the targets"
@@ -120,6 +133,8 @@ def check_matches_outputs(loss: ConvexLoss, y: Tensor, shape: torch.Size) -> Non
 
 def infimum_with_copies(loss: ConvexLoss, y: Tensor, copies: list[list[int]]) -> float:
     """No more than L* = (1/n) sum_i inf loss_i, where equal samples must share one output."""
+    if not isinstance(y, Tensor) or y.dim() == 0:
+        raise ValueError(f"loss: {loss!r}.prepare must give a tensor, one row per sample; got {came(y)}")
     found = loss.infimum(y)
     if not isinstance(found, Tensor) or found.shape != y.shape[:1]:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -54,9 +54,9 @@ def above(x: float) -> float:
 
 
 def gap_above(loss: float, infimum: float) -> float:
-    """No less than loss - infimum; inf where that is no number."""
+    """No less than loss - infimum; inf where that is no number, or below 0, so that one of both is wrong."""
     gap = loss - infimum
-    return math.inf if math.isnan(gap) else gap if infimum == 0.0 else above(gap)
+    return math.inf if not gap >= 0 else gap if infimum == 0.0 else above(gap)
 
 
 def entropy_below(mass: Tensor, known: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gcfast.model.freeze import Freezer
 from gcfast.model.tap import FeatureTap
-from gcfast.model.tracing import Trace
+from gcfast.model.tracing import Trace, span, wrapped
 from gcfast.model.watch import Watch
 from gcfast.nn import OutputHook, WideLayer
 
@@ -52,14 +52,26 @@ def alteration(module: nn.Module) -> str | None:
     return None
 
 
-def _strange_hooks(module: nn.Module) -> Iterator[str]:
+def check_wrappers(model: nn.Module) -> None:
+    """Raise ValueError where a wrapper that ``unwrap`` looks through may change what the model gives."""
+    while (inner := wrapped(model)) is not None:
+        hook = next(_strange_hooks(model, of_all=False), None)
+        if hook is not None:
+            raise ValueError(
+                f"model: the {hook} of the {type(model).__name__} around it may change what it gives; give "
+                "the module inside, or register the hook on that"
+            )
+        model = inner
+
+
+def _strange_hooks(module: nn.Module, of_all: bool = True) -> Iterator[str]:
     """Hooks on the module, or on all modules, that may change what goes in or comes out."""
     for kind in ("forward_pre_hook", "forward_hook"):
         for hook in getattr(module, f"_{kind}s").values():
             ours = isinstance(hook, OutputHook) or isinstance(getattr(hook, "__self__", None), _OURS)
             if not ours:
                 yield f"{kind} {getattr(hook, '__qualname__', type(hook).__name__)!r}"
-        if getattr(nn.modules.module, f"_global_{kind}s"):
+        if of_all and getattr(nn.modules.module, f"_global_{kind}s"):
             yield f"{kind} registered for all modules"
 
 
@@ -73,17 +85,15 @@ def _not_free(value: Tensor) -> str | None:
     return None
 
 
-def constraint(model: nn.Module, name: str, layer: nn.Module, record: Trace) -> str | None:
+def constraint(model: nn.Module, layer: nn.Module, record: Trace) -> str | None:
     """Why the weights of ``layer``, which :func:`alteration` passed, may not vary freely in ``model``.
 
     ``record`` is a traced pass, in which the layer is applied once. Another use of the weights makes what
     enters the layer depend on them; a hook on a module that holds it may tie, clip or mask them each time.
     """
-    holders = [name.rpartition(".")[0]] if name else []
-    while holders and holders[-1]:
-        holders.append(holders[-1].rpartition(".")[0])
-    for holder in holders:
-        module = model.get_submodule(holder)
+    for holder, module in model.named_modules():
+        if module is layer or layer not in module.modules():
+            continue
         where = f"{holder!r}, which holds it," if holder else "the model"
         hook = next(_strange_hooks(module), None)
         if hook is not None:
@@ -91,17 +101,16 @@ def constraint(model: nn.Module, name: str, layer: nn.Module, record: Trace) -> 
         if "forward" in vars(module):
             return f"the forward of {where} is replaced"
     call = next(c for c in record.calls if c.module is layer)
-    own = {id(p): key for key, p in layer._parameters.items() if p is not None}
-    for i, op in enumerate(record.ops):
-        key = next(iter(op.arguments & own.keys()), None)
-        if key is not None and not call.start <= i < call.end:
-            return f"its {own[key]} is also used by {op.op}"
+    for op in (*record.ops[: call.start], *record.ops[call.end :]):
+        for key, parameter in layer._parameters.items():
+            if parameter is not None and op.takes(parameter):
+                return f"its {key} is also used by {op.op}"
     return _tied(model, layer)
 
 
 def _tied(model: nn.Module, layer: nn.Module) -> str | None:
     """The name of a parameter or buffer that shares memory with the layer's weights, in words."""
-    mine = [(key, *_span(p)) for key, p in layer._parameters.items() if p is not None]
+    mine = [(key, *span(p)) for key, p in layer._parameters.items() if p is not None]
     others = [
         (f"{prefix}.{key}" if prefix else key, value)
         for prefix, module in model.named_modules()
@@ -110,7 +119,7 @@ def _tied(model: nn.Module, layer: nn.Module) -> str | None:
         if value is not None and not (module is layer and values is module._parameters)
     ]
     for other, value in others:
-        start, end = _span(value)
+        start, end = span(value)
         for key, low, high in mine:
             if start < high and low < end:
                 return f"its {key} shares memory with {other!r}"
@@ -118,11 +127,3 @@ def _tied(model: nn.Module, layer: nn.Module) -> str | None:
     if rest and rest[0][1] < high and low < rest[0][2]:
         return "its weight and bias share memory"
     return None
-
-
-def _span(value: Tensor) -> tuple[int, int]:
-    """The addresses between which a dense tensor lies; nothing where it has none."""
-    if value.layout != torch.strided or value.device.type == "meta" or value.numel() == 0:
-        return 0, 0
-    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()

@@ -164,13 +164,13 @@ def head_of_trace(model: nn.Module, record: Trace, chosen: Head | None = None) -
 
 def _check_used_once(record: Trace, call: ModuleCall, head: Head) -> None:
     """No operator before the head may take its parameters: the features would depend on the head."""
-    own = {id(p): n for n, p in head.module.named_parameters()}
     for op in record.ops[: call.start]:
-        for key in op.arguments & own.keys():
-            raise HeadError(
-                f"the features depend on the head {head}: its {own[key]} is also used by {op.op} "
-                f"in {describe_module(op.module)}"
-            )
+        for key, parameter in head.module.named_parameters():
+            if op.takes(parameter):
+                raise HeadError(
+                    f"the features depend on the head {head}: its {key} is also used by {op.op} "
+                    f"in {describe_module(op.module)}"
+                )
 
 
 # views and copies: they keep every value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class FeatureTap:
             else:
                 raise ValueError(f"modules: {module!r} is not a module of the model")
         self._seen: dict[nn.Module, list[Any]] = {}
+        self._thread = 0  # that makes the call: passes of other threads meet the hooks as well
         self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -53,7 +55,7 @@ class FeatureTap:
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping_buffers(self.model))
             for module in self._tapped:
-                handle: RemovableHandle = module.register_forward_pre_hook(self._note, with_kwargs=True)
+                handle: RemovableHandle = module.register_forward_pre_hook(self._before, with_kwargs=True)
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
         return self
@@ -62,6 +64,10 @@ class FeatureTap:
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self._note(module, args, kwargs)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -75,13 +81,13 @@ class FeatureTap:
                 "open the FeatureTap first: with FeatureTap(model, module) as tap: tap(inputs)"
             )
         args, kwargs = copy_tensors(call_arguments(inputs))
-        self._seen = {module: [] for module in self._tapped}
+        self._seen, self._thread = {module: [] for module in self._tapped}, threading.get_ident()
         try:
             with evaluating(self.model), keeping_random_state(self.model):
                 output = self.model(*args, **kwargs)
             seen = self._seen
         finally:
-            self._seen = {}
+            self._seen, self._thread = {}, 0
         return *(_the_only(seen[module], name) for module, name in self._tapped.items()), output
 
 

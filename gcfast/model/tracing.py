@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,17 +22,25 @@ from gcfast import errors
 from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_ops import SignTracker, Verdict, classify
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """The module that torch's own wrapper ``model`` passes its inputs on to; None of any other module."""
+    if isinstance(model, _PARALLEL) and type(model).forward in [kind.forward for kind in _PARALLEL]:
+        return model.module
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        return model._orig_mod
+    return None
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module below torch.compile, DataParallel and DistributedDataParallel."""
     errors.is_module("model", model)
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's OptimizedModule
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    while (inner := wrapped(model)) is not None:
+        model = inner
+    return model
 
 
 def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -60,6 +69,20 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
         and a.is_contiguous() == b.is_contiguous()
         and (a.is_contiguous() or (a.shape == b.shape and a.stride() == b.stride()))
     )
+
+
+def span(value: Tensor) -> tuple[int, int]:
+    """The addresses between which a dense tensor lies; nothing where it has none."""
+    if value.layout != torch.strided or value.device.type == "meta":
+        return 0, 0
+    try:
+        start, shape, stride = value.data_ptr(), value.shape, value.stride()
+    except RuntimeError:  # nested, or batched by vmap
+        return 0, 0
+    if start == 0 or 0 in shape:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    return start, start + (last + 1) * value.element_size()
 
 
 def _accelerators(model: nn.Module) -> tuple[str, list[torch.device]]:
@@ -140,8 +163,14 @@ class OpCall:
     verdict: Verdict
     reason: str
     arguments: frozenset[int]  # id of every tensor argument
+    places: tuple[tuple[int, int], ...]  # the addresses between which each of them lies
     # to apply the operator again, to another first argument; None where a further argument is a tensor
     again: Callable[[Tensor], Any] | None = None
+
+    def takes(self, value: Tensor) -> bool:
+        """Whether an argument is this tensor, or has numbers in its memory."""
+        low, high = span(value)
+        return id(value) in self.arguments or any(a < high and low < b for a, b in self.places)
 
 
 @dataclass
@@ -188,14 +217,15 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.muted:
             return func(*args, **kwargs)
-        inputs = frozenset(id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs, places = frozenset(map(id, tensors)), tuple(map(span, tensors))
         out = func(*args, **kwargs)
         verdict, reason = classify(func, args, kwargs, out, self.marks)
         further = any(isinstance(t, Tensor) for t in tree_leaves((args[1:], kwargs)))
         again = None if further or not args else lambda x: func(x, *args[1:], **kwargs)
         module = self.stack[-1] if self.stack else ""
         name = str(func).removesuffix(".default")
-        self.record.ops.append(OpCall(name, module, verdict, reason, inputs, again))
+        self.record.ops.append(OpCall(name, module, verdict, reason, inputs, places, again))
         return out
 
 
@@ -220,15 +250,19 @@ def trace(
     record = Trace()
     recorder = _Recorder(record, model)
     pending: list[ModuleCall] = []
-    handles = []
+    handles, thread = [], threading.get_ident()  # passes of other threads meet the hooks as well
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         recorder.stack.append(name)
         if isinstance(module, watch):
             x = args[0] if args else next(iter(kwargs.values()), None)
             pending.append(ModuleCall(name, module, len(record.ops), x))
 
     def after(name: str, module: nn.Module, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         recorder.stack.pop()
         if isinstance(module, watch):
             call = pending.pop()

@@ -146,7 +146,7 @@ def _of_wide_layer(model: nn.Module, call: ModuleCall, record: Trace) -> WideLay
         module=layer,
         formula=partial(_wide, layer),
         altered=altered,
-        caveat=altered or constraint(model, call.name, layer, record),
+        caveat=altered or constraint(model, layer, record),
     )
 
 
@@ -157,7 +157,10 @@ def _wide(layer: WideLayer, z: Tensor) -> Tensor:
 
 
 # activations that torch computes by several operators
-_COMPOSED = {nn.Softsign: "softsign", nn.Tanhshrink: "tanhshrink"}
+_COMPOSED = {
+    nn.Softsign: ("softsign", nn.functional.softsign),
+    nn.Tanhshrink: ("tanhshrink", nn.functional.tanhshrink),
+}
 
 
 def _of_linear(
@@ -185,9 +188,9 @@ def _of_linear(
             leaf = owner is not model and next(owner.children(), None) is None
             name = between[0].module
             if leaf and type(owner) in _COMPOSED and {op.module for op in between} == {name}:
-                activation = _COMPOSED[type(owner)]
+                activation, function = _COMPOSED[type(owner)]
                 verdict, _ = activation_verdict(activation)
-                formula = partial(apply, owner)
+                formula = partial(apply, function)
             elif len(between) == 1:
                 op = between[0]
                 activation, verdict = _activation_of(op), op.verdict
@@ -212,7 +215,7 @@ def _of_linear(
         formula=formula,
         thresholds=linear.bias is not None,
         altered=altered,
-        caveat=altered or constraint(model, layer.name, linear, record),
+        caveat=altered or constraint(model, linear, record),
     )
     return found if found.difference(layer.input, h) is None else None
 

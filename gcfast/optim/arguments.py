@@ -94,7 +94,8 @@ def check_head_in_groups(groups: Iterable[dict[str, Any]], head: Head) -> None:
 def perturb(parameters: Mapping[str, Tensor], scale: float, generator: torch.Generator) -> set[str]:
     """Add scale · N(0, I): drawn on the CPU in float32 or wider, added there, rounded once.
 
-    The names of those that were moved: a whole number has no density to be drawn from.
+    The names of those that were moved: a whole number has no density to be drawn from, and a step below the
+    spacing of a weight's numbers is lost when the sum is rounded.
     """
     moved = set()
     for name, p in parameters.items():
@@ -104,6 +105,7 @@ def perturb(parameters: Mapping[str, Tensor], scale: float, generator: torch.Gen
         wide = torch.promote_types(value.dtype, torch.float32)
         noise = torch.randn(value.shape, dtype=wide, generator=generator, device="cpu")
         if scale > 0:
+            if not bool((value.abs() * torch.finfo(value.dtype).eps > scale).any()):
+                moved.add(name)
             value.copy_(value.to(wide) + noise.to(value.device) * scale)
-            moved.add(name)
     return moved

@@ -6,6 +6,7 @@ anything is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gcfast import errors
 from gcfast.model import (
     Draw,
     Freezer,
@@ -212,4 +214,5 @@ def _is_draw(value: Any) -> bool:
     if not (isinstance(value, (tuple, list)) and len(value) == 3):
         return False
     scale, seed, step = value
-    return isinstance(scale, (int, float)) and scale >= 0 and isinstance(seed, int) and isinstance(step, int)
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (seed, step))
+    return whole and step >= 0 and 0 <= errors.as_real(scale) < math.inf

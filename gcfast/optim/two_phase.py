@@ -262,12 +262,13 @@ class TwoPhase(Optimizer):
             return
         check_head_in_groups(self.param_groups, self.head)
         hidden, seed = self.hidden, self.generator.initial_seed()
-        moved = perturb(hidden, self.perturbation, self.generator)
+        scale = resolve_perturbation(self.perturbation)  # which may have been set since
+        moved = perturb(hidden, scale, self.generator)
         forget_curvature(self.base)
         self._freeze(list(hidden))
         everything = hidden_parameters(self.model, self.head)
-        scales = {name: self.perturbation if name in moved else 0.0 for name in everything}
-        note_draws(everything, {n: Draw(scale, seed, self.step_count) for n, scale in scales.items()})
+        drawn = {n: Draw(scale if n in moved else 0.0, seed, self.step_count) for n in everything}
+        note_draws(everything, drawn)
 
     def _freeze(self, trainable: list[str] | None) -> None:
         """Hold all hidden weights fixed, of which these were trained; None: give them back."""

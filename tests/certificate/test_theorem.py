@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import gcfast
+from gcfast.certificate import theorem
 
 N, M = 25, 60
 
@@ -51,6 +52,17 @@ class Reader(nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.wide(x - self.wide.weight.mean())))
+
+
+class MemoryReader(Reader):
+    """The same through a tensor of its own upon the weight's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.some = [self.wide.weight.data[3:]]
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.wide(x - self.some[0].mean())))
 
 
 class Twice(Reader):
@@ -129,6 +141,19 @@ def patched(where):
     return model
 
 
+def held_twice():
+    """The holder through which the layer is called, which has a hook, is not the first one by name."""
+    model = linear_model()
+    held = nn.Sequential(model[0], model[1])
+    held.register_forward_pre_hook(lambda module, args: args)
+    return Last(model[0], held, model[2])
+
+
+class Last(nn.Sequential):
+    def forward(self, x):
+        return self[2](self[1](x))
+
+
 def act_hook():
     model = linear_model()
     model[1].register_forward_hook(lambda module, args, out: out)
@@ -148,6 +173,8 @@ NOT_FREE = {
     ),
     "a buffer": (lambda: with_weight(buffer), "weight is computed from something else|'weight'"),
     "read elsewhere": (Reader, "weight is also used by"),
+    "its memory read elsewhere": (MemoryReader, "weight is also used by"),
+    "hook of another holder": (held_twice, "hook .* of '1', which holds it"),
     "subclass": (lambda: wide_model(OneUnit(2, M)), "class of its own"),
     "hook": (lambda: hooked("0"), "forward_hook"),
     "pre-hook": (lambda: hooked("0", "pre"), "forward_pre_hook"),
@@ -182,6 +209,12 @@ def test_hooks_on_all_modules_and_replaced_classes_are_seen(monkeypatch):
         assert "for all modules" in gcfast.certify(wide_model(), data, route="theorem").reason
     finally:
         handle.remove()
+    whole = nn.Tanhshrink.forward
+    monkeypatch.setattr(nn.Tanhshrink, "forward", lambda self, x: x * x + x)
+    with pytest.raises(ValueError, match="needs a wide layer"):
+        gcfast.certify(linear_model(nn.Tanhshrink()), data, route="theorem")
+    monkeypatch.setattr(nn.Tanhshrink, "forward", whole)
+    assert gcfast.certify(linear_model(nn.Tanhshrink()), data, route="theorem").status == "holds"
     whole = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: whole(self, x))
     assert "for the whole class" in gcfast.certify(linear_model(), data, route="theorem").reason
@@ -242,6 +275,59 @@ def test_features_are_not_made_anew_where_a_later_batch_differs():
             call(model, data, loss="cross_entropy", max_bytes=4 * N * M)
 
 
+class AutocastInside(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_features_are_not_made_anew_in_another_dtype_than_the_models():
+    model, data = AutocastInside(*wide_model()), (grid(), torch.arange(N) % 3)
+    with pytest.raises(ValueError, match=r"model: .* is torch.bfloat16, .* allow more max_bytes"):
+        gcfast.certify(model, data, max_bytes=4 * N * M)
+    assert gcfast.certify(model, data, max_bytes=10**8).n == N
+
+
+def test_a_head_is_plain_where_its_outputs_are_too_coarse_to_tell():
+    class Scaled(nn.Linear):
+        def forward(self, h):
+            return 0.95 * super().forward(h)
+
+    for kind in (nn.Linear, Scaled):
+        models = [wide_model().to(dtype) for dtype in (torch.half, torch.bfloat16)]
+        for model in (*models, AutocastInside(*wide_model())):
+            model[1] = kind(M, 3).to(model[0].weight.dtype)
+            data = (grid().to(model[0].weight.dtype), torch.arange(N) % 3)
+            if kind is nn.Linear:
+                assert gcfast.certify(model, data).n == N
+            else:
+                with pytest.raises(gcfast.HeadError, match=r"model: of the head .* a Scaled, .* too coarse"):
+                    gcfast.certify(model, data)
+
+
+def test_wrappers_that_change_what_the_model_gives_are_not_looked_through():
+    class Tripled(nn.DataParallel):
+        def forward(self, *args):
+            return 3 * super().forward(*args)
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._orig_mod = linear_model()
+
+        def forward(self, x):
+            return 3 * self._orig_mod(x)
+
+    data, hooked = (grid(), torch.arange(N) % 3), nn.DataParallel(linear_model())
+    hooked.register_forward_hook(lambda module, args, out: 3 * out)
+    for model in (Tripled(linear_model()), Holds()):
+        with pytest.raises(gcfast.HeadError, match="not affine in the head"):
+            gcfast.certify(model, data)
+    for call in (gcfast.certify, gcfast.solve_head, gcfast.FeatureCache):
+        with pytest.raises(ValueError, match=r"model: the forward_hook .* of the DataParallel around it"):
+            call(hooked, data)
+
+
 def test_the_head_is_compared_for_every_sample():
     class Doubling(nn.Linear):
         def forward(self, h):
@@ -263,6 +349,25 @@ def test_wide_features_take_a_plain_layer_or_its_tensors():
             gcfast.WideFeatures(grid(), strange)
     features = gcfast.WideFeatures(grid(), (layer.weight, layer.bias))
     assert gcfast.certify(features, route="theorem").status == "holds"
+
+
+def test_wide_features_stay_what_they_were_while_their_layer_is_trained():
+    """And follow z, which is not copied; nothing is made of the one as it was and the other as it is."""
+    torch.manual_seed(0)
+    model, _ = switched()
+    z, layer = grid(), model[0]
+    features = gcfast.WideFeatures(z, layer)
+    assert record(gcfast.certify(features, route="theorem")).status == "holds"
+    before = features.times(torch.ones(1, M))
+    assert gcfast.certify(features, route="direct").status == "holds"
+    layer.weight.data.zero_()
+    assert record(gcfast.certify(features, route="theorem")).status == "not checked"
+    assert gcfast.certify(features, route="direct").status == "holds"
+    assert torch.equal(features.times(torch.ones(1, M)), before)
+    assert gcfast.certify(gcfast.WideFeatures(z, layer), route="direct").status == "fails"
+    z[1] = z[0]
+    assert gcfast.certify(features, route="direct").status == "fails"
+    torch.testing.assert_close(features.panel(0, M)[0], features.panel(0, M)[1], rtol=0, atol=0)
 
 
 # -- layers without thresholds
@@ -289,12 +394,26 @@ def test_without_thresholds_rows_must_differ_up_to_sign(activation):
 def test_without_thresholds_what_differs_up_to_sign_has_full_rank():
     torch.manual_seed(0)
     z = torch.randn(30, 2, dtype=torch.float64)
-    for activation in (nn.Tanh(), nn.Softplus()):
+    for activation in (nn.Tanh(), nn.Softplus(threshold=34)):
         model = nn.Sequential(nn.Linear(2, 200, bias=False), activation, nn.Linear(200, 3)).double()
         with torch.no_grad():
             model[0].weight.mul_(5.0)
         assert gcfast.certify(model, (z, torch.arange(30) % 3), route="theorem").status == "holds"
         assert gcfast.certify(model, (z, torch.arange(30) % 3), route="direct").status == "holds"
+
+
+def test_a_softplus_with_a_threshold_is_analytic_where_rounding_hides_it():
+    """torch's is the identity above its threshold: linear in Q and c, for whole balls of them in float64."""
+    data, model = (grid(), torch.arange(N) % 3), linear_model(nn.Softplus())
+    assert gcfast.certify(model, data, route="theorem").status == "holds"
+    model, data = model.double(), (grid().double(), data[1])
+    model[0].bias.data.add_(25.0)
+    with pytest.raises(ValueError, match=r"identity above threshold 20.*float64.*threshold=34 is"):
+        gcfast.certify(model, data, route="theorem")
+    assert gcfast.certify(model, data, route="direct").status == "fails"
+    model[1].threshold = 34
+    assert gcfast.certify(model, data, route="theorem").status == "holds"
+    assert gcfast.certify(model, data, route="direct").status != "fails"
 
 
 # -- weights that were drawn
@@ -323,7 +442,12 @@ def test_without_a_record_the_certificate_says_almost_every_and_not_checked():
 
 @pytest.mark.parametrize(
     ("frozen", "perturbation", "name"),
-    [(["0.weight"], 1e-3, "0.weight"), (["0.bias"], 1e-3, "0.bias"), ([], 0, "0.weight")],
+    [
+        (["0.weight"], 1e-3, "0.weight"),
+        (["0.bias"], 1e-3, "0.bias"),
+        ([], 0, "0.weight"),
+        ([], 1e-9, "0.weight"),  # which rounding loses
+    ],
 )
 def test_weights_that_the_step_left_out_are_not_drawn(frozen, perturbation, name):
     model, opt = switched(perturbation, frozen)
@@ -356,6 +480,43 @@ def test_the_record_goes_through_checkpoints_and_copies():
     assert found.status == "holds" and "seed 5" in found.reason
     twin = copy.deepcopy(again)
     assert record(gcfast.certify(twin.model, data, route="theorem")).status == "holds"
+
+
+NO_DENSITY = {
+    "mask": lambda m: prune.remove(m[0], "weight"),
+    "no weights": lambda m: m[0].weight.data.zero_(),
+    "zero thresholds": lambda m: m[0].bias.data.zero_(),
+    "one threshold": lambda m: m[0].bias.data.fill_(0.3),
+    "one unit": lambda m: m[0].weight.data.copy_(m[0].weight.data[:1].expand(M, 2)),
+    "three values": lambda m: m[0].weight.data.copy_((3 * m[0].weight.data).round() + 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DENSITY)
+def test_numbers_that_no_density_gives_are_not_taken_for_drawn(kind):
+    model, data = pruned() if kind == "mask" else linear_model(), (grid(), torch.arange(N) % 3)
+    NO_DENSITY[kind](model)
+    cert = gcfast.certify(model, data, route="theorem")
+    assert cert.status == "unknown" and "which no density gives" in record(cert).reason
+    # a Gaussian step makes them free
+    gcfast.TwoPhase(torch.optim.SGD(model.parameters(), lr=0.1), model, None).switch()
+    assert record(gcfast.certify(model, data, route="theorem")).status == "holds"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_numbers_as_torch_draws_them_may_be_of_a_density(dtype):
+    for make in (nn.Linear, gcfast.WideLayer):
+        layer = make(3, 20_000).to(dtype)
+        assert theorem._no_density("weight", layer.weight) is None
+        assert theorem._no_density("bias", layer.bias) is None
+
+
+def test_what_is_refuted_at_the_frozen_weights_does_not_hold_for_almost_every_choice():
+    model = linear_model().double()
+    model[0].bias.data.zero_()
+    z = torch.randn(10, 2, dtype=torch.float64)
+    cert = gcfast.certify(model, (torch.cat([z, -z]), torch.arange(20) % 3))
+    assert (cert.status, cert.route) == ("fails", "direct") and cert.offenders
 
 
 @pytest.mark.parametrize("change", ["data", "in place", "unfreeze"])

@@ -213,6 +213,21 @@ def test_a_wide_layer_that_is_left_out_for_some_samples_is_noticed():
     assert gcfast.FeatureCache(model, loader, store="features").stored == "features"
 
 
+@pytest.mark.parametrize("store", ["below", "features"])
+def test_outputs_that_are_changed_for_some_samples_are_noticed(store):
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            out = super().forward(x)
+            return 2 * out if bool((x[:, 0] == 50).any()) else out
+
+    model = Doubled(gcfast.WideLayer(D, 41), nn.Linear(41, C))
+    model[0].requires_grad_(False)
+    x, y = data()
+    x[32, 0] = 50
+    with pytest.raises(gcfast.HeadError, match=r"model: for sample 32 the output is not W h \+ b"):
+        gcfast.FeatureCache(model, DataLoader(TensorDataset(x, y), batch_size=32), store=store)
+
+
 def test_the_output_has_the_shape_the_model_gives():
     class Scalar(nn.Module):
         def __init__(self):

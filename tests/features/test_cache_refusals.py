@@ -155,6 +155,24 @@ def test_what_versions_do_not_tell_a_full_check_does():
         cache.check()
 
 
+def test_a_full_check_sees_another_activation():
+    model, _ = in_phase_two("wide")
+    cache = gcfast.FeatureCache(model, data())
+    wide, index = model[-1].wide, next(i for i, m in enumerate(model) if not list(m.parameters()))
+    model[index], kept = nn.ReLU(), model[index]
+    with pytest.raises(RuntimeError, match=f"'{index}' changed"):
+        cache.check()
+    model[index] = kept
+    cache.check()
+    for name, value in (("beta", 3.0), ("activation", "tanh")):
+        before = getattr(wide, name)
+        setattr(wide, name, value)
+        with pytest.raises(RuntimeError, match=r"'\d\.wide' changed"):
+            cache.check()
+        setattr(wide, name, before)
+    cache.check(copy.deepcopy(model))
+
+
 def test_a_replaced_weight_is_noticed_at_once():
     model, _ = in_phase_two()
     cache = gcfast.FeatureCache(model, data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -184,6 +185,7 @@ def test_every_sample_is_read_once(kind, caplog):
     quiet = ("in order", "persistent workers", "iterable", "iterable of batches", "dataset", "batches")
     assert len(said) == (kind not in (*quiet, "list of batches", "length in samples"))
     assert all(record.getMessage().startswith("data: this DataLoader") for record in said)
+    assert kind != "few draws" or "draws samples again or leaves some out" in said[0].getMessage()
 
 
 @pytest.mark.parametrize("kind", ["shuffle", "drop_last", "iterable", "batches", "workers"])
@@ -426,6 +428,66 @@ class Thing:
 def test_batches_that_are_none_are_named(batch, words, use):
     with pytest.raises((TypeError, ValueError), match=words):
         use(loader(collate_fn=batch))
+
+
+class Promises(Samples):
+    """Says that it has another number of samples than it has."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        if i >= N:
+            raise IndexError(f"no sample {i}")
+        return super().__getitem__(i)
+
+
+class SameAgain(Batches):
+    def __iter__(self):
+        return itertools.repeat((xy()[0][:10], xy()[1][:10]))
+
+
+def uneven(change):
+    x, y = xy()
+    return [(x[:20], y[:20]), change(x[20:], y[20:])]
+
+
+ODD = {
+    "too long": (lambda: Promises(N + 1), {}, "IndexError .*no sample 50.* beyond its samples"),
+    "endless stream": (
+        lambda: loader(Stream(lambda turn: itertools.cycle(range(N)))),
+        {},
+        "goes on after .* is 50",
+    ),
+    "endless batches": (SameAgain, {}, "goes on after .* is 5"),
+    "no length": (lambda: Promises(-1), {}, "length of this Promises is none"),
+    "subset twice": (lambda: loader(sampler=SubsetRandomSampler([3, 3])), {}, "got 3, 2 times"),
+    "subset beyond": (lambda: loader(sampler=SubsetRandomSampler([0, N])), {}, "got 50, 1 times"),
+    "subset from behind": (lambda: loader(sampler=SubsetRandomSampler([0, -1])), {}, "got -1, 1 times"),
+    "no targets": (lambda: uneven(lambda x, y: x), {"fixed": True}, "batch 1 no targets"),
+    "targets of another shape": (lambda: uneven(lambda x, y: (x, y[:, None])), {}, r"batch 1 targets \(1,\)"),
+    "of another dtype": (lambda: uneven(lambda x, y: (x, 0.5 * y)), {"fixed": True}, "torch.float32 each"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", ODD)
+def test_data_that_do_not_fit_together_are_named(kind, use):
+    data, options, words = ODD[kind]
+    with pytest.raises(ValueError, match=f"^data: .*{words}"):
+        use(data(), **options)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_batches_without_samples_change_nothing(use):
+    x, y = xy()
+    batches = [(x[:0], y[:0]), (x[:20], y[:20]), (x[:0], y[:0]), (x[20:], y[20:]), (x[:0], y[:0])]
+    use(batches)
+    assert certify(batches).loss == pytest.approx(certify(xy()).loss)
 
 
 def test_memory_that_a_loader_uses_again_is_copied():

@@ -71,6 +71,7 @@ RANDOM = {
     "python gate": gate(random.random),
     "numpy gate": gate(np.random.rand),
     "one column": one_column,
+    "as small as rounding": lambda layer, h: h + 1e-6 * torch.randn_like(h),
     "small in float64": lambda layer, h: h + 1e-9 * torch.randn_like(h),
     "counter": lambda layer, h: h * (1 + 0.01 * next_call(layer)),
     "counter buffer": lambda layer, h: h * (1 + 0.01 * layer.count.add_(1)),
@@ -204,3 +205,24 @@ def test_random_states_are_given_back():
     gcfast.certify(whole, data())
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_what_holds_the_output_does_not_matter():
+    class Held(nn.Sequential):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    class Growing(Held):
+        """Gives more than one tensor for a batch that is not full."""
+
+        def forward(self, x):
+            return {**super().forward(x), **({} if len(x) != 20 else {"inputs": x})}
+
+    for use in USES.values():
+        use(Held(*model()), data())
+    loss, held = (gcfast.certify(m, data(), loss="cross_entropy").loss for m in (model(), Held(*model())))
+    assert held == pytest.approx(loss)
+    batches = [(x, y) for x, y in zip(data()[0].split(40), data()[1].split(40), strict=True)]
+    for call in USES.values():
+        with pytest.raises(gcfast.HeadError, match=r"model: gives 2 tensors .* for samples 40 to 59"):
+            call(Growing(*model()), batches)

@@ -76,7 +76,7 @@ def _looked_at(z, y, rows):
     n = len(z)
     yield z
     if n > 1:
-        yield z[: n // 2]
+        yield z.flip(0)[::2][: n // 2]
     directions = torch.randn((4, rows, z.shape[1]), generator=torch.Generator().manual_seed(0), dtype=F64)
     for start in range(0, n, rows):
         at, goal = z[start : start + rows], y[start : start + rows]

@@ -339,6 +339,26 @@ def test_what_torch_broadcasts_is_refused(call, loss):
         assert call(_net(1, squeeze=True), X, y, loss).loss >= 0
 
 
+class _Grid(nn.Sequential):
+    """Outputs (n, 2, 3)."""
+
+    def forward(self, x):
+        return super().forward(x).unflatten(1, (2, 3))
+
+
+def test_outputs_of_more_axes_are_those_of_torch():
+    """Elementwise losses take them; cross-entropy would take the first axis for the classes."""
+    y = torch.rand((12, 2, 3), generator=torch.Generator().manual_seed(3))
+    for loss in (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.HuberLoss()):
+        net = _Grid(*_net(6))
+        assert gcfast.certify(net, (X, y), loss=loss).loss == pytest.approx(loss(net(X), y).item(), rel=1e-5)
+        with pytest.raises(ValueError, match=r"targets: expected shape \(12, 2, 3\).*got \(12, 3, 2\)"):
+            gcfast.certify(net, (X, y.mT), loss=loss)
+    for net, labels in ((_Grid(*_net(6)), LABELS), (_Grid(*_net(6)), y), (_net(1, squeeze=True), LABELS)):
+        with pytest.raises(ValueError, match=r"loss: cross-entropy is of outputs \(n, C\)"):
+            gcfast.certify(net, (X, labels), loss="cross_entropy")
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ["subclass", "weight", "sum", "forward hook", "forward patched", "compiled"])
 def test_every_call_refuses_other_losses(call, name):

@@ -164,6 +164,31 @@ OF_ALL = {
     "one infimum": (_half(infimum=lambda self, y: torch.zeros(1)), r"infimum must give .*\(1,\)"),
     "infimum no tensor": (_half(infimum=lambda self, y: 0.0), "infimum must give .*float"),
     "residual of another shape": (_half(residual=lambda self, z, y: (z - y).sum(1)), "residual must give"),
+    "goes by places": (
+        _half(value=lambda self, z, y: _Half.value(self, z, y) * (torch.arange(len(z)) < N // 2)),
+        "one sample",
+    ),
+    "smoothness NaN": (_half(smoothness=lambda self, c: math.nan), "smoothness must give a number"),
+    "smoothness no number": (_half(smoothness=lambda self, c: None), "smoothness must give a number"),
+    "dominance no number": (_half(dominance=lambda self, c: "a"), "dominance must give a number"),
+    "gap_bound no number": (_half(gap_bound=lambda self, y, c, norm: None), "gap_bound must give a number"),
+    "rounding below 0": (
+        _half(rounding=lambda self, z, y, value, residual: (-value, residual.abs())),
+        "rounding below 0",
+    ),
+    "rounding of residuals below 0": (
+        _half(rounding=lambda self, z, y, value, residual: (value, residual)),
+        "rounding below 0",
+    ),
+    "rounding alone": (
+        _half(rounding=lambda self, z, y, value, residual: value),
+        "rounding must give .*NoneType",
+    ),
+    "excess below 0": (_half(excess=lambda self, z, y, e, value, residual: -value), "excess below 0"),
+    "excess too small": (
+        _half(excess=lambda self, z, y, e, value, residual: 0.49 * e.square().sum(1)),
+        "excess that is less",
+    ),
     "raises": (_half(value=lambda self, z, y: z @ y), "value failed at outputs"),
     "conjugate of all": (
         _half(terms=lambda self, z, y: (self.value(z, y), z - y, 0.4 * (z - y).square().sum(1))),
@@ -181,6 +206,50 @@ def test_what_is_wrong_everywhere_is_found(name):
     for call in calls:
         with pytest.raises(ValueError, match=f"^loss: <Changed half>.*{words}"):
             call(loss, Z, Y)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        _half(excess=lambda self, z, y, e, value, residual: 0.5 * e.square().sum(1)),
+        _half(smoothness=lambda self, c: torch.tensor(1.0)),
+        _half(rounding=lambda self, z, y, value, residual: (1e-15 * value, 1e-15 * residual.abs())),
+    ],
+)
+def test_bounds_that_hold_pass(loss):
+    check_convex(loss, Z, Y)
+
+
+def test_a_value_below_the_infimum_leaves_no_bound_of_the_gap():
+    class Lifted(_Half):
+        """Beside 1e9 an infimum that is too high by 1/100 looks like rounding."""
+
+        def value(self, z, y):
+            return 1e9 + _Half.value(self, z, y)
+
+        def infimum(self, y):
+            return torch.full((len(y),), 1e9 + 0.01, dtype=torch.float64)
+
+        residual, terms, group_infimum = ConvexLoss.residual, ConvexLoss.terms, ConvexLoss.group_infimum
+        reachable, dominance = ConvexLoss.reachable, ConvexLoss.dominance
+
+    h = torch.randn((10, 20), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = gcfast.solve_head(h, Y[:10], loss=Lifted(), max_iterations=50)
+    assert solution.gap == math.inf and not solution.converged
+
+
+@pytest.mark.parametrize(
+    ("loss", "option", "value", "words"),
+    [
+        (Huber(), "delta", -1.0, "delta: expected a positive finite number; got -1.0"),
+        (Huber(), "delta", math.nan, "delta: expected a positive finite number; got nan"),
+        (CrossEntropy(), "label_smoothing", 5.0, r"label_smoothing: expected a number in \[0, 1\]; got 5.0"),
+    ],
+)
+def test_options_that_were_set_later_are_checked(loss, option, value, words):
+    setattr(loss, option, value)
+    with pytest.raises(ValueError, match=f"^loss: .* with {words}"):
+        resolve_loss(loss)
 
 
 class _Cosh(ConvexLoss):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -750,3 +751,36 @@ def test_a_finite_value_does_not_pass_for_an_infinite_one():
     assert first_difference(formula, z, given, layer.weight, layer.bias, steep=True) is None
     given[1, 0] = 5.0
     assert first_difference(formula, z, given, layer.weight, layer.bias, steep=True) == 1
+
+
+def test_a_pass_of_another_thread_does_not_disturb():
+    """Which meets the hooks that wait for this one's; each thread has its own answer."""
+
+    class Meeting(nn.Module):
+        """Has another thread do the same while a pass runs, once for each that is made."""
+
+        def __init__(self, use):
+            super().__init__()
+            self.wide, self.head = gcfast.WideLayer(4, 30), nn.Linear(30, 2)
+            self.main, self.found, self.use = threading.get_ident(), [], use
+
+        def forward(self, x):
+            h = self.wide(x)
+            if threading.get_ident() == self.main:
+                other = threading.Thread(target=lambda: self.found.append(self.use(self)))
+                other.start()
+                other.join()
+            return self.head(h)
+
+    data = (X, torch.arange(len(X)) % 2)
+    for use in (
+        lambda m: gcfast.certify(m, data).status,
+        lambda m: len(gcfast.FeatureCache(m, data)),
+        lambda m: tuple(m(X).shape),
+    ):
+        model = Meeting(use)
+        model.wide.requires_grad_(False)
+        here = gcfast.certify(model, data).status
+        cached = len(gcfast.FeatureCache(model, data))
+        assert (here, cached) == ("holds", len(X))
+        assert len(model.found) > 4 and len(set(model.found)) == 1

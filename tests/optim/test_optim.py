@@ -260,6 +260,11 @@ def test_a_bad_perturbation_is_refused(given):
     model = make_model()
     with pytest.raises(ValueError, match="perturbation: expected a finite number ≥ 0"):
         TwoPhase(BASES["sgd"](model.parameters()), model, 1, perturbation=given)
+    opt = TwoPhase(BASES["sgd"](model.parameters()), model, 1)
+    opt.perturbation = given
+    with pytest.raises(ValueError, match="perturbation: expected a finite number ≥ 0"):
+        opt.switch()
+    assert opt.phase == 1
 
 
 def test_other_bad_arguments_are_refused():
@@ -813,6 +818,14 @@ def test_trainable_flags_of_the_first_run_come_back_after_resuming():
         (lambda s: s["two_phase"].update(trainable=["9.weight"]), "froze '9.weight'"),
         (
             lambda s: s["two_phase"].update(draws={"0.weight": (-1.0, 0, 1)}),
+            r"draws'\]\['0.weight'\] is no draw",
+        ),
+        (
+            lambda s: s["two_phase"].update(draws={"0.weight": (math.inf, 0, 1)}),
+            r"draws'\]\['0.weight'\] is no draw",
+        ),
+        (
+            lambda s: s["two_phase"].update(draws={"0.weight": (1.0, 0, -1)}),
             r"draws'\]\['0.weight'\] is no draw",
         ),
         (lambda s: s["two_phase"].update(draws={"9.weight": (1.0, 0, 1)}), "'9.weight', which is no param"),
