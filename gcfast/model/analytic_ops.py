@@ -167,8 +167,10 @@ def _real_verdict(
 ) -> tuple[Verdict, str]:
     if name == "softplus":
         threshold = args[2] if len(args) > 2 else kwargs.get("threshold", 20)
-        least = 34 if args[0].dtype == torch.float64 else 20  # where the two are the same to rounding
-        if threshold < least:
+        beta = args[1] if len(args) > 1 else kwargs.get("beta", 1)
+        # Where both are the same to rounding the threshold does not matter, nor where no number is above it.
+        least = 34 if args[0].dtype == torch.float64 else 20
+        if threshold < 20 or (threshold < least and bool((args[0] * beta > threshold).any())):
             return "not analytic", (
                 f"softplus is replaced by the identity above threshold {threshold}, where {args[0].dtype} "
                 f"tells them apart; threshold={least} is high enough"

@@ -394,7 +394,7 @@ def test_without_thresholds_rows_must_differ_up_to_sign(activation):
 def test_without_thresholds_what_differs_up_to_sign_has_full_rank():
     torch.manual_seed(0)
     z = torch.randn(30, 2, dtype=torch.float64)
-    for activation in (nn.Tanh(), nn.Softplus(threshold=34)):
+    for activation in (nn.Tanh(), nn.Softplus()):
         model = nn.Sequential(nn.Linear(2, 200, bias=False), activation, nn.Linear(200, 3)).double()
         with torch.no_grad():
             model[0].weight.mul_(5.0)
@@ -407,6 +407,7 @@ def test_a_softplus_with_a_threshold_is_analytic_where_rounding_hides_it():
     data, model = (grid(), torch.arange(N) % 3), linear_model(nn.Softplus())
     assert gcfast.certify(model, data, route="theorem").status == "holds"
     model, data = model.double(), (grid().double(), data[1])
+    assert gcfast.certify(model, data, route="theorem").status == "holds"
     model[0].bias.data.add_(25.0)
     with pytest.raises(ValueError, match=r"identity above threshold 20.*float64.*threshold=34 is"):
         gcfast.certify(model, data, route="theorem")
@@ -414,6 +415,13 @@ def test_a_softplus_with_a_threshold_is_analytic_where_rounding_hides_it():
     model[1].threshold = 34
     assert gcfast.certify(model, data, route="theorem").status == "holds"
     assert gcfast.certify(model, data, route="direct").status != "fails"
+    model[1].threshold = 20
+    model[0].bias.data.sub_(25.0)
+    late = data[0].clone()
+    late[-1] = 24 / model[0].weight.sum(1).max()  # in the last batch alone a unit is above the threshold
+    batches = [(late[k : k + 5], data[1][k : k + 5]) for k in range(0, N, 5)]
+    found = gcfast.certify(model, batches, route="theorem", fixed=True)
+    assert found.status == "unknown" and f"for sample {N - 1} what enters the head is not" in str(found)
 
 
 # -- weights that were drawn
