@@ -20,7 +20,8 @@ def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool
     Raises TypeError and ValueError naming the argument.
     """
     if isinstance(data, Tensor):
-        matrix, mapped = data.detach(), False
+        errors.is_dense(name, data)
+        matrix, mapped = data.detach().resolve_neg(), False
     elif isinstance(data, np.ndarray):
         mapped = isinstance(data, np.memmap)
         if data.dtype == object or data.dtype.kind not in "fiub":
@@ -33,7 +34,6 @@ def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool
         raise TypeError(
             f"{name}: expected a tensor {shape}, an array or blocks of rows; got {type(data).__name__}"
         )
-    errors.is_dense(name, matrix)
     if matrix.dim() != 2:
         raise ValueError(f"{name}: expected shape {shape}; got {tuple(matrix.shape)}")
     if not matrix.is_floating_point():
@@ -71,6 +71,7 @@ def _gather(blocks: Iterable[Any], name: str) -> tuple[Tensor, bool]:
                 f"{type(blocks).__name__} is a {type(block).__name__}"
             )
         part = block if isinstance(block, Tensor) else torch.as_tensor(block, device="cpu")
+        errors.is_dense(f"{name}: block {i}", part)
         if part.dim() != 2 or (parts and part.shape[1] != parts[0].shape[1]) or not part.is_floating_point():
             first = f", {parts[0].shape[1]}" if parts else ", k"
             raise ValueError(
@@ -102,7 +103,7 @@ class BlockFile:
         self.dtype, self.width, self.rows = dtype, width, 0
 
     def append(self, block: Tensor) -> None:
-        raw = block.detach().cpu().contiguous().view(torch.uint8).numpy()
+        raw = block.detach().cpu().resolve_neg().contiguous().view(torch.uint8).numpy()
         reserve_file(self.file, self.file.tell() + raw.nbytes, "features")
         self.file.write(raw.data)
         self.rows += len(block)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcfast import ops
+from gcfast import errors, ops
 from gcfast.features.matrix import Features
 from gcfast.features.reading import as_matrix
 from gcfast.model import alteration
@@ -61,6 +61,8 @@ class WideFeatures(Features):
                 f"layer: expected a gcfast.WideLayer or (weight, bias); got {type(layer).__name__}"
             )
         self.given: dict[str, Tensor] = {"weight": pair[0], "bias": pair[1]}  # whose draws may be on record
+        for name, value in self.given.items():
+            errors.is_dense(f"layer: {name}", value)
         weight, bias = pair[0].detach(), pair[1].detach()
         matrix, self.mapped = as_matrix(z, "z", "(n, d)")
         arguments.wide_rows("WideFeatures", matrix[:1].to(weight.dtype), weight, bias)

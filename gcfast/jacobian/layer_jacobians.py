@@ -125,6 +125,7 @@ class LayerJacobians:
         if isinstance(v, Tensor):
             arguments.has_shape("v", v, (self.shape[1],), "a column of J for each parameter")
             arguments.matches("v", v, "the parameters", like)
+            errors.is_dense("v", v)
             parts = v.detach().split([p.numel() for p in self.parameters.values()])
             return {name: part.view_as(p) for (name, p), part in zip(self.parameters.items(), parts)}
         if not isinstance(v, Mapping):
@@ -139,6 +140,7 @@ class LayerJacobians:
                 )
             arguments.matches(f"v[{name!r}]", value, "its parameter", self.parameters[name])
             arguments.has_shape(f"v[{name!r}]", value, self.parameters[name].shape, "as its parameter")
+            errors.is_dense(f"v[{name!r}]", value)
         return {
             name: v[name].detach() if name in v else torch.zeros_like(p)
             for name, p in self.parameters.items()
@@ -282,6 +284,7 @@ class LayerJacobians:
             )
         like = next(iter(self.parameters.values()))
         arguments.matches(name, u, "the parameters", like)
+        errors.is_dense(name, u)
         return u.detach().reshape(self.n, self.c)
 
     def _tiles(self, engine: Engine, stored: bool, grams: int = 1) -> list[Tile]:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gcfast import errors
+
 _TRIES = 10**6  # of numpy's solver; two layouts that it cannot tell apart by then are taken to meet
 
 
 def is_there(name: str, value: Tensor) -> None:
-    """An error if the storage was freed under the tensor, as sharding does with weights out of use."""
-    if value.data_ptr() == 0 and value.numel() and value.device.type in ("cpu", "cuda"):
+    """An error if the storage was cut under the tensor or freed, as sharding does with weights out of use."""
+    if value.device.type in ("cpu", "cuda") and not errors.lies_in_memory(value):
         raise ValueError(
             f"{name} must have memory of its own; got a tensor of shape {tuple(value.shape)} whose storage "
             f"was resized to {value.untyped_storage().nbytes()} bytes"

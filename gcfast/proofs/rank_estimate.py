@@ -55,7 +55,7 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
             raise TypeError(f"{name} must be a real number or a real tensor; got {value.dtype}")
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
-        errors.is_dense(name, value)
+        errors.is_dense(name, value, traced=True)
         return value.detach().to(device, torch.float64)  # its values are checked where they are read
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
@@ -113,7 +113,7 @@ def matrix_rank(
     """
     if not isinstance(A, Tensor):
         raise TypeError(f"A must be a tensor; got {type(A).__name__}")
-    errors.is_dense("A", A)
+    errors.is_dense("A", A, traced=True)
     if A.is_complex():
         raise TypeError(f"A must be real; got {A.dtype}")
     if not A.is_floating_point():
