@@ -253,7 +253,7 @@ UNLINKED = {
 @pytest.mark.parametrize("name", UNLINKED)
 def test_calls_without_a_derivative_say_so(name):
     x, call = normal(4, 4), UNLINKED[name]
-    words = "expected a plain tensor; got one that is differentiated|cannot be differentiated"
+    words = "torch.func: |expected a plain tensor; got one that is differentiated|cannot be differentiated"
     for derivative in (jacfwd(call), grad(lambda x: call(x).sum()), lambda x: vmap(jacfwd(call))(x[None])):
         with pytest.raises((TypeError, RuntimeError), match=words):
             derivative(x)

@@ -141,8 +141,11 @@ def test_a_model_is_planned_without_running_it():
     assert (few.m, few.d) == (55, 6)
 
 
-def test_rates_are_measured_once():
+def test_rates_are_measured_once_and_draw_no_random_numbers():
+    planning.measured.cache_clear()
+    before = torch.get_rng_state()
     rates = gcfast.plan(n=100, m=110, c=2).rates
+    assert torch.equal(torch.get_rng_state(), before)
     assert gcfast.plan(n=200, m=220, c=2).rates is rates
     assert all(1e8 < value < 1e15 for value in (rates.f32, rates.f64, rates.memory))
 
