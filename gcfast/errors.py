@@ -69,12 +69,13 @@ def is_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {came(value)}")
 
 
-def is_count(name: str, value: Any, least: int = 1) -> None:
-    """A whole number, of at least ``least``, that torch can take."""
+def is_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number, of at least ``least``, that torch can take: as an int, for those of numpy overflow."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= value < 2**63:
         above = "a positive int" if least == 1 else f"an int of at least {least}"
         raise (ValueError if whole else TypeError)(f"{name}: expected {above}; got {came(value)}")
+    return int(value)
 
 
 def as_real(value: Any) -> float:
@@ -134,6 +135,10 @@ def is_dense(name: str, value: torch.Tensor, *, traced: bool = False) -> None:
 
     ``traced``: the call is an operator's, which ``torch.func.vmap`` and FakeTensorMode know.
     """
+    if nn.parameter.is_lazy(value):
+        raise TypeError(
+            f"{name}: expected a tensor with numbers; got a parameter that is not initialised yet"
+        )
     layout = "nested" if value.is_nested else str(value.layout)
     compiling = torch.compiler.is_compiling()  # which follows little of what is asked for here
     mode = not compiling and torch._C._get_dispatch_mode(_FAKE) is not None
@@ -162,6 +167,8 @@ def is_checkpoint(path: Any, seconds: Any) -> None:
     """``checkpoint``, a path or None, and ``checkpoint_seconds``."""
     if path is not None:
         is_a("checkpoint", path, (str, os.PathLike), "a path")
+        if "\0" in os.fspath(path):
+            raise ValueError("checkpoint: expected a path; got one with a zero byte")
     is_number("checkpoint_seconds", seconds, 0)
 
 

@@ -79,6 +79,9 @@ class LayerJacobians:
         refuse_training(self.model)
         owners = owning_layers(self.model)
         chosen = select_parameters(self.model, owners, layers)
+        empty = [name for name, p in chosen.items() if not p.numel()]
+        if empty:
+            raise ValueError(f"model: {empty[0]!r} has no entries; leave it out by layers=...")
         dtypes = {p.dtype for p in chosen.values()}
         if dtypes - {torch.float32, torch.float64} or len(dtypes) != 1:
             found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
@@ -123,9 +126,9 @@ class LayerJacobians:
         """A vector (p,) of J's columns by parameter's name, each of its parameter's shape."""
         like = next(iter(self.parameters.values()))
         if isinstance(v, Tensor):
+            errors.is_dense("v", v)
             arguments.has_shape("v", v, (self.shape[1],), "a column of J for each parameter")
             arguments.matches("v", v, "the parameters", like)
-            errors.is_dense("v", v)
             parts = v.detach().split([p.numel() for p in self.parameters.values()])
             return {name: part.view_as(p) for (name, p), part in zip(self.parameters.items(), parts)}
         if not isinstance(v, Mapping):
@@ -230,7 +233,7 @@ class LayerJacobians:
         sketch), which costs little beside J. Omega depends on the seed, on k and on the layers, not on x, its
         tiles or the device: sketches of other samples with the same seed can be compared, S S'^T ~ J J'^T.
         """
-        errors.is_count("k", k)
+        k = errors.is_count("k", k)
         errors.is_choice("method", method, ("gaussian", "sparse"))
         check_memory("a sketch", 8 * k * self.shape[0], self._max_bytes, self._engine.device, "a smaller k")
         wanted = set(self.layers) if layers is None else self._among(layers)
@@ -278,13 +281,13 @@ class LayerJacobians:
     def _outputs(self, name: str, u: Tensor) -> Tensor:
         if not isinstance(u, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(u).__name__}")
+        errors.is_dense(name, u)
         if u.shape not in ((self.n, self.c), (self.n * self.c,)):
             raise ValueError(
                 f"{name} must have shape ({self.n}, {self.c}) or ({self.n * self.c},); got {tuple(u.shape)}"
             )
         like = next(iter(self.parameters.values()))
         arguments.matches(name, u, "the parameters", like)
-        errors.is_dense(name, u)
         return u.detach().reshape(self.n, self.c)
 
     def _tiles(self, engine: Engine, stored: bool, grams: int = 1) -> list[Tile]:

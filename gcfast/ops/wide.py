@@ -224,6 +224,8 @@ def wide_features(
         return activation_op(pre, bias, activation, float(beta), 0)
     arguments.matches("out", out, "z", z)
     arguments.has_shape("out", out, (*z.shape[:-1], weight.shape[0]), "(..., m)")
+    for name, value in (("z", z), ("weight", weight), ("bias", bias), ("out", out)):
+        memory.is_there(name, value)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous; got strides {tuple(out.stride())}")
     operands = (z, weight, bias, out)

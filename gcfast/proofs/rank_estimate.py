@@ -56,12 +56,15 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
         errors.is_dense(name, value, traced=True)
-        return value.detach().to(device, torch.float64)  # its values are checked where they are read
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return (
+            value.detach().resolve_neg().to(device, torch.float64)
+        )  # its values are checked where they are read
+    found = errors.as_real(value)
+    if found != found and not isinstance(value, float):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
-    if not value >= 0:
+    if not found >= 0:
         raise ValueError(f"{name} must be >= 0; got {value}")
-    return errors.as_real(value)
+    return found
 
 
 def _relative(absolute: float | Tensor, default: float) -> float | Tensor:

@@ -102,7 +102,7 @@ def solve_head(
     errors.is_checkpoint(checkpoint, checkpoint_seconds)
     errors.is_flag("fixed", fixed)
     if max_iterations is not None:
-        errors.is_count("max_iterations", max_iterations)
+        max_iterations = errors.is_count("max_iterations", max_iterations)
     allowed_bytes(max_bytes, torch.device("cpu"))  # its own check
     target_gap, weight_decay = float(target_gap), float(weight_decay)
     convex = resolve_loss(loss)

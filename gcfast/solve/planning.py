@@ -65,7 +65,7 @@ def plan(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    errors.is_count("devices", devices)
+    devices = errors.is_count("devices", devices)
     if rates is not None and not isinstance(rates, str):
         errors.is_a("rates", rates, Rates, "gcfast.Rates, 'h100' or None")
     convex = resolve_loss(loss)
@@ -80,7 +80,7 @@ def plan(
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype; got {errors.came(dtype)}")
         assert n is not None and m is not None and c is not None
-        sizes = Sizes(n, m, c, d, dtype, device)
+        sizes = Sizes(int(n), int(m), int(c), None if d is None else int(d), dtype, device)
     elif any(value is not None for value in (n, m, d, c)):
         raise ValueError("n, m, d, c: give sizes or a model with its data, not both")
     elif isinstance(model_or_features, nn.Module):

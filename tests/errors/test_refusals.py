@@ -343,7 +343,21 @@ ALSO = {
     "y": "y|targets",
     "start": "start|weight|bias",
     "z": "z|out",
+    "gram": "gram|x",
 }
+
+
+def cut_storage() -> torch.Tensor:
+    """What is left is less than the tensor is."""
+    value = torch.zeros(N, M).double()
+    value.untyped_storage().resize_(8)
+    return value
+
+
+class WithoutRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("nobody needs this in a message")
+
 
 WRONG: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
@@ -402,6 +416,28 @@ WRONG: dict[str, Callable[[], Any]] = {
     "sparse tensor": lambda: torch.eye(N).to_sparse().double(),
     "gradient": lambda: torch.zeros(N, M, dtype=torch.float64, requires_grad=True),
     "expanded": lambda: torch.zeros(1, M, dtype=torch.float64).expand(N, M),
+    "cut storage": cut_storage,
+    "negated view": lambda: torch.zeros(N, M, dtype=torch.complex128).conj().imag,
+    "nested tensor": lambda: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)]),
+    "quantised tensor": lambda: torch.quantize_per_tensor(torch.zeros(N, M), 0.1, 0, torch.qint8),
+    "float8": lambda: torch.zeros(N, M).to(torch.float8_e4m3fn),
+    "uint64": lambda: torch.zeros(N, dtype=torch.uint64),
+    "no features, no rows": lambda: torch.zeros(0, 0).double(),
+    "numpy int of a byte": lambda: np.uint8(3),
+    "array of another byte order": lambda: np.zeros((N, M), dtype=">f8"),
+    "array turned over": lambda: np.zeros((N, M))[::-1],
+    "long doubles": lambda: np.zeros((N, M), dtype=np.longdouble),
+    "masked array": lambda: np.ma.masked_array(np.zeros((N, M)), mask=np.ones((N, M))),
+    "pair of arrays": lambda: (np.zeros((N, D)), np.zeros(N, dtype=int)),
+    "pair of a number": lambda: (normal(N, D), 3),
+    "generator of batches": lambda: ((normal(2, D), torch.zeros(2).long()) for _ in range(2)),
+    "no units": lambda: nn.Sequential(nn.Linear(D, 0), nn.Tanh(), nn.Linear(0, C)).double(),
+    "module without parameters": nn.Tanh,
+    "lazy module": lambda: nn.LazyLinear(3),
+    "meta module": lambda: nn.Linear(D, C, device="meta"),
+    "path with a zero byte": lambda: "a\0b",
+    "without a repr": lambda: WithoutRepr(),
+    "2^61": lambda: 2**61,
 }
 
 # what can be called is right for these, and an error of its own is its own
