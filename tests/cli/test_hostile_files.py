@@ -468,12 +468,16 @@ CASES: dict[str, Callable[[Path], tuple[str, Path, Path]]] = {
     ),
     "checkpoint without deviation": checkpoint(lambda c: c["data"].update(std=[0.0])),
     "checkpoint of infinite classes": checkpoint(lambda c: c["model"].update(classes=float("inf"))),
+    "checkpoint of data that are a tensor": checkpoint(lambda c: c.update(data=torch.ones(2))),
+    "checkpoint of a version that is a tensor": checkpoint(lambda c: c.update(version=torch.ones(2))),
     "checkpoint without tensors": checkpoint(lambda c: c.update(state_dict={"head.bias": 1})),
     "state of 2^50 numbers": state(shape=[1 << 50]),
     "state of fewer bytes than numbers": state(shape=[9]),
     "state of negative bytes": state(bytes=-64),
     "state with an axis too many": state(order=[0, 1]),
     "state of text": state(shape="8"),
+    "state of quarters of a byte": state(shape=[64], dtype="quint2x4"),
+    "state of no rows of 2^100 numbers": state(shape=[0, 1 << 100], order=[0, 1], bytes=0),
     "state in a nested header": nested_state,
 }
 
