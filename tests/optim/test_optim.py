@@ -848,7 +848,7 @@ def test_a_state_that_the_base_finds_damaged_too_late_is_not_half_loaded():
     state = copy.deepcopy(opt.state_dict())
     del state["state"][1]["step"]
     before = str(opt.state_dict())
-    with pytest.raises(ValueError, match=r"the state is damaged: Adam.* refuses it .KeyError: 'step'"):
+    with pytest.raises(ValueError, match=r"the state is damaged: Adam cannot load it .KeyError: 'step'"):
         opt.load_state_dict(state)
     assert str(opt.state_dict()) == before
 
