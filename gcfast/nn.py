@@ -80,6 +80,7 @@ class WideLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw weight and bias anew, from `generator` if given."""
+        errors.is_generator("generator", generator)
         self.weight.normal_(0.0, 1.0 / math.sqrt(self.d), generator=generator)
         self.bias.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
 

@@ -120,7 +120,7 @@ class LayerJacobians:
 
     def matvec(self, v: Tensor) -> Tensor:
         """K v = sum_l J_l (J_l^T v), of v's shape, (n, C) or (n C,), without K."""
-        return self.jvp(self.vjp(v)).view(v.shape)
+        return self.jvp(self.vjp(self._outputs("v", v))).view(v.shape)
 
     def as_dict(self, v: Direction) -> dict[str, Tensor]:
         """A vector (p,) of J's columns by parameter's name, each of its parameter's shape."""
@@ -187,6 +187,8 @@ class LayerJacobians:
         Symmetric to the bit without ``other``. In the model's dtype; sums of products have the error of a
         plain matrix product. Gradients of one parameter from several uses are added, then multiplied.
         """
+        errors.is_flag("per_layer", per_layer)
+        errors.is_flag("trace", trace)
         wanted = set(self.layers) if layers is None else self._among(layers)
         first, second = self._engine, self._engine
         if other is not None:
@@ -208,6 +210,7 @@ class LayerJacobians:
     @ordinary()
     def diag(self, layers: Layers | None = None, *, per_layer: bool = False) -> Any:
         """The diagonal of K, (n, C): squared norms of the gradients per sample and output; or per layer."""
+        errors.is_flag("per_layer", per_layer)
         wanted = set(self.layers) if layers is None else self._among(layers)
         keys = [layer for layer in self.layers if layer in wanted] if per_layer else [""]
         engine = self._engine
@@ -233,7 +236,7 @@ class LayerJacobians:
         sketch), which costs little beside J. Omega depends on the seed, on k and on the layers, not on x, its
         tiles or the device: sketches of other samples with the same seed can be compared, S S'^T ~ J J'^T.
         """
-        k = errors.is_count("k", k)
+        k, seed = errors.is_count("k", k), errors.is_count("seed", seed, -(2**63))
         errors.is_choice("method", method, ("gaussian", "sparse"))
         check_memory("a sketch", 8 * k * self.shape[0], self._max_bytes, self._engine.device, "a smaller k")
         wanted = set(self.layers) if layers is None else self._among(layers)
@@ -266,7 +269,7 @@ class LayerJacobians:
         items = listed(layers)
         # a layer by its name, although parameters that it shares may stand under another one
         named = {item for item in items if isinstance(item, str) and item in self.layers}
-        rest = [item for item in items if item not in named]
+        rest = [item for item in items if not (isinstance(item, str) and item in named)]
         if named and not rest:
             return named
         chosen = select_parameters(self.model, owners, rest, set(self.layers))

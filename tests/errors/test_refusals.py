@@ -6,6 +6,7 @@ where the value is one of the right kind after all, or an error of the kinds tha
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -54,6 +55,21 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def layer() -> dict[str, Any]:
     return {"z": normal(N, D), "weight": normal(M, D), "bias": normal(M)}
+
+
+@functools.cache
+def jacobians() -> gcfast.LayerJacobians:
+    return gcfast.LayerJacobians(network(), normal(N, D), layers="3")
+
+
+@functools.cache
+def cache() -> gcfast.FeatureCache:
+    return gcfast.FeatureCache(frozen(), data())
+
+
+@functools.cache
+def certificate() -> gcfast.Certificate:
+    return gcfast.certify(network(), data(), loss="cross_entropy")
 
 
 def two_phase(**changes: Any) -> gcfast.TwoPhase:
@@ -255,11 +271,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         },
     ),
     "FeatureCache.batches": (
-        lambda **changes: list(gcfast.FeatureCache(frozen(), data()).batches(**changes)),
+        lambda **changes: list(cache().batches(**changes)),
         lambda: {"batch_size": 4, "generator": None, "shuffle": True, "drop_last": False},
     ),
     "FeatureCache.check": (
-        lambda **changes: gcfast.FeatureCache(frozen(), data()).check(**changes),
+        lambda **changes: cache().check(**changes),
         lambda: {"model": None},
     ),
     "find_head": (gcfast.find_head, lambda: {"model": network(), "inputs": normal(2, D), "head": None}),
@@ -293,17 +309,28 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         lambda: {"model": network(), "x": normal(N, D), "layers": None, "max_bytes": None},
     ),
     "LayerJacobians.jvp": (
-        lambda v: gcfast.LayerJacobians(network(), normal(N, D), layers="3").jvp(v),
+        lambda v: jacobians().jvp(v),
         lambda: {"v": {"3.weight": normal(C, M), "3.bias": normal(C)}},
     ),
     "LayerJacobians.vjp": (
-        lambda u: gcfast.LayerJacobians(network(), normal(N, D), layers="3").vjp(u),
+        lambda u: jacobians().vjp(u),
         lambda: {"u": normal(N, C)},
     ),
     "LayerJacobians.sketch": (
-        lambda **changes: gcfast.LayerJacobians(network(), normal(N, D), layers="3").sketch(**changes),
-        lambda: {"k": 2},
+        lambda **changes: jacobians().sketch(**changes),
+        lambda: {"k": 2, "seed": 0, "method": "gaussian", "layers": None},
     ),
+    "LayerJacobians.gram": (
+        lambda **changes: jacobians().gram(**changes),
+        lambda: {"layers": None, "other": None, "per_layer": False, "trace": False},
+    ),
+    "LayerJacobians.diag": (
+        lambda **changes: jacobians().diag(**changes),
+        lambda: {"layers": None, "per_layer": False},
+    ),
+    "LayerJacobians.matvec": (lambda v: jacobians().matvec(v), lambda: {"v": normal(N, C)}),
+    "TwoPhase.step": (lambda closure: two_phase(switch_step=3).step(closure), lambda: {"closure": None}),
+    "reset_parameters": (gcfast.WideLayer(D, M).reset_parameters, lambda: {"generator": None}),
     "trainability": (
         gcfast.trainability,
         lambda: {
@@ -318,13 +345,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "backend": (lambda **changes: gcfast.backend(**changes).__enter__(), lambda: {"name": "reference"}),
     "last_backend": (ops.last_backend, lambda: {"op": "activation"}),
-    "steps_to": (
-        lambda **changes: (
-            gcfast.certify(normal(N, M), labels(), loss="cross_entropy")
-            and gcfast.certify(network(), data(), loss="cross_entropy").steps_to(**changes)
-        ),
-        lambda: {"eps": 1e-3},
-    ),
+    "steps_to": (lambda **changes: certificate().steps_to(**changes), lambda: {"eps": 1e-3}),
 }
 
 # what a message may call the argument
@@ -344,6 +365,7 @@ ALSO = {
     "start": "start|weight|bias",
     "z": "z|out",
     "gram": "gram|x",
+    "other": "other|x",
 }
 
 
@@ -438,7 +460,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 }
 
 # what can be called is right for these, and an error of its own is its own
-FUNCTIONS = ("callback",)
+FUNCTIONS = ("callback", "closure")
 PROMISED = ("the cache is stale", "cannot be differentiated")  # RuntimeErrors by their docstrings
 REFUSALS = (TypeError, ValueError, MemoryError, RuntimeError)
 
