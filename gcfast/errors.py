@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class UserError(ValueError):
@@ -65,12 +69,13 @@ def is_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {came(value)}")
 
 
-def is_count(name: str, value: Any, least: int = 1) -> None:
-    """A whole number, of at least ``least``, that torch can take."""
+def is_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number, of at least ``least``, that torch can take: as an int, for those of numpy overflow."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= value < 2**63:
         above = "a positive int" if least == 1 else f"an int of at least {least}"
         raise (ValueError if whole else TypeError)(f"{name}: expected {above}; got {came(value)}")
+    return int(value)
 
 
 def as_real(value: Any) -> float:
@@ -94,12 +99,67 @@ def is_number(name: str, value: Any, least: float = -math.inf, *, above: float |
         )
 
 
-def is_dense(name: str, value: torch.Tensor) -> None:
-    """A tensor whose numbers lie in memory, one by one."""
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+def lies_in_memory(value: torch.Tensor) -> bool:
+    """Whether the storage reaches as far as the tensor does: ``resize_`` may have freed it, or a part."""
+    wrapper = hasattr(type(value), "__tensor_flatten__")  # whose numbers lie in others' storages
+    if wrapper or not value.numel() or not torch._C._has_storage(value):
+        return True
+    last = value.numel() - 1
+    if not value.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+    storage = value.untyped_storage()
+    return bool((value.storage_offset() + last + 1) * value.element_size() <= storage.nbytes())
+
+
+def transformed(value: torch.Tensor, batched: bool = True) -> str:
+    """What torch does with the tensor behind a function's back, differentiating it or, if that counts, vmap.
+
+    A result that no formula links to it would have a derivative of zero there, without a word.
+    """
+    found = ""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            found = "batched by torch.func.vmap" if batched else ""
+        elif value.requires_grad or _has_tangent(value):
+            return "differentiated by torch.func"
+        value = torch._C._functorch.get_unwrapped(value)
+    return "differentiated in forward mode" if _has_tangent(value) else found
+
+
+def _has_tangent(value: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+
+
+def is_dense(name: str, value: torch.Tensor, *, traced: bool = False) -> None:
+    """A tensor whose numbers lie in memory, one by one, for a call that is not differentiated.
+
+    ``traced``: the call is an operator's, which ``torch.func.vmap`` and FakeTensorMode know.
+    """
+    if nn.parameter.is_lazy(value):
         raise TypeError(
-            f"{name}: expected a dense tensor of numbers; got one that is {value.layout}, {value.dtype}, on "
-            f"{value.device}"
+            f"{name}: expected a tensor with numbers; got a parameter that is not initialised yet"
+        )
+    layout = "nested" if value.is_nested else str(value.layout)
+    compiling = torch.compiler.is_compiling()  # which follows little of what is asked for here
+    mode = not compiling and torch._C._get_dispatch_mode(_FAKE) is not None
+    fake = not traced and (mode or isinstance(value, FakeTensor))
+    if layout != "torch.strided" or value.is_quantized or value.device.type == "meta" or fake:
+        raise TypeError(
+            f"{name}: expected a dense tensor of numbers; got one that is {layout}, {value.dtype}, "
+            f"{'fake (FakeTensorMode)' if fake else f'on {value.device}'}"
+        )
+    if compiling:
+        return
+    what = transformed(value, not traced)
+    if what:
+        raise TypeError(
+            f"{name}: expected a plain tensor; got one that is {what}, which nothing here follows: call this "
+            "outside of that"
+        )
+    if value.device.type in ("cpu", "cuda") and not lies_in_memory(value):
+        raise ValueError(
+            f"{name}: expected a tensor with memory of its own; got one of shape {tuple(value.shape)} whose "
+            f"storage was resized to {value.untyped_storage().nbytes()} bytes"
         )
 
 
@@ -107,6 +167,8 @@ def is_checkpoint(path: Any, seconds: Any) -> None:
     """``checkpoint``, a path or None, and ``checkpoint_seconds``."""
     if path is not None:
         is_a("checkpoint", path, (str, os.PathLike), "a path")
+        if "\0" in os.fspath(path):
+            raise ValueError("checkpoint: expected a path; got one with a zero byte")
     is_number("checkpoint_seconds", seconds, 0)
 
 

@@ -57,8 +57,7 @@ class WideLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        errors.is_count("d", d)
-        errors.is_count("m", m)
+        d, m = errors.is_count("d", d), errors.is_count("m", m)
         arguments.is_activation(activation, beta)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating dtype; got {errors.came(dtype)}")
@@ -68,13 +67,20 @@ class WideLayer(nn.Module):
         self.m = m
         self.activation = activation
         self.beta = float(beta)
-        self.weight = nn.Parameter(torch.empty(m, d, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
+        try:
+            self.weight = nn.Parameter(torch.empty(m, d, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise MemoryError(
+                f"m, the width: {m:,} units of d = {d:,} weights do not fit ({reason})"
+            ) from error
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw weight and bias anew, from `generator` if given."""
+        errors.is_generator("generator", generator)
         self.weight.normal_(0.0, 1.0 / math.sqrt(self.d), generator=generator)
         self.bias.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
 

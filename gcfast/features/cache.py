@@ -210,7 +210,7 @@ class FeatureCache(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             ValueError: batch_size < 1. RuntimeError: the cache is stale.
         """
-        errors.is_count("batch_size", batch_size)
+        batch_size = errors.is_count("batch_size", batch_size)
         errors.is_generator("generator", generator)
         errors.is_flag("shuffle", shuffle)
         errors.is_flag("drop_last", drop_last)

@@ -189,6 +189,9 @@ def head_by_forward(model: nn.Module, x: Any, head: Any) -> Head:
     except ValueError as error:
         if error.__cause__ is None:  # not what torch says of the inputs, but what find_head does of the model
             raise
+        empty = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+        if empty:
+            raise ValueError(f"model: {empty[0]!r} is on the meta device: it has no values yet") from error
         given = {t.dtype for t in tensors(x) if t.is_floating_point()}
         expected = {p.dtype for p in model.parameters() if p.is_floating_point()}
         if given and expected and not given & expected:

@@ -61,7 +61,7 @@ def _without_signed_zero(x: Tensor, out: Tensor | None = None) -> Tensor:
 
     No arithmetic: a thread may be set to flush denormal numbers to zero, or to round -0.0 + 0.0 down to -0.0.
     """
-    whole = x.view(_WHOLE[x.element_size()])
+    whole = x.resolve_neg().view(_WHOLE[x.element_size()])
     out = torch.empty_like(whole) if out is None else out
     return _threshold(whole, torch.iinfo(whole.dtype).min, 0, out=out)
 
@@ -110,7 +110,7 @@ def _equal(parts: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
             a, b = (part.index_select(0, i).reshape(len(i), -1) for i in chosen)
             if not part.is_floating_point():
                 equal = a == b
-            elif torch.equal(*(t.view(_WHOLE[part.element_size()]) for t in (a, b))):
+            elif torch.equal(*(t.resolve_neg().view(_WHOLE[part.element_size()]) for t in (a, b))):
                 equal = a == a  # but for NaN
             else:  # a thread that flushes denormal numbers would find others equal as well
                 equal = (a == b) & (_without_signed_zero(a) == _without_signed_zero(b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gcfast import errors
+from gcfast.ops import arguments
 from gcfast.storage import available, reserve_file
 
 
@@ -20,42 +22,48 @@ def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool
     Raises TypeError and ValueError naming the argument.
     """
     if isinstance(data, Tensor):
-        matrix, mapped = data.detach(), False
+        errors.is_dense(name, data)
+        matrix, mapped = data.detach().resolve_neg(), False
     elif isinstance(data, np.ndarray):
-        mapped = isinstance(data, np.memmap)
-        if data.dtype == object or data.dtype.kind not in "fiub":
-            raise TypeError(f"{name}: expected numbers; got an array of {data.dtype}")
-        # a read-only map is only ever read
-        matrix = torch.from_numpy(data if data.flags.writeable else _writable_view(data))
+        matrix, mapped = _of_array(data, name), isinstance(data, np.memmap)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
         matrix, mapped = _gather(data, name)
     else:
         raise TypeError(
             f"{name}: expected a tensor {shape}, an array or blocks of rows; got {type(data).__name__}"
         )
-    errors.is_dense(name, matrix)
     if matrix.dim() != 2:
         raise ValueError(f"{name}: expected shape {shape}; got {tuple(matrix.shape)}")
-    if not matrix.is_floating_point():
-        raise TypeError(f"{name}: expected a real floating point dtype; got {matrix.dtype}")
+    if matrix.dtype not in arguments.FLOATS:
+        raise TypeError(
+            f"{name}: expected a real floating point dtype, of 16 bits or more; got {matrix.dtype}"
+        )
     return matrix, mapped
 
 
 def as_targets(data: Any, name: str) -> Tensor:
     """Targets as a dense tensor, from one or from an array of numbers; TypeError naming the argument."""
-    if isinstance(data, np.ndarray) and data.dtype.kind in "fiub":
-        data = torch.from_numpy(np.array(data))
+    if isinstance(data, np.ndarray):
+        data = _of_array(data, name).clone()
     errors.is_a(name, data, Tensor, "the targets as a tensor or an array of numbers")
     errors.is_dense(name, data)
     return data
 
 
-def _writable_view(data: np.ndarray) -> np.ndarray:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of read-only arrays; nothing here writes to features
-        return torch.from_numpy(data).numpy()
+def _of_array(data: np.ndarray, name: str) -> Tensor:
+    """An array of numbers as a tensor, copied only where its byte order or its steps are none of torch's."""
+    if data.dtype.kind not in "fiub" or isinstance(data, np.ma.MaskedArray):
+        what = "a masked array" if isinstance(data, np.ma.MaskedArray) else f"an array of {data.dtype}"
+        raise TypeError(f"{name}: expected numbers; got {what}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of read-only arrays; nothing here writes to them
+            try:
+                return torch.from_numpy(data)
+            except (TypeError, ValueError):
+                return torch.from_numpy(np.array(data, data.dtype.newbyteorder("="), order="C"))
+    except TypeError:
+        raise TypeError(f"{name}: expected numbers that torch knows; got an array of {data.dtype}") from None
 
 
 def _gather(blocks: Iterable[Any], name: str) -> tuple[Tensor, bool]:
@@ -70,7 +78,8 @@ def _gather(blocks: Iterable[Any], name: str) -> tuple[Tensor, bool]:
                 f"{name}: expected blocks of rows as tensors or arrays; block {i} of this "
                 f"{type(blocks).__name__} is a {type(block).__name__}"
             )
-        part = block if isinstance(block, Tensor) else torch.as_tensor(block, device="cpu")
+        part = block if isinstance(block, Tensor) else _of_array(block, f"{name}: block {i}")
+        errors.is_dense(f"{name}: block {i}", part)
         if part.dim() != 2 or (parts and part.shape[1] != parts[0].shape[1]) or not part.is_floating_point():
             first = f", {parts[0].shape[1]}" if parts else ", k"
             raise ValueError(
@@ -102,7 +111,7 @@ class BlockFile:
         self.dtype, self.width, self.rows = dtype, width, 0
 
     def append(self, block: Tensor) -> None:
-        raw = block.detach().cpu().contiguous().view(torch.uint8).numpy()
+        raw = block.detach().cpu().resolve_neg().contiguous().view(torch.uint8).numpy()
         reserve_file(self.file, self.file.tell() + raw.nbytes, "features")
         self.file.write(raw.data)
         self.rows += len(block)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcfast import ops
+from gcfast import errors, ops
 from gcfast.features.matrix import Features
 from gcfast.features.reading import as_matrix
 from gcfast.model import alteration
@@ -61,6 +61,8 @@ class WideFeatures(Features):
                 f"layer: expected a gcfast.WideLayer or (weight, bias); got {type(layer).__name__}"
             )
         self._given: dict[str, Tensor] = {"weight": pair[0], "bias": pair[1]}
+        for name, value in self._given.items():
+            errors.is_dense(f"layer: {name}", value)
         # copies: the matrix stays what it is while the layer is trained
         weight, bias = (t.detach().clone() for t in pair)
         matrix, self.mapped = as_matrix(z, "z", "(n, d)")

@@ -79,6 +79,9 @@ class LayerJacobians:
         refuse_training(self.model)
         owners = owning_layers(self.model)
         chosen = select_parameters(self.model, owners, layers)
+        empty = [name for name, p in chosen.items() if not p.numel()]
+        if empty:
+            raise ValueError(f"model: {empty[0]!r} has no entries; leave it out by layers=...")
         dtypes = {p.dtype for p in chosen.values()}
         if dtypes - {torch.float32, torch.float64} or len(dtypes) != 1:
             found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
@@ -117,12 +120,13 @@ class LayerJacobians:
 
     def matvec(self, v: Tensor) -> Tensor:
         """K v = sum_l J_l (J_l^T v), of v's shape, (n, C) or (n C,), without K."""
-        return self.jvp(self.vjp(v)).view(v.shape)
+        return self.jvp(self.vjp(self._outputs("v", v))).view(v.shape)
 
     def as_dict(self, v: Direction) -> dict[str, Tensor]:
         """A vector (p,) of J's columns by parameter's name, each of its parameter's shape."""
         like = next(iter(self.parameters.values()))
         if isinstance(v, Tensor):
+            errors.is_dense("v", v)
             arguments.has_shape("v", v, (self.shape[1],), "a column of J for each parameter")
             arguments.matches("v", v, "the parameters", like)
             parts = v.detach().split([p.numel() for p in self.parameters.values()])
@@ -139,6 +143,7 @@ class LayerJacobians:
                 )
             arguments.matches(f"v[{name!r}]", value, "its parameter", self.parameters[name])
             arguments.has_shape(f"v[{name!r}]", value, self.parameters[name].shape, "as its parameter")
+            errors.is_dense(f"v[{name!r}]", value)
         return {
             name: v[name].detach() if name in v else torch.zeros_like(p)
             for name, p in self.parameters.items()
@@ -182,6 +187,8 @@ class LayerJacobians:
         Symmetric to the bit without ``other``. In the model's dtype; sums of products have the error of a
         plain matrix product. Gradients of one parameter from several uses are added, then multiplied.
         """
+        errors.is_flag("per_layer", per_layer)
+        errors.is_flag("trace", trace)
         wanted = set(self.layers) if layers is None else self._among(layers)
         first, second = self._engine, self._engine
         if other is not None:
@@ -203,6 +210,7 @@ class LayerJacobians:
     @ordinary()
     def diag(self, layers: Layers | None = None, *, per_layer: bool = False) -> Any:
         """The diagonal of K, (n, C): squared norms of the gradients per sample and output; or per layer."""
+        errors.is_flag("per_layer", per_layer)
         wanted = set(self.layers) if layers is None else self._among(layers)
         keys = [layer for layer in self.layers if layer in wanted] if per_layer else [""]
         engine = self._engine
@@ -228,7 +236,7 @@ class LayerJacobians:
         sketch), which costs little beside J. Omega depends on the seed, on k and on the layers, not on x, its
         tiles or the device: sketches of other samples with the same seed can be compared, S S'^T ~ J J'^T.
         """
-        errors.is_count("k", k)
+        k, seed = errors.is_count("k", k), errors.is_count("seed", seed, -(2**63))
         errors.is_choice("method", method, ("gaussian", "sparse"))
         check_memory("a sketch", 8 * k * self.shape[0], self._max_bytes, self._engine.device, "a smaller k")
         wanted = set(self.layers) if layers is None else self._among(layers)
@@ -261,7 +269,7 @@ class LayerJacobians:
         items = listed(layers)
         # a layer by its name, although parameters that it shares may stand under another one
         named = {item for item in items if isinstance(item, str) and item in self.layers}
-        rest = [item for item in items if item not in named]
+        rest = [item for item in items if not (isinstance(item, str) and item in named)]
         if named and not rest:
             return named
         chosen = select_parameters(self.model, owners, rest, set(self.layers))
@@ -276,6 +284,7 @@ class LayerJacobians:
     def _outputs(self, name: str, u: Tensor) -> Tensor:
         if not isinstance(u, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(u).__name__}")
+        errors.is_dense(name, u)
         if u.shape not in ((self.n, self.c), (self.n * self.c,)):
             raise ValueError(
                 f"{name} must have shape ({self.n}, {self.c}) or ({self.n * self.c},); got {tuple(u.shape)}"

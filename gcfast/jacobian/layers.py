@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +19,7 @@ def checked_inputs(name: str, x: Any) -> Any:
     if not leaves:
         raise TypeError(f"{name} must be a tensor, or a tuple or dict of tensors; got {type(x).__name__}")
     for v in leaves:
+        errors.is_dense(name, v)
         if v.dim() == 0:
             raise ValueError(
                 f"{name} must have a first dimension of samples; got a tensor without dimensions"
@@ -28,9 +28,7 @@ def checked_inputs(name: str, x: Any) -> Any:
             raise ValueError(
                 f"{name}: all tensors must have one row a sample; got {len(leaves[0])} and {len(v)} rows"
             )
-        if v.layout != torch.strided or v.device.type == "meta":
-            raise TypeError(f"{name} must hold dense tensors; got a tensor {v.layout} on {v.device}")
-        if v.is_floating_point() and not bool(v.isfinite().all()):
+        if v.is_floating_point() and v.element_size() > 1 and not bool(v.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")
     if len(leaves[0]) == 0:
         raise ValueError(f"{name} must hold at least one sample; got shape {tuple(leaves[0].shape)}")
@@ -38,6 +36,9 @@ def checked_inputs(name: str, x: Any) -> Any:
 
 
 def refuse_training(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"model: {name!r} is not initialised yet (a lazy module): run one forward pass")
     for name, module in model.named_modules():
         where = f"layer {name!r} ({type(module).__name__})" if name else type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (

@@ -31,7 +31,7 @@ from gcfast import errors
 from gcfast.ambient import ordinary
 from gcfast.features import equal_samples
 from gcfast.jacobian.layer_jacobians import LayerJacobians
-from gcfast.jacobian.layers import Layers
+from gcfast.jacobian.layers import Layers, checked_inputs
 from gcfast.jacobian.trainability_report import LayerTrainability, Trainability
 from gcfast.losses import (
     UNIT,
@@ -91,6 +91,7 @@ def trainability(
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float64 or torch.float32; got {errors.came(dtype)}")
     convex = resolve_loss(loss)
+    checked_inputs("x", x)
     model = _in_dtype(model, dtype)
     inputs = tree_map(
         lambda v: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, x

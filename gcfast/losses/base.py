@@ -12,6 +12,8 @@ from torch import Tensor
 from gcfast import errors
 from gcfast.losses.rounding import SPARE, TINY, UNIT, nan_is_inf
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which have few operators of their own
+
 
 class ConvexLoss(ABC):
     """A convex, differentiable loss of the outputs; subclass it for a loss of your own.
@@ -193,7 +195,12 @@ def real_targets(y: Tensor) -> Tensor:
         raise TypeError(f"targets: expected real numbers; got {y.dtype}")
     if y.dim() == 0 or 0 in y.shape[1:]:
         raise ValueError(f"targets: expected one row per sample, not empty; got shape {tuple(y.shape)}")
-    return y.detach()
+    y = y.detach()
+    if y.dtype in _UNSIGNED:
+        y = y.to(torch.int64)
+        if bool((y < 0).any()):
+            raise ValueError("targets: expected whole numbers below 2^63")
+    return y
 
 
 def number(name: str, value: Any, low: float, high: float, words: str) -> float:

@@ -29,7 +29,8 @@ def hidden_parameters(model: nn.Module, head: Head) -> dict[str, nn.Parameter]:
 
 def digest(value: Tensor) -> bytes:
     """128 bits of a tensor's stored bits, dtype and shape."""
-    bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    bits = dense.reshape(-1).view(torch.uint8)
     found = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)};".encode(), digest_size=16)
     found.update(bits.numpy().data)
     return found.digest()

@@ -122,7 +122,9 @@ def observe_head(
         _linears(model)  # a model without any is refused before it is run
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
-        raise HeadError(f"{lazy[0]!r} is not initialised yet (a lazy module): run one forward pass first")
+        raise HeadError(
+            f"model: {lazy[0]!r} is not initialised yet (a lazy module): run one forward pass first"
+        )
     return head_of_trace(model, trace(model, args, kwargs), chosen)
 
 
@@ -309,7 +311,7 @@ def _check_static(model: nn.Module, head: Head) -> None:
     for key, value in owned.items():
         if isinstance(value, nn.parameter.UninitializedParameter):
             raise HeadError(
-                f"the head {head.name!r} is lazy: its {key} is not initialised; run one forward pass first"
+                f"model: the head {head.name!r} is lazy: its {key} has no values; run a forward pass first"
             )
     weight = owned["weight"]
     if weight is None or (owned["bias"] is None and module.bias is not None):

@@ -49,9 +49,9 @@ def widen(
     Raises:
         HeadError: no head, or an ambiguous one. ValueError: naming the argument.
     """
-    errors.is_count("n_samples", n_samples)
+    n_samples = errors.is_count("n_samples", n_samples)
     if width is not None:
-        errors.is_count("width", width, n_samples)
+        width = errors.is_count("width", width, n_samples)
     errors.is_generator("generator", generator)
     arguments.is_activation(activation, beta)
     m = -(-11 * n_samples // 10) if width is None else width

@@ -31,10 +31,10 @@ def is_float(name: str, value: Tensor) -> None:
 
 
 def is_strided(name: str, value: Tensor) -> None:
-    if value.layout is not torch.strided:
-        raise TypeError(
-            f"{name} must be a strided tensor; got layout {_short(value.layout)}: {name}.to_dense()"
-        )
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else f"layout {_short(value.layout)}"
+        way_out = "to_padded_tensor(0)" if value.is_nested else "to_dense()"
+        raise TypeError(f"{name} must be a strided tensor; got {layout}: {name}.{way_out}")
 
 
 def has_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
@@ -203,12 +203,9 @@ def wide_settings(z: Tensor, activation: str, beta: float, value: str | None) ->
 def wide_rows(op: str, z: Tensor, weight: Tensor, bias: Tensor) -> None:
     """z (n, d), weight and bias of a function on the wide layer that has no gradient."""
     wide_matrices(z, weight, bias)
-    if torch.is_grad_enabled():
-        for name, value in (("z", z), ("weight", weight), ("bias", bias)):
-            if value.requires_grad:
-                raise RuntimeError(
-                    f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()"
-                )
+    for name, value in (("z", z), ("weight", weight), ("bias", bias)):
+        if (torch.is_grad_enabled() and value.requires_grad) or errors.transformed(value, batched=False):
+            raise RuntimeError(f"{op} cannot be differentiated: detach {name}, or work under torch.no_grad()")
 
 
 def precision(value: str | None, dtype: torch.dtype) -> None:

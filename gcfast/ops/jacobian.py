@@ -139,7 +139,7 @@ def jacobian_gram(
         TypeError, ValueError: naming the argument. RuntimeError: an argument requires a gradient.
     """
     if ends is None:
-        ends = [g.shape[-1]] if isinstance(g, Tensor) and g.dim() else []
+        ends = [g.shape[-1]] if isinstance(g, Tensor) and g.dim() and not g.is_nested else []
     jacobian_gram_op(out, g, h, scale, ends, lower)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gcfast import errors
+
 _TRIES = 10**6  # of numpy's solver; two layouts that it cannot tell apart by then are taken to meet
 
 
 def is_there(name: str, value: Tensor) -> None:
-    """An error if the storage was freed under the tensor, as sharding does with weights out of use."""
-    if value.data_ptr() == 0 and value.numel() and value.device.type in ("cpu", "cuda"):
+    """An error if the storage was cut under the tensor or freed, as sharding does with weights out of use."""
+    if value.device.type in ("cpu", "cuda") and not errors.lies_in_memory(value):
         raise ValueError(
             f"{name} must have memory of its own; got a tensor of shape {tuple(value.shape)} whose storage "
             f"was resized to {value.untyped_storage().nbytes()} bytes"
@@ -62,13 +64,14 @@ def _places(value: Tensor) -> Any:
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage have an element's memory in common."""
-    if a.dim() == b.dim() == 2 and a.stride() == b.stride() and a.dtype == b.dtype and all(a.stride()):
+    """Whether two tensors have an element's memory in common."""
+    start, astray = divmod(a.data_ptr() - b.data_ptr(), a.element_size())
+    alike = a.dim() == b.dim() == 2 and a.stride() == b.stride() and a.dtype == b.dtype
+    if alike and not astray and all(a.stride()):
         # Blocks of one matrix: b's element (i, j) less a's is at i rows + j columns from b's origin to a's.
         (height, width), (below, behind), (rows, columns) = a.shape, b.shape, a.stride()
         if rows < columns:
             height, width, below, behind, rows, columns = width, height, behind, below, columns, rows
-        start = a.storage_offset() - b.storage_offset()
         first = max(1 - height, -(((behind - 1) * columns - start) // rows))
         last = min(below - 1, (start + (width - 1) * columns) // rows)
         return any((start - i * rows) % columns == 0 for i in range(first, last + 1))
@@ -80,8 +83,10 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 def shares_nothing(written: str, out: Tensor, name: str, value: Tensor, may_be_it: bool = False) -> None:
     """`out` shares no element with `value`, unless it may be that very tensor and is."""
-    if out.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-        return
+    here, there = out.untyped_storage(), value.untyped_storage()
+    first, other = here.data_ptr(), there.data_ptr()
+    if first + here.nbytes() <= other or other + there.nbytes() <= first:
+        return  # one array of numpy may be behind several storages
     same = out.data_ptr() == value.data_ptr() and out.shape == value.shape and out.dtype == value.dtype
     if may_be_it and same and out.stride() == value.stride():
         return

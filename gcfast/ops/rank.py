@@ -158,5 +158,8 @@ def batched_rank(
     Raises:
         TypeError, ValueError: naming the argument; a matrix that is not finite with its index.
     """
+    for name, value in (("a", a), ("atol", atol), ("rtol", rtol)):
+        if isinstance(value, Tensor) and errors.transformed(value, batched=False):
+            raise RuntimeError(f"batched_rank cannot be differentiated: detach {name}")
     a, atol, rtol = (t.detach() if isinstance(t, Tensor) else t for t in (a, atol, rtol))
     return batched_rank_op(a, atol, rtol, check_tolerance)  # type: ignore[no-any-return]

@@ -97,6 +97,7 @@ class Operator:
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         if mutates:
             _LIBRARY.impl(name, self._versions, "ADInplaceOrView", with_keyset=True)
+            _LIBRARY.impl(name, self._negated, "Negative")
         torch.library.register_vmap(f"gcfast::{name}", self._batched, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
@@ -179,6 +180,16 @@ class Operator:
             if isinstance(args[at], Tensor):  # the check says it of what is none
                 torch.autograd.graph.increment_version(args[at])
         return self.overload.redispatch(keyset & _BELOW_VERSIONS, *args)
+
+    def _negated(self, *args: Any) -> Any:
+        """With a view whose numbers are stored with the other sign: torch's own way asks for an output."""
+        for at in self.written:
+            if args[at].is_neg():
+                raise ValueError(
+                    f"{self.names[at]} must be stored with its own sign; got a negated view: pass "
+                    f"{self.names[at]}.resolve_neg()"
+                )
+        return self.overload(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args))
 
     def _batched(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """Under vmap: all samples at once where they are rows to the operator, else one after the other."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast import reference
+from gcfast import errors, reference
 from gcfast.ops import arguments, memory
 from gcfast.ops.activations import ACTIVATION_CODES, activation_grad_op, activation_op, activation_out_op
 from gcfast.ops.registration import Derivative, operator, save
@@ -224,10 +224,17 @@ def wide_features(
         return activation_op(pre, bias, activation, float(beta), 0)
     arguments.matches("out", out, "z", z)
     arguments.has_shape("out", out, (*z.shape[:-1], weight.shape[0]), "(..., m)")
+    for name, value in (("z", z), ("weight", weight), ("bias", bias), ("out", out)):
+        memory.is_there(name, value)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous; got strides {tuple(out.stride())}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight, bias, out)):
-        raise RuntimeError("out= cannot be differentiated: leave it out, or work under torch.no_grad()")
+    operands = (z, weight, bias, out)
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in operands)) or any(
+        errors.transformed(t) for t in operands
+    ):
+        raise RuntimeError(
+            "out= cannot be differentiated, nor batched by vmap: leave it out, or work under torch.no_grad()"
+        )
     for name, value in (("z", z), ("weight", weight), ("bias", bias)):
         memory.shares_nothing("out", out, name, value)
     torch.mm(z.reshape(-1, z.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))

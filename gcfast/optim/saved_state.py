@@ -40,6 +40,7 @@ STATE_TYPES: dict[str, tuple[type, ...]] = {
     "fingerprint": (str,),
     "draws": (dict,),
 }
+_OWN_ERRORS = (ValueError, MemoryError, torch.OutOfMemoryError)
 _PICKLED = ("base", "model", "switch_step", "perturbation", "step_count", "_head_error")
 
 
@@ -93,7 +94,17 @@ def load_base(
 ) -> Head | None:
     """Check the whole state, then load what ``base`` and the generator have of it; the head it is of."""
     head = check_state(state, base, model, head)
-    base.load_state_dict({key: value for key, value in state.items() if key != "two_phase"})
+    before = dict(vars(base))
+    try:
+        base.load_state_dict({key: value for key, value in state.items() if key != "two_phase"})
+    except BaseException as error:
+        vars(base).update(before)  # torch's optimizers find out when they hold a part of it
+        if not isinstance(error, Exception) or isinstance(error, _OWN_ERRORS):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the state is damaged: {type(base).__name__} cannot load it ({what:.300})"
+        ) from error
     generator.set_state(state["two_phase"]["generator"].cpu())
     return head
 
@@ -142,11 +153,12 @@ def check_state(state: dict[str, Any], base: Optimizer, model: nn.Module, head: 
             "the state has no entry 'two_phase': it was saved from a plain optimizer, not from TwoPhase; "
             "load it into base (opt.base.load_state_dict) if that is meant"
         )
-    if own.get("format") != 2:
-        raise ValueError(f"the state has format {own.get('format')!r}; this version of gcfast reads format 2")
+    form = own.get("format")
+    if type(form) is not int or form != 2:
+        raise ValueError(f"the state has format {errors.came(form)}; this version of gcfast reads format 2")
     for key, kinds in STATE_TYPES.items():
         if not isinstance(own.get(key), kinds) or isinstance(own.get(key), bool):
-            raise ValueError(f"the state is damaged: two_phase[{key!r}] is {own.get(key)!r}")
+            raise ValueError(f"the state is damaged: two_phase[{key!r}] is {errors.came(own.get(key))}")
     if own["phase"] not in (1, 2) or own["step_count"] < 0:
         raise ValueError(f"the state is damaged: phase {own['phase']}, step_count {own['step_count']}")
     resolve_switch_step(own["switch_step"])
@@ -177,6 +189,8 @@ def _check_groups(state: dict[str, Any], base: Optimizer, own: dict[str, Any]) -
     groups = state.get("param_groups")
     if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
         raise ValueError("the state is damaged: 'state' or 'param_groups' is missing")
+    if not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups):
+        raise ValueError("the state is damaged: 'param_groups' are not dicts with lists of 'params'")
     if own.get("base") != type(base).__name__:
         raise ValueError(f"the state was saved around {own.get('base')}, this base is {type(base).__name__}")
     saved = [len(g["params"]) for g in groups]
@@ -197,10 +211,10 @@ def _check_frozen(own: dict[str, Any], model: nn.Module, head: Head) -> None:
     damaged = [name for name, draw in own["draws"].items() if not _is_draw(draw)]
     if damaged:
         raise ValueError(f"the state is damaged: two_phase['draws'][{damaged[0]!r}] is no draw")
-    strange = [n for n in [*own["trainable"], *own["draws"]] if n not in hidden]
+    strange = [n for n in [*own["trainable"], *own["draws"]] if not isinstance(n, str) or n not in hidden]
     if strange:
         raise ValueError(
-            f"the state froze {strange[0]!r}, which is no parameter below the head of this model"
+            f"the state froze {errors.came(strange[0])}, which is no parameter below the head of this model"
         )
     if own["fingerprint"] != fingerprint(model, head):
         raise ValueError(

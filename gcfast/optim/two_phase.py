@@ -206,6 +206,7 @@ class TwoPhase(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of `base`, on all parameters in phase one, on the head in phase two; its result."""
+        errors.is_function("closure", closure)
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for hook in self._optimizer_step_pre_hooks.values():

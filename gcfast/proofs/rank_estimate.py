@@ -55,13 +55,16 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
             raise TypeError(f"{name} must be a real number or a real tensor; got {value.dtype}")
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
-        errors.is_dense(name, value)
-        return value.detach().to(device, torch.float64)  # its values are checked where they are read
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        errors.is_dense(name, value, traced=True)
+        return (
+            value.detach().resolve_neg().to(device, torch.float64)
+        )  # its values are checked where they are read
+    found = errors.as_real(value)
+    if found != found and not isinstance(value, float):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
-    if not value >= 0:
+    if not found >= 0:
         raise ValueError(f"{name} must be >= 0; got {value}")
-    return errors.as_real(value)
+    return found
 
 
 def _relative(absolute: float | Tensor, default: float) -> float | Tensor:
@@ -113,7 +116,7 @@ def matrix_rank(
     """
     if not isinstance(A, Tensor):
         raise TypeError(f"A must be a tensor; got {type(A).__name__}")
-    errors.is_dense("A", A)
+    errors.is_dense("A", A, traced=True)
     if A.is_complex():
         raise TypeError(f"A must be real; got {A.dtype}")
     if not A.is_floating_point():

@@ -53,6 +53,7 @@ def wide_gram(
     arguments.is_activation(activation, beta)
     errors.is_flag("ones", ones)
     for name, value in (("z", z), ("weight", weight), ("bias", bias)):
+        errors.is_dense(name, value)
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; it holds a NaN or an infinity")
     layer = (weight.double(), bias.double())  # the Gram is that of features in float64

@@ -118,7 +118,7 @@ def descent(
         if bias is not None:
             bias = bias - eta * (r.sum(0) + weight_decay * bias)
 
-    every = max(1, limit // 200) if method == "gd" else 1
+    every = min(max(1, limit // 200), 1000) if method == "gd" else 1
     reason = "iteration limit"
     try:
         while done < limit:

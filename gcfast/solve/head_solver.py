@@ -102,7 +102,7 @@ def solve_head(
     errors.is_checkpoint(checkpoint, checkpoint_seconds)
     errors.is_flag("fixed", fixed)
     if max_iterations is not None:
-        errors.is_count("max_iterations", max_iterations)
+        max_iterations = errors.is_count("max_iterations", max_iterations)
     allowed_bytes(max_bytes, torch.device("cpu"))  # its own check
     target_gap, weight_decay = float(target_gap), float(weight_decay)
     convex = resolve_loss(loss)
@@ -154,7 +154,8 @@ def solve_head(
                 head_problem, method, target_gap, weight_decay, max_iterations, generator, on_progress, began
             )
     if module is not None:
-        with torch.no_grad():
+        # weights that were made in inference mode can be written to there alone
+        with torch.inference_mode(module.weight.is_inference()), torch.no_grad():
             module.weight.copy_(solution.weight)
             if module.bias is not None and solution.bias is not None:
                 module.bias.copy_(solution.bias)

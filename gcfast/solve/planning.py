@@ -65,7 +65,7 @@ def plan(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    errors.is_count("devices", devices)
+    devices = errors.is_count("devices", devices)
     if rates is not None and not isinstance(rates, str):
         errors.is_a("rates", rates, Rates, "gcfast.Rates, 'h100' or None")
     convex = resolve_loss(loss)
@@ -80,7 +80,7 @@ def plan(
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype; got {errors.came(dtype)}")
         assert n is not None and m is not None and c is not None
-        sizes = Sizes(n, m, c, d, dtype, device)
+        sizes = Sizes(int(n), int(m), int(c), None if d is None else int(d), dtype, device)
     elif any(value is not None for value in (n, m, d, c)):
         raise ValueError("n, m, d, c: give sizes or a model with its data, not both")
     elif isinstance(model_or_features, nn.Module):
@@ -210,7 +210,7 @@ def measured(device: torch.device) -> Rates:
     with exact_products():
         found = []
         for dtype in (torch.float32, torch.float64):
-            a = torch.rand((k, k), dtype=dtype, device=device)
+            a = torch.linspace(0, 1, k * k, dtype=dtype, device=device).view(k, k)
             out = torch.zeros_like(a)
             found.append(clock(lambda a=a, out=out: ops.add_product(out, a, a.mT), 2.0 * k**3))
         x = torch.zeros(1 << 24, dtype=torch.float32, device=device)

@@ -60,7 +60,7 @@ class SavedState:
         """
         entry = self._table[name]
         dtype = getattr(torch, entry["dtype"], None)
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype) or _packed(dtype):
             what = f"its tensor {name!r} has dtype {entry['dtype']}, which torch {torch.__version__} lacks"
             refuse(self._path, what, "Update torch, or give another path")
         order = entry["order"]
@@ -94,6 +94,11 @@ class SavedState:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _packed(dtype: torch.dtype) -> bool:
+    """Whether an element has no bytes of its own: a tensor of such takes less room than its items say."""
+    return str(dtype).removeprefix("torch.").startswith(("q", "bits")) or dtype.itemsize == 0
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:
@@ -151,7 +156,7 @@ def _check_header(header: Mapping[str, Any]) -> int:
     offset = 0
     for entry in header["tensors"]:
         counts = [entry["offset"], entry["bytes"], *entry["shape"], *entry["order"]]
-        if not all(type(count) is int and count >= 0 for count in counts):
+        if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
             raise TypeError("tensors: expected sizes that are whole numbers")
         if entry["offset"] != offset or sorted(entry["order"]) != list(range(len(entry["shape"]))):
             raise ValueError("tensors: expected one behind the other, their axes in some order")

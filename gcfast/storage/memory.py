@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import numbers
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gcfast import errors
 
 
 def available(device: torch.device) -> int | None:
@@ -28,13 +31,13 @@ def available(device: torch.device) -> int | None:
     return None
 
 
-def allowed_bytes(max_bytes: int | None, device: torch.device) -> int | None:
+def allowed_bytes(max_bytes: Any, device: torch.device) -> int | None:
     """``max_bytes``, or what is free on the device, or None where nobody knows. ValueError for nonsense."""
-    if max_bytes is not None and (
-        not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0
-    ):
-        raise ValueError(f"max_bytes: expected a positive number of bytes; got {max_bytes!r}")
-    return max_bytes if max_bytes is not None else available(device)
+    if max_bytes is None:
+        return available(device)
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, numbers.Integral) or max_bytes <= 0:
+        raise ValueError(f"max_bytes: expected a positive number of bytes; got {errors.came(max_bytes)}")
+    return int(max_bytes)
 
 
 def check_memory(what: str, needed: int, max_bytes: int | None, device: torch.device, way_out: str) -> None:

@@ -237,6 +237,12 @@ def semeion(root: Path) -> tuple[str, Path, Path]:
     return "semeion", victim, victim
 
 
+def semeion_of_one_line(root: Path) -> tuple[str, Path, Path]:
+    victim = root / "semeion.data"
+    victim.write_bytes(b"1 " * (20 << 20))
+    return "semeion", victim, victim
+
+
 def picture(content: Callable[[], bytes], name: str = "1.png") -> Callable[[Path], tuple[str, Path, Path]]:
     def make(root: Path) -> tuple[str, Path, Path]:
         one = content()
@@ -436,6 +442,7 @@ CASES: dict[str, Callable[[Path], tuple[str, Path, Path]]] = {
     "mat that grows": mat(2 << 30, 2 << 30),
     "mat longer than it says": mat(64, 2 << 30),
     "semeion in gzip": semeion,
+    "semeion of one line": semeion_of_one_line,
     "png of 169 million pixels": picture(lambda: large_png(13000, 13000)),
     "png of 900 million pixels": picture(lambda: large_png(30000, 30000, 1, 0, rows=9)),
     "png of 80 million pixels": picture(lambda: large_png(9000, 9000)),
@@ -468,12 +475,16 @@ CASES: dict[str, Callable[[Path], tuple[str, Path, Path]]] = {
     ),
     "checkpoint without deviation": checkpoint(lambda c: c["data"].update(std=[0.0])),
     "checkpoint of infinite classes": checkpoint(lambda c: c["model"].update(classes=float("inf"))),
+    "checkpoint of data that are a tensor": checkpoint(lambda c: c.update(data=torch.ones(2))),
+    "checkpoint of a version that is a tensor": checkpoint(lambda c: c.update(version=torch.ones(2))),
     "checkpoint without tensors": checkpoint(lambda c: c.update(state_dict={"head.bias": 1})),
     "state of 2^50 numbers": state(shape=[1 << 50]),
     "state of fewer bytes than numbers": state(shape=[9]),
     "state of negative bytes": state(bytes=-64),
     "state with an axis too many": state(order=[0, 1]),
     "state of text": state(shape="8"),
+    "state of quarters of a byte": state(shape=[64], dtype="quint2x4"),
+    "state of no rows of 2^100 numbers": state(shape=[0, 1 << 100], order=[0, 1], bytes=0),
     "state in a nested header": nested_state,
 }
 
@@ -504,3 +515,20 @@ def test_hostile_files_are_refused_by_name(answers: dict[str, Any], name: str) -
     assert kind in ("UserError", "CheckpointError"), (kind, message)
     assert victim.name in message and len(message) < 1000
     assert seconds < 8 and mebibytes < 400
+
+
+def test_the_arrays_of_a_mat_file_grow_together(tmp_path: Path) -> None:
+    """Each of two that nobody asks for would be allowed alone."""
+    from gcfast.cli.data.formats import read_svhn
+    from gcfast.errors import UserError
+
+    write_svhn(tmp_path)
+    size, elements = 40 << 20, b""
+    for name in (b"first...", b"second.."):
+        head = struct.pack("<12I8s", 14, size, 6, 8, 9, 0, 5, 8, 1, 1, 1, 8, name)
+        body = zlib.compress(head.ljust(size + 8, b"\0"))
+        elements += struct.pack("<II", 15, len(body)) + body
+    victim = tmp_path / "train_32x32.mat"
+    victim.write_bytes(victim.read_bytes()[:128] + elements)
+    with pytest.raises(UserError, match=rf"{victim}: its .* bytes promise to become {2 * size:,}"):
+        read_svhn(victim)

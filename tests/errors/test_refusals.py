@@ -6,6 +6,7 @@ where the value is one of the right kind after all, or an error of the kinds tha
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -54,6 +55,21 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def layer() -> dict[str, Any]:
     return {"z": normal(N, D), "weight": normal(M, D), "bias": normal(M)}
+
+
+@functools.cache
+def jacobians() -> gcfast.LayerJacobians:
+    return gcfast.LayerJacobians(network(), normal(N, D), layers="3")
+
+
+@functools.cache
+def cache() -> gcfast.FeatureCache:
+    return gcfast.FeatureCache(frozen(), data())
+
+
+@functools.cache
+def certificate() -> gcfast.Certificate:
+    return gcfast.certify(network(), data(), loss="cross_entropy")
 
 
 def two_phase(**changes: Any) -> gcfast.TwoPhase:
@@ -255,11 +271,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         },
     ),
     "FeatureCache.batches": (
-        lambda **changes: list(gcfast.FeatureCache(frozen(), data()).batches(**changes)),
+        lambda **changes: list(cache().batches(**changes)),
         lambda: {"batch_size": 4, "generator": None, "shuffle": True, "drop_last": False},
     ),
     "FeatureCache.check": (
-        lambda **changes: gcfast.FeatureCache(frozen(), data()).check(**changes),
+        lambda **changes: cache().check(**changes),
         lambda: {"model": None},
     ),
     "find_head": (gcfast.find_head, lambda: {"model": network(), "inputs": normal(2, D), "head": None}),
@@ -293,17 +309,28 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         lambda: {"model": network(), "x": normal(N, D), "layers": None, "max_bytes": None},
     ),
     "LayerJacobians.jvp": (
-        lambda v: gcfast.LayerJacobians(network(), normal(N, D), layers="3").jvp(v),
+        lambda v: jacobians().jvp(v),
         lambda: {"v": {"3.weight": normal(C, M), "3.bias": normal(C)}},
     ),
     "LayerJacobians.vjp": (
-        lambda u: gcfast.LayerJacobians(network(), normal(N, D), layers="3").vjp(u),
+        lambda u: jacobians().vjp(u),
         lambda: {"u": normal(N, C)},
     ),
     "LayerJacobians.sketch": (
-        lambda **changes: gcfast.LayerJacobians(network(), normal(N, D), layers="3").sketch(**changes),
-        lambda: {"k": 2},
+        lambda **changes: jacobians().sketch(**changes),
+        lambda: {"k": 2, "seed": 0, "method": "gaussian", "layers": None},
     ),
+    "LayerJacobians.gram": (
+        lambda **changes: jacobians().gram(**changes),
+        lambda: {"layers": None, "other": None, "per_layer": False, "trace": False},
+    ),
+    "LayerJacobians.diag": (
+        lambda **changes: jacobians().diag(**changes),
+        lambda: {"layers": None, "per_layer": False},
+    ),
+    "LayerJacobians.matvec": (lambda v: jacobians().matvec(v), lambda: {"v": normal(N, C)}),
+    "TwoPhase.step": (lambda closure: two_phase(switch_step=3).step(closure), lambda: {"closure": None}),
+    "reset_parameters": (gcfast.WideLayer(D, M).reset_parameters, lambda: {"generator": None}),
     "trainability": (
         gcfast.trainability,
         lambda: {
@@ -318,13 +345,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "backend": (lambda **changes: gcfast.backend(**changes).__enter__(), lambda: {"name": "reference"}),
     "last_backend": (ops.last_backend, lambda: {"op": "activation"}),
-    "steps_to": (
-        lambda **changes: (
-            gcfast.certify(normal(N, M), labels(), loss="cross_entropy")
-            and gcfast.certify(network(), data(), loss="cross_entropy").steps_to(**changes)
-        ),
-        lambda: {"eps": 1e-3},
-    ),
+    "steps_to": (lambda **changes: certificate().steps_to(**changes), lambda: {"eps": 1e-3}),
 }
 
 # what a message may call the argument
@@ -343,7 +364,22 @@ ALSO = {
     "y": "y|targets",
     "start": "start|weight|bias",
     "z": "z|out",
+    "gram": "gram|x",
+    "other": "other|x",
 }
+
+
+def cut_storage() -> torch.Tensor:
+    """What is left is less than the tensor is."""
+    value = torch.zeros(N, M).double()
+    value.untyped_storage().resize_(8)
+    return value
+
+
+class WithoutRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("nobody needs this in a message")
+
 
 WRONG: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
@@ -402,10 +438,29 @@ WRONG: dict[str, Callable[[], Any]] = {
     "sparse tensor": lambda: torch.eye(N).to_sparse().double(),
     "gradient": lambda: torch.zeros(N, M, dtype=torch.float64, requires_grad=True),
     "expanded": lambda: torch.zeros(1, M, dtype=torch.float64).expand(N, M),
+    "cut storage": cut_storage,
+    "negated view": lambda: torch.zeros(N, M, dtype=torch.complex128).conj().imag,
+    "nested tensor": lambda: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)]),
+    "float8": lambda: torch.zeros(N, M).to(torch.float8_e4m3fn),
+    "uint64": lambda: torch.zeros(N, dtype=torch.uint64),
+    "no features, no rows": lambda: torch.zeros(0, 0).double(),
+    "numpy int of a byte": lambda: np.uint8(3),
+    "array of another byte order": lambda: np.zeros((N, M), dtype=">f8"),
+    "array turned over": lambda: np.zeros((N, M))[::-1],
+    "long doubles": lambda: np.zeros((N, M), dtype=np.longdouble),
+    "masked array": lambda: np.ma.masked_array(np.zeros((N, M)), mask=np.ones((N, M))),
+    "pair of a number": lambda: (normal(N, D), 3),
+    "no units": lambda: nn.Sequential(nn.Linear(D, 0), nn.Tanh(), nn.Linear(0, C)).double(),
+    "module without parameters": nn.Tanh,
+    "lazy module": lambda: nn.LazyLinear(3),
+    "meta module": lambda: nn.Linear(D, C, device="meta"),
+    "path with a zero byte": lambda: "a\0b",
+    "without a repr": lambda: WithoutRepr(),
+    "2^61": lambda: 2**61,
 }
 
 # what can be called is right for these, and an error of its own is its own
-FUNCTIONS = ("callback",)
+FUNCTIONS = ("callback", "closure")
 PROMISED = ("the cache is stale", "cannot be differentiated")  # RuntimeErrors by their docstrings
 REFUSALS = (TypeError, ValueError, MemoryError, RuntimeError)
 

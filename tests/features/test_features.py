@@ -66,7 +66,10 @@ def test_strips_and_panels_of_any_size_give_the_same(monkeypatch):
     torch.testing.assert_close(wide.square_norms(torch.ones(140))[1], norms[1])
 
 
-@pytest.mark.parametrize("kind", ["tensor", "array", "map", "read-only map", "blocks", "generator"])
+KINDS = ("tensor", "array", "map", "read-only map", "blocks", "generator", "turned over", "other byte order")
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "negated view"))
 def test_certify_and_solve_take_features_from_anywhere(kind, tmp_path):
     z, weight, bias = _layer(dtype=torch.float32)
     h = ops.wide_features(z, weight, bias, activation="softplus", beta=4.0)
@@ -80,6 +83,9 @@ def test_certify_and_solve_take_features_from_anywhere(kind, tmp_path):
         "read-only map": lambda: np.load(path, mmap_mode="r"),
         "blocks": lambda: list(h.split(40)),
         "generator": lambda: (block.numpy() for block in h.split(40)),
+        "turned over": lambda: h.numpy()[::-1].copy()[::-1],
+        "other byte order": lambda: h.numpy().astype(h.numpy().dtype.newbyteorder()),
+        "negated view": lambda: torch.complex(h, -h).conj().imag,
     }[kind]
     cert = gcfast.certify(data(), y, loss="cross_entropy")
     plain = gcfast.certify(h, y, loss="cross_entropy")

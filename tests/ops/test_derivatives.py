@@ -227,6 +227,40 @@ def test_operators_without_a_derivative_say_so(name, way):
                     call(forward_ad.make_dual(value, value))
 
 
+MODEL = torch.nn.Sequential(
+    *(torch.nn.Linear(4, 4), torch.nn.Tanh(), gcfast.WideLayer(4, 9), torch.nn.Linear(9, 3))
+).double()
+MODEL[:3].requires_grad_(False)
+LAYER = (torch.randn(9, 4, dtype=F64), torch.randn(9, dtype=F64))
+JACOBIANS = gcfast.LayerJacobians(MODEL, LAYER[0][:4])
+# What gives tensors that no formula links to what it is given (4, 4).
+UNLINKED = {
+    "matrix_rank": lambda x: gcfast.matrix_rank(x).sigma_min_lower,
+    "batched_rank": lambda x: ops.batched_rank(x[None], *torch.zeros(2, 1, dtype=F64))[3],
+    "wide_gram": lambda x: gcfast.wide_gram(x, *LAYER).gram,
+    "wide_features": lambda x: ops.wide_features(x, *LAYER, out=torch.zeros(4, 9, dtype=F64)),
+    "solve_head": lambda x: gcfast.solve_head(x, torch.arange(4) % 3, target_gap=0.1).weight,
+    "solve_head, blocks": lambda x: gcfast.solve_head([x, x], torch.arange(8) % 3, target_gap=0.1).weight,
+    "WideFeatures": lambda x: gcfast.WideFeatures(x, LAYER).panel(0, 9),
+    "WideFeatures' layer": lambda x: gcfast.WideFeatures(LAYER[0], (x, x[0])).panel(0, 4),
+    "FeatureCache": lambda x: gcfast.FeatureCache(MODEL, (x, torch.arange(4) % 3)).features,
+    "LayerJacobians": lambda x: gcfast.LayerJacobians(MODEL, x).gram(),
+    "vjp": lambda x: JACOBIANS.vjp(x[:, :3])["3.weight"],
+    "jvp": lambda x: JACOBIANS.jvp({"3.bias": x[0, :3]}),
+}
+
+
+@pytest.mark.parametrize("name", UNLINKED)
+def test_calls_without_a_derivative_say_so(name):
+    x, call = normal(4, 4), UNLINKED[name]
+    words = "torch.func: |expected a plain tensor; got one that is differentiated|cannot be differentiated"
+    for derivative in (jacfwd(call), grad(lambda x: call(x).sum()), lambda x: vmap(jacfwd(call))(x[None])):
+        with pytest.raises((TypeError, RuntimeError), match=words):
+            derivative(x)
+    with forward_ad.dual_level(), pytest.raises((TypeError, RuntimeError), match=words):
+        call(forward_ad.make_dual(x, x))
+
+
 def test_targets_are_constants():
     logits, target = normal(3, 4), torch.softmax(normal(3, 4), 1)
     f = lambda q: ops.softmax_residual(logits, q, check_target=False)[0].sum()  # noqa: E731

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import children
+import numpy as np
 import op_sweep
 import pytest
 import torch
@@ -78,6 +79,11 @@ def test_compiled_calls_are_told_the_same():
 
 
 M = torch.zeros(8, 8)
+ARRAY = np.zeros((8, 8), dtype=np.float32)  # tensors of its parts have storages of their own
+
+
+def part(rows, columns):
+    return torch.from_numpy(ARRAY[rows, columns])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +93,7 @@ M = torch.zeros(8, 8)
         (M[:, :4].T, M[:, 4:].T, torch.zeros(8, 8)),
         (M[::2], M[1::2], torch.zeros(8, 8)),
         (M[:, ::2], M[:, 1::2], torch.zeros(4, 4)),
+        (part(slice(4, 8), slice(4, 8)), part(slice(4, 8), slice(4)), part(slice(4), slice(4, 8))),
         (M.view(64)[:16].view(4, 4), M.view(64)[16:32].view(2, 8).view(4, 4).T, torch.zeros(4, 4)),
     ],
 )
@@ -99,6 +106,8 @@ def test_memory_of_one_tensor_without_a_common_element_is_taken(out, a, b):
     [
         (M, M, M.clone(), "out must share no memory with a"),
         (M[4:, 4:], M[3:7, 3:7], torch.zeros(4, 4), "out must share no memory with a"),
+        (part(slice(4, 8), slice(4, 8)), part(slice(3, 7), slice(3, 7)), M[:4, :4], "no memory with a"),
+        (torch.from_numpy(ARRAY[1]).view(2, 4), M[:2], torch.from_numpy(ARRAY).view(16, 4)[1:9], "with b"),
         (M[:4, :4], M[4:, 4:], M[3:7, 3:7], "out must share no memory with b"),
         (M[:4], torch.zeros(4, 8), M.T, "out must share no memory with b"),
         (torch.as_strided(M, (4, 4), (2, 3)), torch.zeros(4, 4), torch.zeros(4, 4), "place of its own"),

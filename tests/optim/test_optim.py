@@ -832,6 +832,13 @@ def test_trainable_flags_of_the_first_run_come_back_after_resuming():
         (lambda s: s["two_phase"].update(base="Adam"), "saved around Adam, this base is SGD"),
         (lambda s: s["param_groups"][0]["params"].pop(), r"param_groups of \[7\] parameters, base has \[8\]"),
         (lambda s: s.pop("state"), "'state' or 'param_groups' is missing"),
+        (lambda s: s.update(param_groups=[1]), "'param_groups' are not dicts"),
+        (lambda s: s["two_phase"].update(format=torch.ones(2)), "format Tensor; this version"),
+        (lambda s: s["two_phase"].update(trainable=[["0.weight"]]), "froze list, which"),
+        (
+            lambda s: s["two_phase"].update(draws={"0.weight": (math.inf, 0, 1)}),
+            r"draws'\]\['0.weight'\] is no draw",
+        ),
     ],
 )
 def test_a_damaged_state_is_refused_and_nothing_is_loaded(spoil, message):
@@ -844,6 +851,19 @@ def test_a_damaged_state_is_refused_and_nothing_is_loaded(spoil, message):
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert str(opt.state_dict()) == before and model[0].weight.requires_grad
+
+
+def test_a_state_that_the_base_finds_damaged_too_late_is_not_half_loaded():
+    """Adam has put its moments in place when it looks for the number of steps."""
+    model = make_model()
+    opt = TwoPhase(BASES["adam"](model.parameters()), model, 100)
+    train(model, opt, 2)
+    state = copy.deepcopy(opt.state_dict())
+    del state["state"][1]["step"]
+    before = str(opt.state_dict())
+    with pytest.raises(ValueError, match=r"the state is damaged: Adam cannot load it .KeyError: 'step'"):
+        opt.load_state_dict(state)
+    assert str(opt.state_dict()) == before
 
 
 @pytest.mark.parametrize("phase", [1, 2])

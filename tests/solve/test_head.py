@@ -354,6 +354,20 @@ def test_sgd_descends_to_the_target():
     assert solution.converged and solution.method == "sgd"
 
 
+def test_gradient_descent_sees_the_target_before_a_part_of_a_huge_limit_is_over():
+    solution = gcfast.solve_head(
+        _features(6, 9), _labels(6, 3), method="gd", target_gap=0.5, max_iterations=2**40
+    )
+    assert solution.converged and solution.iterations <= 1000
+
+
+def test_a_model_that_was_made_in_inference_mode_is_updated():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 80), nn.Tanh(), nn.Linear(80, 3))
+    solution = gcfast.solve_head(model, (torch.randn(20, 6), _labels(20, 3)), target_gap=0.1)
+    assert solution.converged and torch.equal(model[2].weight, solution.weight)
+
+
 def test_a_model_is_updated_in_place_and_nothing_else():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 80), nn.BatchNorm1d(80), nn.Softplus(), nn.Linear(80, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import sharded
 import torch
@@ -141,8 +142,19 @@ def test_a_model_is_planned_without_running_it():
     assert (few.m, few.d) == (55, 6)
 
 
-def test_rates_are_measured_once():
+def test_numbers_of_numpy_do_not_overflow():
+    sizes = {"n": 2_000_000, "m": 2_200_000, "d": 120, "c": 100, "devices": 8}
+    whole = {name: np.int32(value) for name, value in sizes.items()}
+    assert str(gcfast.plan(**whole, rates=RATES, max_bytes=np.int64(10**9))) == str(
+        gcfast.plan(**sizes, rates=RATES, max_bytes=10**9)
+    )
+
+
+def test_rates_are_measured_once_and_draw_no_random_numbers():
+    planning.measured.cache_clear()
+    before = torch.get_rng_state()
     rates = gcfast.plan(n=100, m=110, c=2).rates
+    assert torch.equal(torch.get_rng_state(), before)
     assert gcfast.plan(n=200, m=220, c=2).rates is rates
     assert all(1e8 < value < 1e15 for value in (rates.f32, rates.f64, rates.memory))
 

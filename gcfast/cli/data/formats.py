@@ -218,7 +218,7 @@ def _times(array: NDArray[Any]) -> str:
 
 def read_semeion_text(path: Path) -> Images:
     """``semeion.data``: a line a digit, 256 pixels that are 0 or 1, then ten indicators of the class."""
-    text = io.StringIO(read_whole(path, 1 << 26).decode("latin1"))  # by its path, numpy would unpack it
+    text = io.StringIO(read_whole(path, 1 << 24).decode("latin1"))  # by its path, numpy would unpack it
     try:
         table = np.loadtxt(text, dtype=np.float64, ndmin=2)
     except ValueError as error:

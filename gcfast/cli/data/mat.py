@@ -28,12 +28,15 @@ def read_mat(path: Path, keys: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
         raise UserError(f"{path}: not a little-endian MATLAB 5 file (.mat)")
     arrays = {}
     names = []
+    grown = 0
     rest = raw[128:]
     try:
         while rest:
             kind, content, rest = _mat_element(rest)
             if kind == _MI_COMPRESSED:
-                kind, content, _ = _mat_element(_inflated(path, content))
+                size, body = _inflated(path, content, grown, len(raw))
+                grown += size
+                kind, content, _ = _mat_element(body)
             if kind != _MI_MATRIX:
                 raise ValueError(f"expected an array, found an element of type {kind}")
             flags, content = _mat_part(content, _MI_UINT32)
@@ -62,17 +65,19 @@ def read_mat(path: Path, keys: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
     return arrays
 
 
-def _inflated(path: Path, content: memoryview) -> memoryview:
-    """The compressed element, of the size that its first bytes promise."""
+def _inflated(path: Path, content: memoryview, grown: int, stored: int) -> tuple[int, memoryview]:
+    """The compressed element, and the size that its first bytes promise: of a file of ``stored`` bytes, whose
+    elements before it have ``grown`` to so many.
+    """
     stream = zlib.decompressobj()
     tag = stream.decompress(content, 8)
     size = struct.unpack("<II", tag)[1]
-    check_growth(str(path), len(content), size)
+    check_growth(str(path), stored, grown + size)
     # One byte more than there may be, so that the stream has to come to its end and its checksum.
     body = stream.decompress(stream.unconsumed_tail, size + 1)
     if len(body) != size or not stream.eof:
         raise ValueError(f"a compressed element promises {size} bytes of data, it has {len(body)} or more")
-    return memoryview(tag + body)
+    return size, memoryview(tag + body)
 
 
 def _mat_element(data: memoryview) -> tuple[int, memoryview, memoryview]:

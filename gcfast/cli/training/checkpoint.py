@@ -17,7 +17,7 @@ from torch import nn
 from gcfast.cli.data.datasets import load_dataset
 from gcfast.cli.data.split import DataSplit
 from gcfast.cli.training.models import ModelSpec
-from gcfast.errors import UserError
+from gcfast.errors import UserError, came
 from gcfast.storage import load_torch, save_torch
 
 _FORMAT = "gcfast-checkpoint"
@@ -107,10 +107,10 @@ class RunCheckpoint:
             raise UserError(f"CHECKPOINT: {path} is not a readable checkpoint ({error})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise UserError(f"CHECKPOINT: {path} was not written by gcfast train")
-        if content.get("version") != _VERSION:
+        version = content.get("version")
+        if type(version) is not int or version != _VERSION:
             raise UserError(
-                f"CHECKPOINT: {path} has format version {content.get('version')}, this gcfast reads"
-                f" {_VERSION}"
+                f"CHECKPOINT: {path} has format version {came(version)}, this gcfast reads {_VERSION}"
             )
         try:
             return cls(
@@ -122,7 +122,7 @@ class RunCheckpoint:
                 state_dict=_tensors(content["state_dict"]),
                 heads={name: _tensors(head) for name, head in content["heads"].items()},
             )
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except Exception as error:  # a tensor in the place of a value raises nearly anything
             raise UserError(f"CHECKPOINT: {path} is incomplete ({error!r:.200})") from error
 
     def build(self) -> nn.Module:
