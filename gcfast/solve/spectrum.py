@@ -53,12 +53,12 @@ class SpectralProblem(Problem):
         # of H1 U: L A knows nothing of what cancels in H1 T^T
         return torch.finfo(torch.float64).eps * float((self.sizes @ (self.basis.mT @ a).abs()).amax())
 
-    def preconditioner(self, z: Tensor, residual: Tensor, lam: float) -> Preconditioner:
+    def preconditioner(self, z: Tensor, residual: Tensor, lam: float, d: Tensor | None) -> Preconditioner:
         """The inverse for the softmax and for losses that couple no outputs; else output by output."""
         c = z.shape[1]
-        if isinstance(self.loss, CrossEntropy) and c > 1:
+        if isinstance(self.loss, CrossEntropy) and c > 1 and d is None:
             return self._coupled(self.loss.probabilities(residual, self.targets), lam)
-        d = self.loss.curvature_diagonal(z, self.targets) / self.n
+        d = (self.loss.curvature_diagonal(z, self.targets) if d is None else d) / self.n
         factors: list[Tensor] = []
         for k in range(c):
             if k and torch.equal(d[:, k], d[:, k - 1]):

@@ -169,6 +169,22 @@ def test_copies_that_conflict_and_targets_far_away():
     assert math.isfinite(solution.loss) and len(solution.path) <= 100
 
 
+@pytest.mark.parametrize("loss", ["huber", "bce_with_logits", "cross_entropy"])
+def test_outputs_far_from_their_targets(loss):
+    """There these losses are linear, and have no curvature to go by."""
+    far, h, y, start = 1e5, _normal(60, 81), _normal(60, 3, seed=3), None
+    if loss == "huber":
+        y = far * y
+    else:
+        y = torch.sigmoid(y) if loss == "bce_with_logits" else torch.softmax(y, 1)
+        start = far * _normal(3, 81, seed=5), _normal(3, seed=6)
+    solution = gcfast.solve_head(h, y, loss=loss, start=start)
+    assert solution.converged and solution.iterations < 600, str(solution)
+    if loss == "huber":
+        decayed = gcfast.solve_head(h, y, loss=loss, weight_decay=1e-6)
+        assert decayed.converged and decayed.regularization == 1e-6, str(decayed)
+
+
 class _Stop(Exception):
     pass
 
