@@ -27,11 +27,11 @@ from gcfast.solve.descent import descent, exact
 from gcfast.solve.gram_forms import GramForm, forms_for, rank_of, sizes_of
 from gcfast.solve.grams import FreeGram, Gram, build_gram
 from gcfast.solve.newton import GramProblem, Problem
-from gcfast.solve.path import OVERFLOW, ROUNDING, PathEnd, follow
+from gcfast.solve.path import OVERFLOW, REGULARISED, ROUNDING, PathEnd, follow
 from gcfast.solve.path_checkpoint import PathCheckpoint
 from gcfast.solve.path_point import PathForm, PathPoint
 from gcfast.solve.problem import HeadProblem, make_problem
-from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
+from gcfast.solve.solution import HeadSolution, Progress, evaluate_head, no_worse_than_the_start
 from gcfast.solve.spectrum import SpectralProblem
 from gcfast.solve.working_set import WorkingSet, WorkingSetFull
 from gcfast.storage import StateFile, allowed_bytes, fingerprint
@@ -153,6 +153,7 @@ def solve_head(
             solution = descent(
                 head_problem, method, target_gap, weight_decay, max_iterations, generator, on_progress, began
             )
+        solution = no_worse_than_the_start(head_problem, solution)
     if module is not None:
         with torch.no_grad():
             module.weight.copy_(solution.weight)
@@ -284,6 +285,8 @@ def _solution(
     )
     if end.reason == OVERFLOW:
         solution.reason = OVERFLOW  # whatever the gap says
+    elif solution.converged and head_problem.weight_decay:
+        solution.reason = REGULARISED
     return solution
 
 
