@@ -61,7 +61,7 @@ def _without_signed_zero(x: Tensor, out: Tensor | None = None) -> Tensor:
 
     No arithmetic: a thread may be set to flush denormal numbers to zero, or to round -0.0 + 0.0 down to -0.0.
     """
-    whole = x.view(_WHOLE[x.element_size()])
+    whole = x.resolve_neg().view(_WHOLE[x.element_size()])
     out = torch.empty_like(whole) if out is None else out
     return _threshold(whole, torch.iinfo(whole.dtype).min, 0, out=out)
 

@@ -22,11 +22,7 @@ def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool
     if isinstance(data, Tensor):
         matrix, mapped = data.detach(), False
     elif isinstance(data, np.ndarray):
-        mapped = isinstance(data, np.memmap)
-        if data.dtype == object or data.dtype.kind not in "fiub":
-            raise TypeError(f"{name}: expected numbers; got an array of {data.dtype}")
-        # a read-only map is only ever read
-        matrix = torch.from_numpy(data if data.flags.writeable else _writable_view(data))
+        matrix, mapped = from_array(data, name), isinstance(data, np.memmap)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
         matrix, mapped = _gather(data, name)
     else:
@@ -38,16 +34,33 @@ def as_matrix(data: Any, name: str, shape: str = "(n, m)") -> tuple[Tensor, bool
         raise ValueError(f"{name}: expected shape {shape}; got {tuple(matrix.shape)}")
     if not matrix.is_floating_point():
         raise TypeError(f"{name}: expected a real floating point dtype; got {matrix.dtype}")
+    if matrix.element_size() == 1:  # torch cannot compute with those
+        raise TypeError(f"{name}: expected at least sixteen bits a number; got {matrix.dtype}: use .half()")
     return matrix, mapped
 
 
 def as_targets(data: Any, name: str) -> Tensor:
     """Targets as a dense tensor, from one or from an array of numbers; TypeError naming the argument."""
-    if isinstance(data, np.ndarray) and data.dtype.kind in "fiub":
-        data = torch.from_numpy(np.array(data))
+    if isinstance(data, np.ndarray):
+        data = from_array(data, name).clone()
     errors.is_a(name, data, Tensor, "the targets as a tensor or an array of numbers")
     errors.is_dense(name, data)
     return data
+
+
+def from_array(data: np.ndarray, name: str) -> Tensor:
+    """The numbers of an array: where they lie if torch can read them there, else copied."""
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected numbers; got a masked array, whose mask would be lost: .filled(...)"
+        )
+    if data.dtype.kind not in "fiub" or data.dtype.itemsize > 8:
+        raise TypeError(f"{name}: expected numbers of at most 64 bits; got an array of {data.dtype}")
+    size = data.dtype.itemsize
+    if not data.dtype.isnative or any(step < 0 or step % size for step in data.strides):
+        data = data.astype(data.dtype.newbyteorder("="), order="C")
+    # a read-only map is only ever read
+    return torch.from_numpy(data if data.flags.writeable else _writable_view(data))
 
 
 def _writable_view(data: np.ndarray) -> np.ndarray:
@@ -70,7 +83,7 @@ def _gather(blocks: Iterable[Any], name: str) -> tuple[Tensor, bool]:
                 f"{name}: expected blocks of rows as tensors or arrays; block {i} of this "
                 f"{type(blocks).__name__} is a {type(block).__name__}"
             )
-        part = block if isinstance(block, Tensor) else torch.as_tensor(block, device="cpu")
+        part = block if isinstance(block, Tensor) else from_array(block, f"{name}: block {i}")
         if part.dim() != 2 or (parts and part.shape[1] != parts[0].shape[1]) or not part.is_floating_point():
             first = f", {parts[0].shape[1]}" if parts else ", k"
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import struct
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
         errors.is_dense(name, value)
         return value.detach().to(device, torch.float64)  # its values are checked where they are read
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0; got {value}")
@@ -118,6 +119,8 @@ def matrix_rank(
         raise TypeError(f"A must be real; got {A.dtype}")
     if not A.is_floating_point():
         raise TypeError(f"A must have a floating dtype; got {A.dtype}: A.double() keeps integers below 2^53")
+    if "float4" in str(A.dtype):
+        raise TypeError(f"A must have a floating dtype that torch converts; got {A.dtype}")
     if A.dim() < 2:
         raise ValueError(f"A must have shape (..., n, m); got {tuple(A.shape)}")
     a = A.detach()
