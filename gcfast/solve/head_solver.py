@@ -27,7 +27,7 @@ from gcfast.solve.descent import descent, exact
 from gcfast.solve.gram_forms import GramForm, forms_for, rank_of, sizes_of
 from gcfast.solve.grams import FreeGram, Gram, build_gram
 from gcfast.solve.newton import GramProblem, Problem
-from gcfast.solve.path import OVERFLOW, REGULARISED, ROUNDING, PathEnd, follow
+from gcfast.solve.path import OVERFLOW, REGULARISED, ROUNDING, WITHIN, PathEnd, follow
 from gcfast.solve.path_checkpoint import PathCheckpoint
 from gcfast.solve.path_point import PathForm, PathPoint
 from gcfast.solve.problem import HeadProblem, make_problem
@@ -173,7 +173,7 @@ def _nearest(
     checkpoint: StateFile | None,
 ) -> HeadSolution:
     """The path in the forms of K that fit, one after another, until one of them leads to its end."""
-    forms = forms_for(head_problem, max_bytes)
+    forms, lacking = forms_for(head_problem, max_bytes)
     unmoved = head_problem.weight, head_problem.bias
     near = not head_problem.weight_decay and head_problem.initial <= head_problem.target
     if near and head_problem.loss_above(*unmoved) <= head_problem.target:
@@ -225,6 +225,8 @@ def _nearest(
             # float32 lost too many digits, or K itself has
             forms = [o for o in forms if o.form == "spectrum" or o.dtype == torch.float64 != chosen.dtype]
     assert best is not None
+    if lacking and not (best.converged or best.interrupted) and best.reason != ROUNDING:
+        best.reason += f" (or allow max_bytes={lacking:_}, for a form of K that bad scales do not matter to)"
     return best
 
 
@@ -285,8 +287,8 @@ def _solution(
     )
     if end.reason == OVERFLOW:
         solution.reason = OVERFLOW  # whatever the gap says
-    elif solution.converged and head_problem.weight_decay:
-        solution.reason = REGULARISED
+    elif solution.converged and not end.arrived and end.reason != INTERRUPTED:
+        solution.reason = REGULARISED if head_problem.weight_decay else WITHIN
     return solution
 
 

@@ -18,6 +18,7 @@ from gcfast.solve.solution import Progress
 
 REGULARISED = "minimiser of the regularised problem, certified by duality"
 ARRIVED = "nearest minimiser within the target gap, certified by duality"
+WITHIN = "within the target gap; how far the nearest such head may be is distance_bound"
 ROUNDING = "rounding in the dtype of the features keeps the loss above the target"
 OVERFLOW = "the squares of the features overflow float64: scale them"
 LOST = 0.1  # rounding of the outputs, as a share of them, at which they are no longer the head's

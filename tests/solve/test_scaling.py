@@ -185,6 +185,34 @@ def test_outputs_far_from_their_targets(loss):
         assert decayed.converged and decayed.regularization == 1e-6, str(decayed)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 1e-3}])
+def test_more_outputs_than_one_factorisation_couples(options, monkeypatch):
+    """As 700 samples of ten classes have, with one column of 1e8 beside columns of 1."""
+    from gcfast.solve import gram_forms, spectrum
+
+    for module in (gram_forms, spectrum):
+        monkeypatch.setattr(module, "COUPLED", 100)
+    h, y = _normal(60, 81), _labels(60, 4)
+    h[:, 7] *= 1e8
+    solution = gcfast.solve_head(h, y, **options)
+    assert solution.converged and solution.distance_bound < 0.2, str(solution)
+
+
+def test_what_memory_leaves_out_is_named():
+    h, y = _normal(120, 141), _labels(120, 3)
+    h[:, 7] *= 1e8
+    solution = gcfast.solve_head(h, y, max_bytes=70_000_000)
+    assert not solution.converged
+    allowed = int(solution.reason.split("max_bytes=")[1].split(",")[0])
+    assert gcfast.solve_head(h, y, max_bytes=allowed).converged
+
+
+def test_what_is_within_the_target_is_not_said_to_be_above_it():
+    """Where the nearest head is not found, another one may be."""
+    solution = gcfast.solve_head(_normal(40, 50) + 1e6, _normal(40, 3, seed=4), loss="mse")
+    assert solution.converged and solution.reason.startswith("within the target gap"), str(solution)
+
+
 class _Stop(Exception):
     pass
 
