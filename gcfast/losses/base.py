@@ -44,8 +44,9 @@ class ConvexLoss(ABC):
         y = y if y.is_floating_point() or y.dtype == torch.bool else y.long()  # unsigned ones have no min()
         if (y.dim() > 1 and y.shape[1] > 1) or y.is_floating_point():
             return y.shape[1] if y.dim() > 1 else 1
-        if y.numel() and int(y.min()) < 0:
-            i = int((y.reshape(-1) < 0).nonzero()[0])
+        outside = ((y < 0) | (y >= 2**31)).reshape(-1) if y.dtype != torch.bool else y.new_zeros(0)
+        if bool(outside.any()):
+            i = int(outside.nonzero()[0])
             raise ValueError(
                 f"targets: label {int(y.reshape(-1)[i])} of sample {i} is out of range (labels count from 0)"
             )

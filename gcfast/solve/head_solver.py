@@ -239,7 +239,7 @@ def build_form(head_problem: HeadProblem, chosen: GramForm, patient: bool) -> Pa
     problem: Problem
     if chosen.form == "spectrum":
         h = features.panel(0, features.m)
-        problem = SpectralProblem(torch.cat([h, torch.ones_like(h[:, :1])], 1) if ones else h, *terms)
+        problem = SpectralProblem(torch.cat([h, h.new_ones((len(h), 1))], 1) if ones else h, *terms)
     else:
         gram: Gram
         if chosen.form == "free":

@@ -16,6 +16,7 @@ from gcfast.losses import (
     infimum_with_copies,
 )
 from gcfast.solve.bounds import BoundedHead, Head, bounded_heads
+from gcfast.storage import check_memory
 
 
 @dataclass
@@ -144,6 +145,13 @@ def make_problem(
         )
     if start is None:
         c = loss.output_count(targets)
+        check_memory(
+            f"targets: labels up to {c - 1}, a head of {c:,} outputs,",
+            8 * c * (m + 6 * n),
+            None,
+            features.device,
+            "number the classes from 0 on",
+        )
         weight = torch.zeros((c, m), dtype=torch.float64, device=features.device)
         bias: Tensor | None = torch.zeros(c, dtype=torch.float64, device=features.device)
     else:

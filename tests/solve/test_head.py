@@ -398,14 +398,25 @@ ONES = torch.ones((5, 1), dtype=torch.float64)
         (1e-160 * torch.eye(5, dtype=torch.float64), 2),
         (ONES, 1),
         (ONES[:1, :0], 1),
+        (gcfast.WideFeatures(ONES.cumsum(0), (ONES[:0], ONES[:0, 0])), 2),
     ],
-    ids=["no features", "zeros", "zeros of float16", "tiny", "a tiny identity", "one output", "nothing"],
+    ids=[
+        "no features",
+        "zeros",
+        "zeros of float16",
+        "tiny",
+        "a tiny identity",
+        "one output",
+        "nothing",
+        "no units",
+    ],
 )
 def test_where_there_is_next_to_nothing_to_solve_for_it_ends(h, c, bias, decay, method):
     """Curvatures, squares and lambda may be zero here."""
-    start = torch.ones(c, h.shape[1]), torch.zeros(c) if bias else None
+    n, m = (h.n, h.m) if isinstance(h, gcfast.WideFeatures) else h.shape
+    start = torch.ones(c, m), torch.zeros(c) if bias else None
     options = {} if method == "nearest" else {"max_iterations": 20}
-    for loss, y in (("cross_entropy", torch.arange(len(h)) % c), ("huber", torch.ones(len(h), c))):
+    for loss, y in (("cross_entropy", torch.arange(n) % c), ("huber", torch.ones(n, c))):
         found = gcfast.solve_head(h, y, loss=loss, start=start, weight_decay=decay, method=method, **options)
         assert found.loss <= 1.1 and found.gap <= 1.5, str(found)
         assert found.converged or loss == "huber" or c > 1
@@ -425,6 +436,16 @@ def test_a_head_that_its_dtype_cannot_hold_is_not_given():
     ):
         with pytest.raises(kind, match=words):
             gcfast.solve_head(h, y, loss="mse", start=(weight, None))
+
+
+@pytest.mark.parametrize("label", [2 * 10**9, 2**40, 2**62, 2**63 - 1])
+def test_a_label_that_no_head_has_an_output_for_is_named(label):
+    h, y = _features(3, 4), torch.tensor([0, 1, label])
+    with pytest.raises((ValueError, MemoryError), match=f"targets: label(s up to)? {label}"):
+        gcfast.solve_head(h, y)
+    if label > 2**31:
+        with pytest.raises(ValueError, match=f"targets: label {label} of sample 2"):
+            gcfast.certify(h, y, loss="cross_entropy")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
