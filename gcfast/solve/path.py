@@ -49,8 +49,8 @@ def follow(
 
     Where the loss stands still, lambda falls faster: a long way down nothing may matter, if one column of the
     features is far larger than the others. The path is at its end where rounding is what moves the outputs,
-    or where ``patience`` points in turn do not get done. A point that fails is taken once more where the form
-    has more digits.
+    or where ``patience`` points in turn do not get done: with weight decay that is left to try. A point that
+    fails is taken once more where the form has more digits.
     """
     head_problem, path = form.head_problem, keeper.path
     decay, target_gap, infimum = head_problem.weight_decay, head_problem.target_gap, head_problem.infimum
@@ -104,7 +104,8 @@ def follow(
         point.stuck = point.stuck + again if flat else 0
         wrong = form.noise(state.a) / max(float(state.f.abs().amax()), 1e-300)
         lost = wrong > LOST or lam < max(DEEPEST * first, SMALLEST)
-        if not decay and (point.index == MAX_PATH or point.stuck >= patience or lost):
+        nowhere = point.stuck >= patience or lost or point.index >= MAX_PATH - bool(decay)
+        if nowhere and not decay:
             return PathEnd(state, lam, why_not_reached(head_problem), False)
         shrink = PATH_FACTOR ** min(1 + point.flat, 4)
         if within:
@@ -113,7 +114,7 @@ def follow(
             shrink = 1.0
         elif not (attained or decay):
             shrink = max(shrink, min(0.8 * target_gap / excess, 0.8))
-        following = decay if decay and point.index >= MAX_PATH - 1 else max(lam * shrink, decay)
+        following = decay if nowhere else max(lam * shrink, decay)
         point.a, point.f = state.a, state.f
         if not within and point.previous is not None and following < lam < point.previous[0]:
             point.a, point.f = _extrapolate(form, point.previous, state, lam, following)

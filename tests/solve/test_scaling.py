@@ -242,3 +242,10 @@ def test_a_path_that_leads_nowhere_ends():
     assert len(solution.path) < 40 and solution.iterations < 600
     best = _least(h[:, :20], y, 3, 0.0)
     assert solution.loss <= best + 1e-4
+
+
+def test_with_weight_decay_a_path_that_leads_nowhere_goes_to_its_end_at_once():
+    h = _normal(20, 30) * 10 ** torch.linspace(-150, 150, 20, dtype=torch.float64)[:, None]
+    solution = gcfast.solve_head(h, _normal(20, 3, seed=3), loss="mse", weight_decay=1e-2)
+    assert not solution.converged and len(solution.path) < 40 and solution.iterations < 1000
+    assert solution.gap <= 2.0  # what the head of zeros has
