@@ -29,13 +29,19 @@ from setuptools.command.build_ext import build_ext
 # Flags that let a compiler break the error bounds that proofs rest on: sums in another order, quotients by
 # reciprocals, no NaN, shorter constants, longer registers, denormals flushed by the code or from its start.
 # csrc/core/macros.h and the compiled module's self-test see what comes another way.
+# "--" is g++'s other word for "-f", "--optimize=" for "-O"; clang hands "-menable..." to its inner compiler.
 UNSAFE = re.compile(
-    r"(?:^|[,=\s])(-Ofast|-f(?:fast-math|unsafe-math-optimizations|associative-math|reciprocal-math|finite-math-only"
-    r"|single-precision-constant|approx-func|no-honor-nans|no-honor-infinities)"
-    r"|-ffp-model=(?:fast|aggressive)|-fp-model[=\s]fast(?:=[12])?|-fdenormal-fp-math(?:-f32)?=(?!ieee)[\w-]+"
-    r"|-mdaz-ftz|-mrecip(?:=[\w!,-]+)?|-mlow-precision-[\w-]+|-mfpmath=(?!sse(?:$|[,\s](?!387)))[\w+,]+"
-    r"|--?use_fast_math|--?ftz(?:[=\s]true)?|--?prec-(?:div|sqrt)[=\s]false)(?=$|[,\s])"
+    r"""(?:^|[,=\s"'+])(-Ofast|--optimize=fast|(?:-f|--)(?:fast-math|unsafe-math-optimizations|associative-math"""
+    r"|reciprocal-math|finite-math-only|single-precision-constant|approx-func|no-honor-nans|no-honor-infinities)"
+    r"|-ffp-model=(?:fast|aggressive)|-fp-model[=\s]fast(?:=[12])?|-fast|-Mflushz|-Mdaz|-Mfprelaxed"
+    r"|-fdenormal-fp-math(?:-f32)?=(?!ieee(?:,ieee)?(?![\w,-]))[\w,-]+"
+    r"|-mdaz-ftz|-mno-ieee-fp|-mrecip(?:=[\w!,-]+)?|-mlow-precision-[\w-]+"
+    r"|-m(?:enable-(?:unsafe-fp-math|no-nans|no-inf\w*)|reassociate)"
+    r"|-mfpmath=(?!sse(?:$|[,\s](?!387)))[\w+,]+|--?use[_-]fast[_-]math|--?ftz(?:[=\s]true)?"
+    r"""|-no-prec-(?:div|sqrt)|--?prec-(?:div|sqrt)[=\s]false)(?=$|[,\s"'])"""
 )
+# Words that stand for those of a file.
+FILES = re.compile(r"""(?:^|[,=\s"'])(?:@|(?:--?optf|--options-file|--config)[=\s])([^\s,"']+)""")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -92,19 +98,20 @@ def cpu_extension() -> Extension:
 def refuse_unsafe_flags(commands: list[list[str]]) -> None:
     """End the build where a command, or what the environment tells compilers, has a flag of the above."""
     names = ["CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"]
-    names += ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"]
-    places = {name: os.environ.get(name, "") for name in names}
-    for command in commands:
-        # a word @FILE stands for the words of that file
-        files = [Path(word[1:]) for word in command if word.startswith("@")]
-        places |= {f"@{path}": path.read_text(errors="replace") for path in files if path.is_file()}
-        places["the compiler's command"] = " ".join(command)
-        for place, words in places.items():
-            if found := UNSAFE.search(words):
-                raise SystemExit(
-                    f"gcfast: {found[1]} (in {place}) breaks the error bounds that proofs rest on: a rank "
-                    "could be certified that is not there. Build without it"
-                )
+    names += ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CCC_OVERRIDE_OPTIONS"]
+    places = [(name, os.environ.get(name, "")) for name in names]
+    places += [("the compiler's command", " ".join(command)) for command in commands]
+    seen: set[str] = set()
+    for place, words in places:
+        if found := UNSAFE.search(words):
+            raise SystemExit(
+                f"gcfast: {found[1]} (in {place}) breaks the error bounds that proofs rest on: a rank "
+                "could be certified that is not there. Build without it"
+            )
+        for name in FILES.findall(words):  # which may name files in turn
+            if name not in seen and Path(name).is_file():
+                seen.add(name)
+                places.append((f"@{name}", Path(name).read_text(errors="replace")))
 
 
 class Build(build_ext):

@@ -53,7 +53,8 @@ def as_targets(data: Any, name: str) -> Tensor:
 def _of_array(data: np.ndarray, name: str) -> Tensor:
     """An array of numbers as a tensor, copied only where its byte order or its steps are none of torch's."""
     if data.dtype.kind not in "fiub" or isinstance(data, np.ma.MaskedArray):
-        what = "a masked array" if isinstance(data, np.ma.MaskedArray) else f"an array of {data.dtype}"
+        masked = "a masked array, whose mask would be lost: .filled(...)"
+        what = masked if isinstance(data, np.ma.MaskedArray) else f"an array of {data.dtype}"
         raise TypeError(f"{name}: expected numbers; got {what}")
     try:
         with warnings.catch_warnings():

@@ -43,10 +43,12 @@ class ConvexLoss(ABC):
     def output_count(self, y: Tensor) -> int:
         """C, where targets alone tell: columns of real targets, or the least number of outputs of labels."""
         y = real_targets(y)
+        y = y if y.is_floating_point() or y.dtype == torch.bool else y.long()  # unsigned ones have no min()
         if (y.dim() > 1 and y.shape[1] > 1) or y.is_floating_point():
             return y.shape[1] if y.dim() > 1 else 1
-        if y.numel() and int(y.min()) < 0:
-            i = int((y.reshape(-1) < 0).nonzero()[0])
+        outside = ((y < 0) | (y >= 2**31)).reshape(-1) if y.dtype != torch.bool else y.new_zeros(0)
+        if bool(outside.any()):
+            i = int(outside.nonzero()[0])
             raise ValueError(
                 f"targets: label {int(y.reshape(-1)[i])} of sample {i} is out of range (labels count from 0)"
             )
@@ -76,6 +78,13 @@ class ConvexLoss(ABC):
         """Diagonals of the C x C curvature matrices, (n, C)."""
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         return torch.stack([self.curvature_product(z, y, e.expand_as(z))[:, c] for c, e in enumerate(eye)], 1)
+
+    def majorant(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """d (n, C) with loss_i(z + t) <= loss_i(z) + <residual_i, t> + <t, d_i t> / 2 for all t, if known.
+
+        It proposes steps, and nothing that is said of a head rests on it.
+        """
+        return None
 
     def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss_i, residual, conjugate loss_i*(residual_i)); the last two by Fenchel and Young's equality."""

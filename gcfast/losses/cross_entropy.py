@@ -109,6 +109,17 @@ class CrossEntropy(ConvexLoss):
         p = self.probabilities(self.residual(z, y), y)
         return p * (1 - p)
 
+    def majorant(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """That of Jaakkola and Jordan in each output's distance from the middle of the two largest.
+
+        It lies above where there are two classes; with more of them it is a guess. With labels Newton's own
+        steps do better.
+        """
+        if z.shape[1] == 1 or y.dim() == 1:
+            return None
+        far = (z - z.topk(2).values.mean(1, keepdim=True)).abs().clamp(min=1e-4)
+        return torch.tanh(0.5 * far) / far
+
     def infimum(self, y: Tensor) -> Tensor:
         if y.dim() == 1:
             return torch.zeros(len(y), dtype=torch.float64, device=y.device)

@@ -129,6 +129,11 @@ class BCEWithLogits(Elementwise):
     def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.sigmoid(z) * torch.sigmoid(-z) / z.shape[1]
 
+    def majorant(self, z: Tensor, y: Tensor) -> Tensor:
+        """tanh(z/2) / 2z (Jaakkola and Jordan, 2000); at most 1/4, which it is near zero."""
+        far = z.abs().clamp(min=1e-4)
+        return torch.tanh(0.5 * far) / (2 * far * z.shape[1])
+
     def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p, q = torch.sigmoid(z), torch.sigmoid(-z)
         conjugate = -(p * ops.activation(-z) + q * ops.activation(z)).mean(1)  # p log p + q log q
@@ -205,6 +210,10 @@ class Huber(Elementwise):
 
     def curvature_diagonal(self, z: Tensor, y: Tensor) -> Tensor:
         return ((z - y).abs() <= self.delta).to(z.dtype) / z.shape[1]
+
+    def majorant(self, z: Tensor, y: Tensor) -> Tensor:
+        """The parabola about y that touches the loss at z."""
+        return self.delta / ((z - y).abs().clamp(min=self.delta) * z.shape[1])
 
     def terms(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r = self.residual(z, y)

@@ -56,9 +56,8 @@ def _tolerance(name: str, value: float | Tensor, device: torch.device) -> float 
         if value.device != device and value.dim() > 0:
             raise ValueError(f"{name} must be on the device of A, {device}; got {value.device}")
         errors.is_dense(name, value, traced=True)
-        return (
-            value.detach().resolve_neg().to(device, torch.float64)
-        )  # its values are checked where they are read
+        # its values are checked where they are read
+        return value.detach().resolve_neg().to(device, torch.float64)
     found = errors.as_real(value)
     if found != found and not isinstance(value, float):
         raise TypeError(f"{name} must be a real number or a real tensor; got {type(value).__name__}")
@@ -121,6 +120,8 @@ def matrix_rank(
         raise TypeError(f"A must be real; got {A.dtype}")
     if not A.is_floating_point():
         raise TypeError(f"A must have a floating dtype; got {A.dtype}: A.double() keeps integers below 2^53")
+    if "float4" in str(A.dtype):
+        raise TypeError(f"A must have a floating dtype that torch converts; got {A.dtype}")
     if A.dim() < 2:
         raise ValueError(f"A must have shape (..., n, m); got {tuple(A.shape)}")
     a = A.detach()

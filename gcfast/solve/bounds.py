@@ -12,7 +12,8 @@ large terms cancel, wherever z0 is:
     P(U) - D(r) = (1/n) sum_i (loss_i(z_i) - loss_i(zh_i) - <r_i, z_i - zh_i>)
                   + |H1^T r / n + lambda U|^2 / (2 lambda).
 
-P is strongly convex, so |U - U*|^2 is at most 2/lambda of that.
+P is strongly convex, so |U - U*|^2 is at most 2/lambda of P(U) - min P. Nor is that more than P(U) - L*,
+which is known still where features or lambda are so extreme that rounding alone makes a gradient.
 """
 
 from __future__ import annotations
@@ -104,6 +105,12 @@ def bounded_gap(
     return gap, 0.5 * gradient * (gradient / lam)
 
 
+def objective_above(head: BoundedHead, center: Head, lam: float) -> float:
+    """No less than P(U), U = head - center. Of its last term two roundings, or an underflow."""
+    size = norm_above(*difference(head.head, center))
+    return above(head.loss + above(0.5 * (size * (lam * size))) + SMALLEST)
+
+
 def difference(head: Head, center: Head) -> Head:
     """What lies between two heads."""
     return head[0] - center[0], None if head[1] is None or center[1] is None else head[1] - center[1]
@@ -118,7 +125,7 @@ def row_norms(x: Tensor) -> Tensor:
 def norm_above(*parts: Tensor | None) -> float:
     """No less than the Frobenius norm of all parts together, at any scale."""
     x = torch.cat([p.flatten() for p in parts if p is not None])
-    largest = x.abs().amax()
+    largest = x.abs().amax() if len(x) else x.sum()
     if not bool(largest):
         return 0.0
     norm = above(float(row_norms(x[None] / largest)) * float(largest))

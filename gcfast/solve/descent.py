@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gcfast.features import Features
 from gcfast.losses import MSE
-from gcfast.proofs import Tiles, cholesky, solve_triangular
+from gcfast.proofs import SMALLEST, Tiles, cholesky, solve_triangular
 from gcfast.solve.grams import TiledGram, build_gram
-from gcfast.solve.problem import HeadProblem
+from gcfast.solve.problem import HeadProblem, same_head
 from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
 from gcfast.storage import check_memory
 
@@ -100,15 +100,20 @@ def descent(
         None if head_problem.bias is None else head_problem.bias.clone(),
     )
     h = head_problem.features
-    best, interrupted, done = (math.inf, weight, bias), False, 0
+    interrupted, done, due = False, 0, 1
     path: list[tuple[float, float]] = []
     limit = max_iterations if max_iterations is not None else (10_000 if method == "gd" else 200)
     if method == "gd":
-        step = 1.0 / (curvature * _sigma_max(h, bias is not None) ** 2 / n + weight_decay)
+        sigma = _sigma_max(h, bias is not None)
+        beta = curvature * (sigma * sigma) / n + weight_decay
     else:
         squares, _ = h.square_norms(torch.zeros(h.m, device=h.device))
-        step = 1.0 / (curvature * (float(squares.amax()) * (1 + 1e-5) + 1) + weight_decay)
+        beta = curvature * (float(squares.amax()) * (1 + 1e-5) + 1) + weight_decay
         order = generator or torch.Generator("cpu").manual_seed(0)
+    reason = "iteration limit"
+    if not SMALLEST <= beta < math.inf:
+        limit, reason = 0, f"there is no step 1/beta for beta = {beta:g}: scale the features"
+    step = 1.0 / max(beta, SMALLEST)
 
     def advance(rows: Features, y: Tensor, eta: float) -> None:
         nonlocal weight, bias
@@ -118,8 +123,14 @@ def descent(
         if bias is not None:
             bias = bias - eta * (r.sum(0) + weight_decay * bias)
 
-    every = min(max(1, limit // 200), 1000) if method == "gd" else 1
-    reason = "iteration limit"
+    def objective(value: float) -> float:
+        if weight_decay:
+            norm2 = float((weight**2).sum()) + (0.0 if bias is None else float((bias**2).sum()))
+            value += 0.5 * weight_decay * norm2
+        return math.inf if math.isnan(value) else value
+
+    least = objective(head_problem.mean_loss(head_problem.start_logits))
+    best = seen = weight, bias
     try:
         while done < limit:
             if method == "gd":
@@ -132,13 +143,14 @@ def descent(
                     # sum eta = inf, sum eta^2 < inf
                     advance(h.select(batch), head_problem.targets[batch], step / (1 + t / limit) ** 0.6)
             done += 1
-            if done % every and done < limit:
+            if done < min(due, limit):
                 continue
+            # however many steps are allowed, a look at the loss comes by the fiftieth part of those taken
+            due = done + (max(1, min(done, limit // 4) // 50) if method == "gd" else 1)
             value = head_problem.mean_loss(head_problem.logits(weight, bias))
-            norm2 = float((weight**2).sum()) + (0.0 if bias is None else float((bias**2).sum()))
             path.append((weight_decay, value))
-            if value + 0.5 * weight_decay * norm2 < best[0]:
-                best = (value + 0.5 * weight_decay * norm2, weight, bias)
+            if (now := objective(value)) < least:
+                least, best = now, (weight, bias)
             on_progress(
                 Progress(
                     done,
@@ -153,9 +165,13 @@ def descent(
             if not weight_decay and value <= target and head_problem.loss_above(weight, bias) <= target:
                 reason = "target gap reached"
                 break
+            if method == "gd" and same_head((weight, bias), seen):
+                reason = "no step changes the head any more"
+                break
+            seen = weight, bias
     except KeyboardInterrupt:
         interrupted, reason = True, "interrupted; the best head so far"
-    _, weight, bias = best
+    weight, bias = best
     return evaluate_head(
         head_problem,
         weight,
@@ -174,8 +190,12 @@ def descent(
 
 
 def _sigma_max(h: Features, ones: bool) -> float:
-    """Largest singular value of H1 by power iteration, enlarged by 2 %."""
-    v = torch.ones((h.n, 1), dtype=torch.float64, device=h.device)
+    """Largest singular value of H1 by power iteration, enlarged by 2 %.
+
+    From a vector at random: that of ones would see nothing of features whose columns have mean zero.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn((h.n, 1), generator=generator, dtype=torch.float64, device="cpu").to(h.device)
     sigma = 0.0
     for _ in range(100):
         v = v / torch.linalg.vector_norm(v)

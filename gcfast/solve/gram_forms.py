@@ -15,10 +15,10 @@ from gcfast.losses import (
 )
 from gcfast.proofs import Tiles
 from gcfast.solve.problem import HeadProblem
+from gcfast.solve.spectrum import COUPLED
 from gcfast.storage import allowed_bytes, check_memory
 
 PRODUCTS = 200  # with K that a path takes, roughly
-COUPLED = 4096  # most unknowns in one factorisation that couples outputs
 MOST_WORK = 1e14  # operations for the form that is left where K fails: ten minutes or so
 
 
@@ -146,7 +146,8 @@ def options(
 
     # for what K cannot hold: a decomposition, and a Newton system an output
     r = min(s.n, s.m + 1)
-    size = common + 8 * (3 * s.n * (s.m + 1) + (s.c + 8) * r * r) + 16 * min(s.c * r, COUPLED) ** 2
+    joint = r * s.c if r * (s.c - 1) <= COUPLED else 0
+    size = common + 8 * (3 * s.n * (s.m + 1) + (s.c + 8) * r * r) + 16 * joint**2
     work = 20.0 * r * r * max(s.n, s.m) + 60.0 * s.c * r * r * (s.n + r / 3)
     if work < MOST_WORK:
         name = "H by its singular vectors, float64, where K fails"
@@ -170,8 +171,11 @@ def sizes_of(features: Features, c: int) -> Sizes:
     return Sizes(features.n, features.m, c, d, features.dtype, features.device)
 
 
-def forms_for(head_problem: HeadProblem, max_bytes: int | None) -> list[GramForm]:
-    """The forms of K that fit, best first; MemoryError where none does."""
+def forms_for(head_problem: HeadProblem, max_bytes: int | None) -> tuple[list[GramForm], int]:
+    """The forms of K that fit, best first, and the bytes of the one for bad scales if it does not, else 0.
+
+    MemoryError where none fits.
+    """
     labels = isinstance(head_problem.loss, CrossEntropy) and head_problem.targets.dim() == 1
     hard = labels and not head_problem.weight_decay
     room = allowed_bytes(max_bytes, head_problem.device)
@@ -185,12 +189,5 @@ def forms_for(head_problem: HeadProblem, max_bytes: int | None) -> list[GramForm
         head_problem.device,
         "use method='sgd', or fewer samples",
     )
-    # a softmax whose outputs cannot be factored together would take hours there
-    wide = isinstance(head_problem.loss, CrossEntropy) and not coupled(head_problem)
-    return [o for o in found if (room is None or o.bytes <= room) and not (wide and o.form == "spectrum")]
-
-
-def coupled(head_problem: HeadProblem) -> bool:
-    """Whether one factorisation takes all differences between outputs in the features' own basis."""
-    rank = min(head_problem.n, head_problem.features.m + 1)
-    return rank * (len(head_problem.weight) - 1) <= COUPLED
+    fit = [o for o in found if room is None or o.bytes <= room]
+    return fit, max((o.bytes for o in found if o.form == "spectrum" and o not in fit), default=0)

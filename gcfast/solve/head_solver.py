@@ -27,11 +27,11 @@ from gcfast.solve.descent import descent, exact
 from gcfast.solve.gram_forms import GramForm, forms_for, rank_of, sizes_of
 from gcfast.solve.grams import FreeGram, Gram, build_gram
 from gcfast.solve.newton import GramProblem, Problem
-from gcfast.solve.path import OVERFLOW, ROUNDING, PathEnd, follow
+from gcfast.solve.path import OVERFLOW, REGULARISED, ROUNDING, WITHIN, PathEnd, follow
 from gcfast.solve.path_checkpoint import PathCheckpoint
 from gcfast.solve.path_point import PathForm, PathPoint
 from gcfast.solve.problem import HeadProblem, make_problem
-from gcfast.solve.solution import HeadSolution, Progress, evaluate_head
+from gcfast.solve.solution import HeadSolution, Progress, evaluate_head, no_worse_than_the_start
 from gcfast.solve.spectrum import SpectralProblem
 from gcfast.solve.working_set import WorkingSet, WorkingSetFull
 from gcfast.storage import StateFile, allowed_bytes, fingerprint
@@ -153,6 +153,7 @@ def solve_head(
             solution = descent(
                 head_problem, method, target_gap, weight_decay, max_iterations, generator, on_progress, began
             )
+        solution = no_worse_than_the_start(head_problem, solution)
     if module is not None:
         # weights that were made in inference mode can be written to there alone
         with torch.inference_mode(module.weight.is_inference()), torch.no_grad():
@@ -173,7 +174,7 @@ def _nearest(
     checkpoint: StateFile | None,
 ) -> HeadSolution:
     """The path in the forms of K that fit, one after another, until one of them leads to its end."""
-    forms = forms_for(head_problem, max_bytes)
+    forms, lacking = forms_for(head_problem, max_bytes)
     unmoved = head_problem.weight, head_problem.bias
     near = not head_problem.weight_decay and head_problem.initial <= head_problem.target
     if near and head_problem.loss_above(*unmoved) <= head_problem.target:
@@ -225,6 +226,8 @@ def _nearest(
             # float32 lost too many digits, or K itself has
             forms = [o for o in forms if o.form == "spectrum" or o.dtype == torch.float64 != chosen.dtype]
     assert best is not None
+    if lacking and not (best.converged or best.interrupted) and best.reason != ROUNDING:
+        best.reason += f" (or allow max_bytes={lacking:_}, for a form of K that bad scales do not matter to)"
     return best
 
 
@@ -237,7 +240,7 @@ def build_form(head_problem: HeadProblem, chosen: GramForm, patient: bool) -> Pa
     problem: Problem
     if chosen.form == "spectrum":
         h = features.panel(0, features.m)
-        problem = SpectralProblem(torch.cat([h, torch.ones_like(h[:, :1])], 1) if ones else h, *terms)
+        problem = SpectralProblem(torch.cat([h, h.new_ones((len(h), 1))], 1) if ones else h, *terms)
     else:
         gram: Gram
         if chosen.form == "free":
@@ -285,6 +288,8 @@ def _solution(
     )
     if end.reason == OVERFLOW:
         solution.reason = OVERFLOW  # whatever the gap says
+    elif solution.converged and not end.arrived and end.reason != INTERRUPTED:
+        solution.reason = REGULARISED if head_problem.weight_decay else WITHIN
     return solution
 
 

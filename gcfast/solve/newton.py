@@ -42,6 +42,7 @@ LONG = 12  # steps of conjugate gradients that say the preconditioner falls shor
 CG_STEPS = 40
 CG_TOLERANCE = 0.4  # of the preconditioned residual: more exact steps cost more products than they save
 NEWTON_STEPS = 30
+SHORT = 0.5  # of a Newton step
 
 
 @dataclass
@@ -89,8 +90,8 @@ class Problem(ABC):
         """What y is multiplied with, element by element, for <y, x> in U; f: the outputs of x."""
 
     @abstractmethod
-    def preconditioner(self, z: Tensor, residual: Tensor, lam: float) -> Preconditioner:
-        """An approximate inverse of the Hessian at the outputs z."""
+    def preconditioner(self, z: Tensor, residual: Tensor, lam: float, d: Tensor | None) -> Preconditioner:
+        """An approximate inverse of the Hessian at the outputs z; with d (n, C) in place of the curvature."""
 
     @abstractmethod
     def noise(self, a: Tensor) -> float:
@@ -152,10 +153,11 @@ class GramProblem(Problem):
     def metric(self, x: Tensor, f: Tensor) -> Tensor:
         return f
 
-    def preconditioner(self, z: Tensor, residual: Tensor, lam: float) -> Preconditioner:
-        if isinstance(self.loss, CrossEntropy):
+    def preconditioner(self, z: Tensor, residual: Tensor, lam: float, d: Tensor | None) -> Preconditioner:
+        if isinstance(self.loss, CrossEntropy) and d is None:
             return _softmax_preconditioner(self, self.loss.probabilities(residual, self.targets), lam)
-        return _separable_preconditioner(self, self.loss.curvature_diagonal(z, self.targets), lam)
+        d = self.loss.curvature_diagonal(z, self.targets) if d is None else d
+        return _separable_preconditioner(self, d, lam)
 
     def noise(self, a: Tensor) -> float:
         return gram_noise(self.squares, a, self.gram.dtype)
@@ -301,9 +303,14 @@ def shifted_cholesky(system: Tensor) -> Tensor:
 
 
 def minimise(problem: Problem, state: NewtonState, lam: float, tolerance: float) -> NewtonState:
-    """Newton steps from ``state``, NEWTON_STEPS at most, until P - D <= tolerance * (lambda/2)|U|^2."""
+    """Newton steps from ``state``, NEWTON_STEPS at most, until P - D <= tolerance * (lambda/2)|U|^2.
+
+    Far from its targets a loss is nearly linear, and Newton's step, by what little curvature is there, leads
+    far beyond them. Where it had to be cut short, the next one minimises a quadratic above the loss.
+    """
     a, f = state.a, state.f
     n, loss, targets = problem.n, problem.loss, problem.targets
+    cut = False
     for step in range(NEWTON_STEPS + 1):
         z = problem.offset + f
         value, residual, _ = loss.terms(z, targets)
@@ -316,11 +323,14 @@ def minimise(problem: Problem, state: NewtonState, lam: float, tolerance: float)
         state = NewtonState(a, f, mean, total, max(gap, 0.0), quadratic)
         if gap <= tolerance * quadratic or step == NEWTON_STEPS or not math.isfinite(total):
             break
-        if isinstance(loss, CrossEntropy):
+        d = loss.majorant(z, targets) if cut else None
+        if d is not None:
+            curvature = partial(torch.mul, d)
+        elif isinstance(loss, CrossEntropy):
             curvature = partial(_softmax_curvature, loss.probabilities(residual, targets))
         else:
             curvature = partial(loss.curvature_product, z, targets)
-        apply = problem.preconditioner(z, residual, lam)
+        apply = problem.preconditioner(z, residual, lam, d)
         b, kb = _conjugate_gradients(problem, curvature, apply, g, kg, lam)
         # Armijo along b; the first trial is Newton's own step
         slope, t = float((g * problem.metric(b, kb)).sum()), 1.0
@@ -332,6 +342,7 @@ def minimise(problem: Problem, state: NewtonState, lam: float, tolerance: float)
         else:
             break  # down to rounding
         problem.steps += 1
+        cut = d is None and t < SHORT
         a, f = a + t * b, f + t * kb
     return state
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gcfast.proofs import SMALLEST
 from gcfast.solve.newton import NewtonState
 from gcfast.solve.path_checkpoint import PathCheckpoint
 from gcfast.solve.path_point import FIRST, LOOSE, MAX_PATH, PATH_FACTOR, PathForm, PathPoint
@@ -17,6 +18,7 @@ from gcfast.solve.solution import Progress
 
 REGULARISED = "minimiser of the regularised problem, certified by duality"
 ARRIVED = "nearest minimiser within the target gap, certified by duality"
+WITHIN = "within the target gap; how far the nearest such head may be is distance_bound"
 ROUNDING = "rounding in the dtype of the head keeps the loss above the target"
 OVERFLOW = "the squares of the features overflow float64: scale them"
 LOST = 0.1  # rounding of the outputs, as a share of them, at which they are no longer the head's
@@ -47,8 +49,8 @@ def follow(
 
     Where the loss stands still, lambda falls faster: a long way down nothing may matter, if one column of the
     features is far larger than the others. The path is at its end where rounding is what moves the outputs,
-    or where ``patience`` points in turn do not get done. A point that fails is taken once more where the form
-    has more digits.
+    or where ``patience`` points in turn do not get done: with weight decay that is left to try. A point that
+    fails is taken once more where the form has more digits.
     """
     head_problem, path = form.head_problem, keeper.path
     decay, target_gap, infimum = head_problem.weight_decay, head_problem.target_gap, head_problem.infimum
@@ -101,8 +103,9 @@ def follow(
         again = flat and unfinished and point.previous is not None and point.previous[0] == lam
         point.stuck = point.stuck + again if flat else 0
         wrong = form.noise(state.a) / max(float(state.f.abs().amax()), 1e-300)
-        lost = wrong > LOST or lam < DEEPEST * first
-        if not decay and (point.index == MAX_PATH or point.stuck >= patience or lost):
+        lost = wrong > LOST or lam < max(DEEPEST * first, SMALLEST)
+        nowhere = point.stuck >= patience or lost or point.index >= MAX_PATH - bool(decay)
+        if nowhere and not decay:
             return PathEnd(state, lam, why_not_reached(head_problem), False)
         shrink = PATH_FACTOR ** min(1 + point.flat, 4)
         if within:
@@ -111,7 +114,7 @@ def follow(
             shrink = 1.0
         elif not (attained or decay):
             shrink = max(shrink, min(0.8 * target_gap / excess, 0.8))
-        following = decay if point.index >= MAX_PATH - 1 else max(lam * shrink, decay)
+        following = decay if nowhere else max(lam * shrink, decay)
         point.a, point.f = state.a, state.f
         if not within and point.previous is not None and following < lam < point.previous[0]:
             point.a, point.f = _extrapolate(form, point.previous, state, lam, following)
@@ -125,10 +128,11 @@ def why_not_reached(head_problem: HeadProblem) -> str:
             f"the gap {target_gap:g} was not reached at weight_decay = {head_problem.weight_decay:g}: "
             "the features are too badly scaled for float64; scale their columns"
         )
-    if n > m + int(head_problem.bias is not None):
+    if n > m + (one := int(head_problem.bias is not None)):
+        rank, wide = (f"m + 1 = {m + 1}", "n - 1") if one else (f"m = {m}", "n")
         return (
-            f"L* + {target_gap:g} is out of reach: n = {n} samples exceed m + 1 = {m + 1}; "
-            "gcfast.widen the model to m >= n - 1"
+            f"L* + {target_gap:g} is out of reach: n = {n} samples exceed {rank}; "
+            f"gcfast.widen the model to m >= {wide}"
         )
     return (
         f"L* + {target_gap:g} was not reached: the features are too nearly dependent, or too badly scaled, "

@@ -16,6 +16,7 @@ from gcfast.losses import (
     infimum_with_copies,
 )
 from gcfast.solve.bounds import BoundedHead, Head, bounded_heads
+from gcfast.storage import check_memory
 
 
 @dataclass
@@ -103,10 +104,10 @@ class HeadProblem:
         """
         given: Head = (weight.double(), None if bias is None else bias.double())
         last = self._bounded
-        if last is None or not _equal(last[1].head, given):
+        if last is None or not same_head(last[1].head, given):
             dtype = self.dtype
             stored = (given[0].to(dtype).double(), None if given[1] is None else given[1].to(dtype).double())
-            heads = [given] if _equal(stored, given) else [stored, given]
+            heads = [given] if same_head(stored, given) else [stored, given]
             found = bounded_heads(self.features, heads, self.loss, self.targets)
             last = self._bounded = found[0], found[-1]
         return last
@@ -124,7 +125,7 @@ class HeadProblem:
         return self.loss_above(self.weight + du, None if self.bias is None or db is None else self.bias + db)
 
 
-def _equal(one: Head, other: Head) -> bool:
+def same_head(one: Head, other: Head) -> bool:
     biases = one[1] is None or other[1] is None or torch.equal(one[1], other[1])
     return torch.equal(one[0], other[0]) and biases
 
@@ -144,6 +145,13 @@ def make_problem(
         )
     if start is None:
         c = loss.output_count(targets)
+        check_memory(
+            f"targets: labels up to {c - 1}, a head of {c:,} outputs,",
+            8 * c * (m + 6 * n),
+            None,
+            features.device,
+            "number the classes from 0 on",
+        )
         weight = torch.zeros((c, m), dtype=torch.float64, device=features.device)
         bias: Tensor | None = torch.zeros(c, dtype=torch.float64, device=features.device)
     else:
@@ -154,6 +162,8 @@ def make_problem(
             if part is not None:
                 errors.is_a("start", part, Tensor, "(weight (C, m), bias (C,) or None), tensors")
                 errors.is_dense("start", part)
+                if part.is_complex():
+                    raise TypeError(f"start: expected real numbers; got {part.dtype}")
         errors.is_a("start", w, Tensor, "(weight (C, m), bias (C,) or None), tensors")
         if w.dim() != 2 or w.shape[1] != m or (b is not None and b.shape != w.shape[:1]):
             raise ValueError(
@@ -166,10 +176,10 @@ def make_problem(
             )
         weight = w.detach().to(torch.float64)
         bias = None if b is None else b.detach().to(torch.float64)
-        if not bool(torch.isfinite(weight).all()) or (
-            bias is not None and not bool(torch.isfinite(bias).all())
-        ):
-            raise ValueError("start: the weights are not finite")
+        for part in (weight, bias):
+            if part is not None and not bool(torch.isfinite(part.to(dtype or features.dtype)).all()):
+                which = "do not fit in" if bool(torch.isfinite(part).all()) else "are not finite in"
+                raise ValueError(f"start: the weights {which} {dtype or features.dtype}, the head's dtype")
     y = loss.prepare(targets, n, len(weight))
     copies = equal_rows(features.keys())
     return HeadProblem(

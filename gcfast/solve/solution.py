@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from gcfast.losses import above, check_convex, gap_above
-from gcfast.solve.bounds import Head, bounded_gap, bounded_gradients, difference, norm_above, norm_below
+from gcfast.solve.bounds import (
+    Head,
+    bounded_gap,
+    bounded_gradients,
+    difference,
+    norm_above,
+    norm_below,
+    objective_above,
+)
 from gcfast.solve.problem import HeadProblem
 
 
@@ -100,6 +108,8 @@ def evaluate_head(
     computed = stored.computed - head_problem.infimum
     if lam > 0:
         duality_gap, certain = bounded_gap(before, slopes[-1], center, lam)
+        least = gap_above(objective_above(before, center, lam), head_problem.infimum)
+        duality_gap, certain = min(duality_gap, least), min(certain, least)
         moved = norm_above(*difference(stored.head, before.head))
         far = above(above(math.sqrt(2 * duality_gap)) / math.sqrt(lam) + moved)
         length = norm_below(*difference(stored.head, center))
@@ -107,7 +117,9 @@ def evaluate_head(
         computed = certain if weight_decay else computed
     gap = duality_gap if weight_decay else gap_above(stored.loss, head_problem.infimum)
     if not (gap <= gap_target or fields.get("interrupted")):
-        if computed <= gap_target:
+        if not _is_finite(stored.head):
+            reason = f"the head does not fit in {dtype}: scale the features, or give them in torch.float64"
+        elif computed <= gap_target:
             reason = (
                 f"as computed the gap is {computed:.3g}, within the target; rounding may hide "
                 f"{gap - computed:.3g} more: scale the features or the targets, start nearer to zero, or ask "
@@ -130,3 +142,26 @@ def evaluate_head(
         reason=reason,
         **fields,
     )
+
+
+def no_worse_than_the_start(head_problem: HeadProblem, found: HeadSolution) -> HeadSolution:
+    """``found``, or the head that the work began at, where rounding makes something worse of a better one."""
+    if found.converged:
+        return found
+    bias = head_problem.bias
+    still = torch.zeros_like(head_problem.weight), None if bias is None else torch.zeros_like(bias)
+    kept = ("method", "interrupted", "iterations", "products", "peak_bytes", "reason", "form", "path")
+    start = evaluate_head(
+        head_problem,
+        *head_problem.head(*still),
+        lam=found.regularization,
+        gap_target=head_problem.target_gap,
+        weight_decay=head_problem.weight_decay,
+        **{name: getattr(found, name) for name in kept},
+    )
+    start.reason = found.reason
+    return start if start.gap < found.gap or not _is_finite((found.weight, found.bias)) else found
+
+
+def _is_finite(head: Head) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in head if part is not None)

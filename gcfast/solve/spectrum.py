@@ -15,6 +15,8 @@ from gcfast.losses import ConvexLoss, CrossEntropy
 from gcfast.solve.newton import Preconditioner, Problem, shifted_cholesky
 from gcfast.solve.problem import HeadProblem
 
+COUPLED = 4096  # most unknowns in one factorisation that couples outputs
+
 
 class SpectralProblem(Problem):
     """U = T^T A for A (r, C), r = min(n, m + 1). ``h``: H1 (n, m + 1), or H where the head has no bias."""
@@ -53,12 +55,13 @@ class SpectralProblem(Problem):
         # of H1 U: L A knows nothing of what cancels in H1 T^T
         return torch.finfo(torch.float64).eps * float((self.sizes @ (self.basis.mT @ a).abs()).amax())
 
-    def preconditioner(self, z: Tensor, residual: Tensor, lam: float) -> Preconditioner:
-        """The inverse for the softmax and for losses that couple no outputs; else output by output."""
+    def preconditioner(self, z: Tensor, residual: Tensor, lam: float, d: Tensor | None) -> Preconditioner:
+        """The inverse for losses that couple no outputs and a softmax of few; else output by output."""
         c = z.shape[1]
-        if isinstance(self.loss, CrossEntropy) and c > 1:
+        few = self.rows.shape[1] * (c - 1) <= COUPLED
+        if isinstance(self.loss, CrossEntropy) and c > 1 and few and d is None:
             return self._coupled(self.loss.probabilities(residual, self.targets), lam)
-        d = self.loss.curvature_diagonal(z, self.targets) / self.n
+        d = (self.loss.curvature_diagonal(z, self.targets) if d is None else d) / self.n
         factors: list[Tensor] = []
         for k in range(c):
             if k and torch.equal(d[:, k], d[:, k - 1]):

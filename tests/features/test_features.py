@@ -185,8 +185,43 @@ def test_more_features_than_32_bits_can_count():
     torch.testing.assert_close(product, rows @ u.mT, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+        lambda x: x.astype(x.dtype.newbyteorder()),
+        lambda x: np.rec.fromarrays([x[:, 0], np.zeros(len(x), "b")] * 2)["f2"][:, None],
+        lambda x: torch._neg_view(torch.from_numpy(-x)),
+        lambda x: [x[:4, ::-1].copy()[:, ::-1], x[4:].astype(x.dtype.newbyteorder())],
+    ],
+    ids=["backwards", "the other byte order", "a field of a record", "negated", "blocks"],
+)
+def test_numbers_that_torch_cannot_read_where_they_lie(laid_out):
+    x = np.random.default_rng(0).standard_normal((9, 12))
+    given = laid_out(x)
+    found = as_features(given).rows(slice(0, 9), torch.float64)
+    assert torch.equal(found, torch.from_numpy(x)[:, : found.shape[1]])
+    assert gcfast.certify(given).status == ("holds" if found.shape[1] == 12 else "fails")
+    if not isinstance(given, list):
+        head = [gcfast.solve_head(torch.eye(9).double(), y, loss="mse").weight for y in (given, found)]
+        assert torch.equal(*head)
+
+
 BAD = [
     (lambda: as_features(np.array([["a"]])), TypeError, "features: expected numbers"),
+    (lambda: as_features(np.ma.ones((2, 2))), TypeError, "features: .* masked array"),
+    (lambda: as_features(np.ones((2, 2), np.longdouble)), TypeError, "features: .* at most 64 bits"),
+    (lambda: as_features([np.array([["a"]])]), TypeError, "features: block 0: expected numbers"),
+    (
+        lambda: as_features(torch.ones(2, 2).to(torch.float8_e5m2)),
+        TypeError,
+        "features: .* at least sixteen bits",
+    ),
+    (
+        lambda: gcfast.solve_head(torch.eye(2), np.ma.ones((2, 2)), loss="mse"),
+        TypeError,
+        "targets: .* masked array",
+    ),
     (lambda: as_features(np.zeros((2, 2), dtype=np.int64)), TypeError, "floating point"),
     (lambda: as_features([]), ValueError, "no blocks came"),
     (lambda: as_features([torch.ones(2, 3), torch.ones(2, 4)]), ValueError, r"block 1 is \(2, 4\)"),

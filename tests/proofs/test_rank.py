@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import random
 from contextlib import contextmanager
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import RANK_TARGETS
@@ -482,6 +484,7 @@ def test_what_is_not_finite_is_named(target, value, dtype):
 
 
 A = torch.ones(3, 4, 5)
+FLOAT4 = torch.ones((4, 4), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
 
 
 @pytest.mark.parametrize(
@@ -491,6 +494,7 @@ A = torch.ones(3, 4, 5)
         (lambda: matrix_rank(A.cfloat()), TypeError, "A must be real; got torch.complex64"),
         (lambda: matrix_rank(A.int()), TypeError, "A must have a floating dtype; got torch.int32"),
         (lambda: matrix_rank(A.bool()), TypeError, "A must have a floating dtype; got torch.bool"),
+        (lambda: matrix_rank(FLOAT4), TypeError, "A must have a floating dtype .* got torch.float4"),
         (lambda: matrix_rank(A[0, 0]), ValueError, r"A must have shape \(..., n, m\); got \(5,\)"),
         (lambda: matrix_rank(A, atol=-1e-9), ValueError, "atol must be >= 0; got -1e-09"),
         (lambda: matrix_rank(A, rtol=-1), ValueError, "rtol must be >= 0; got -1"),
@@ -588,6 +592,16 @@ def test_no_rtol_beside_an_atol(compiling, monkeypatch):
     for atol, rtol in ((0.0, 0.25), (2.0**-1074, 0.0), (1.0, 0.0)):
         assert rank_estimate._relative(atol, 0.25) == rtol
         assert float(rank_estimate._relative(torch.tensor(atol, dtype=torch.float64), 0.25)) == rtol
+
+
+@pytest.mark.parametrize("tolerance", [np.float32(0.5), np.int64(1), Fraction(1, 2)])
+def test_a_tolerance_may_be_any_real_number(tolerance):
+    eye = torch.eye(3, dtype=torch.float64)
+    assert (
+        int(matrix_rank(eye, atol=tolerance).rank)
+        == int(matrix_rank(eye, rtol=tolerance).rank)
+        == 3 * (tolerance < 1)
+    )
 
 
 def test_a_tolerance_of_one_number_may_be_on_another_device():

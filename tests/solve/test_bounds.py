@@ -156,6 +156,20 @@ def test_the_gap_is_that_of_the_weight_decay_that_was_asked_for(scale, method):
     assert not _false(drawn, solution, 1e-2, steps=20), str(solution)
 
 
+@pytest.mark.parametrize(("size", "decay"), [(1.0, 1e-30), (1e300, 1e-2)])
+def test_with_weight_decay_no_gap_exceeds_what_lies_above_the_infimum(size, decay):
+    """Where features or lambda are extreme the gradient is rounding, and its square over lambda no bound."""
+    normal = _draws(11)
+    h, y = size * normal(6, 9), normal(6, 2)
+    drawn = _problem("mse", h, y, 2)
+    solution = gcfast.solve_head(h, y, loss="mse", weight_decay=decay)
+    assert solution.gap <= 1.001 * float((y**2).mean()) and solution.converged == (size < 1e300), str(
+        solution
+    )
+    if size < 1e300:  # whose squares the judge's own steps do not hold
+        assert not _false(drawn, solution, decay), str(solution)
+
+
 def test_an_interrupted_path_is_judged_by_the_weight_decay_that_was_asked_for():
     normal = _draws(4)
     h, y = normal(40, 6), normal(40, 3).argmax(1)

@@ -354,11 +354,103 @@ def test_sgd_descends_to_the_target():
     assert solution.converged and solution.method == "sgd"
 
 
-def test_gradient_descent_sees_the_target_before_a_part_of_a_huge_limit_is_over():
-    solution = gcfast.solve_head(
-        _features(6, 9), _labels(6, 3), method="gd", target_gap=0.5, max_iterations=2**40
-    )
-    assert solution.converged and solution.iterations <= 1000
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_gd_descends_on_features_whose_columns_have_mean_zero(size):
+    """A vector of ones is orthogonal to all of them, and says nothing of the largest singular value."""
+    h, y = _features(), _features(60, 3, seed=3)
+    h = size * (h - h.mean(0))
+    solution = gcfast.solve_head(h, y, loss="mse", method="gd", max_iterations=300)
+    losses = [loss for _, loss in solution.path]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["gd", "sgd"])
+def test_however_many_steps_are_allowed_the_target_ends_them(method):
+    options = {"loss": "mse", "method": method, "max_iterations": 2**62}
+    h, y = _features(), _features(60, 3, seed=3)
+    assert gcfast.solve_head(h, y, target_gap=0.1, **options).converged
+
+    def stop(progress):
+        if progress.iteration > 5:
+            raise KeyboardInterrupt
+
+    found = gcfast.solve_head(h, y, callback=stop, **options)
+    assert found.interrupted and found.loss < float((y**2).mean())
+    if method == "gd":  # a head that no step moves
+        still = gcfast.solve_head(
+            h, 0 * y + 1, start=(0 * y.T @ h, 1 + 0 * y[0]), weight_decay=1e-300, **options
+        )
+        assert still.reason == "no step changes the head any more" and still.iterations < 10
+
+
+ONES = torch.ones((5, 1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["nearest", "gd", "sgd"])
+@pytest.mark.parametrize(("bias", "decay"), [(True, 0.0), (False, 0.0), (False, 1e-2)])
+@pytest.mark.parametrize(
+    ("h", "c"),
+    [
+        (ONES[:, :0], 2),
+        (0 * ONES, 2),
+        (0 * ONES.half(), 3),
+        (1e-200 * ONES, 2),
+        (1e-160 * torch.eye(5, dtype=torch.float64), 2),
+        (ONES, 1),
+        (ONES[:1, :0], 1),
+        (gcfast.WideFeatures(ONES.cumsum(0), (ONES[:0], ONES[:0, 0])), 2),
+    ],
+    ids=[
+        "no features",
+        "zeros",
+        "zeros of float16",
+        "tiny",
+        "a tiny identity",
+        "one output",
+        "nothing",
+        "no units",
+    ],
+)
+def test_where_there_is_next_to_nothing_to_solve_for_it_ends(h, c, bias, decay, method):
+    """Curvatures, squares and lambda may be zero here."""
+    n, m = (h.n, h.m) if isinstance(h, gcfast.WideFeatures) else h.shape
+    start = torch.ones(c, m), torch.zeros(c) if bias else None
+    options = {} if method == "nearest" else {"max_iterations": 20}
+    for loss, y in (("cross_entropy", torch.arange(n) % c), ("huber", torch.ones(n, c))):
+        found = gcfast.solve_head(h, y, loss=loss, start=start, weight_decay=decay, method=method, **options)
+        assert found.loss <= 1.1 and found.gap <= 1.5, str(found)
+        assert found.converged or loss == "huber" or c > 1
+
+
+def test_a_head_that_its_dtype_cannot_hold_is_not_given():
+    """Features of float16 next to zero, which only weights beyond its largest number can tell apart."""
+    h, y = (1e-7 * _features(20, 30)).half(), _features(20, 3, seed=3)
+    for method in ("nearest", "exact", "gd"):
+        found = gcfast.solve_head(h, y, loss="mse", method=method, max_iterations=20)
+        assert bool(found.weight.isfinite().all()) and found.loss <= float((y**2).mean()) * (1 + 1e-12)
+        assert not found.converged and (method == "gd" or "does not fit in torch.float16" in found.reason)
+    for weight, kind, words in (
+        (torch.full((3, 30), 1e30), ValueError, "start: the weights do not fit in torch.float16"),
+        (torch.full((3, 30), math.inf), ValueError, "start: the weights are not finite"),
+        (torch.ones((3, 30), dtype=torch.complex64), TypeError, "start: expected real numbers"),
+    ):
+        with pytest.raises(kind, match=words):
+            gcfast.solve_head(h, y, loss="mse", start=(weight, None))
+
+
+@pytest.mark.parametrize("label", [2 * 10**9, 2**40, 2**62, 2**63 - 1])
+def test_a_label_that_no_head_has_an_output_for_is_named(label):
+    h, y = _features(3, 4), torch.tensor([0, 1, label])
+    with pytest.raises((ValueError, MemoryError), match=f"targets: label(s up to)? {label}"):
+        gcfast.solve_head(h, y)
+    if label > 2**31:
+        with pytest.raises(ValueError, match=f"targets: label {label} of sample 2"):
+            gcfast.certify(h, y, loss="cross_entropy")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_any_whole_dtype(dtype):
+    assert gcfast.solve_head(_features(), _labels().to(dtype)).converged
 
 
 def test_a_model_that_was_made_in_inference_mode_is_updated():

@@ -170,6 +170,50 @@ def test_copies_that_conflict_and_targets_far_away():
     assert math.isfinite(solution.loss) and len(solution.path) <= 100
 
 
+@pytest.mark.parametrize("loss", ["huber", "bce_with_logits", "cross_entropy"])
+def test_outputs_far_from_their_targets(loss):
+    """There these losses are linear, and have no curvature to go by."""
+    far, h, y, start = 1e5, _normal(60, 81), _normal(60, 3, seed=3), None
+    if loss == "huber":
+        y = far * y
+    else:
+        y = torch.sigmoid(y) if loss == "bce_with_logits" else torch.softmax(y, 1)
+        start = far * _normal(3, 81, seed=5), _normal(3, seed=6)
+    solution = gcfast.solve_head(h, y, loss=loss, start=start)
+    assert solution.converged and solution.iterations < 600, str(solution)
+    if loss == "huber":
+        decayed = gcfast.solve_head(h, y, loss=loss, weight_decay=1e-6)
+        assert decayed.converged and decayed.regularization == 1e-6, str(decayed)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 1e-3}])
+def test_more_outputs_than_one_factorisation_couples(options, monkeypatch):
+    """As 700 samples of ten classes have, with one column of 1e8 beside columns of 1."""
+    from gcfast.solve import gram_forms, spectrum
+
+    for module in (gram_forms, spectrum):
+        monkeypatch.setattr(module, "COUPLED", 100)
+    h, y = _normal(60, 81), _labels(60, 4)
+    h[:, 7] *= 1e8
+    solution = gcfast.solve_head(h, y, **options)
+    assert solution.converged and solution.distance_bound < 0.2, str(solution)
+
+
+def test_what_memory_leaves_out_is_named():
+    h, y = _normal(120, 141), _labels(120, 3)
+    h[:, 7] *= 1e8
+    solution = gcfast.solve_head(h, y, max_bytes=70_000_000)
+    assert not solution.converged
+    allowed = int(solution.reason.split("max_bytes=")[1].split(",")[0])
+    assert gcfast.solve_head(h, y, max_bytes=allowed).converged
+
+
+def test_what_is_within_the_target_is_not_said_to_be_above_it():
+    """Where the nearest head is not found, another one may be."""
+    solution = gcfast.solve_head(_normal(40, 50) + 1e6, _normal(40, 3, seed=4), loss="mse")
+    assert solution.converged and solution.reason.startswith("within the target gap"), str(solution)
+
+
 class _Stop(Exception):
     pass
 
@@ -199,3 +243,10 @@ def test_a_path_that_leads_nowhere_ends():
     assert len(solution.path) < 40 and solution.iterations < 600
     best = _least(h[:, :20], y, 3, 0.0)
     assert solution.loss <= best + 1e-4
+
+
+def test_with_weight_decay_a_path_that_leads_nowhere_goes_to_its_end_at_once():
+    h = _normal(20, 30) * 10 ** torch.linspace(-150, 150, 20, dtype=torch.float64)[:, None]
+    solution = gcfast.solve_head(h, _normal(20, 3, seed=3), loss="mse", weight_decay=1e-2)
+    assert not solution.converged and len(solution.path) < 40 and solution.iterations < 1000
+    assert solution.gap <= 2.0  # what the head of zeros has

@@ -212,7 +212,14 @@ UNSAFE = [  # where a flag may come from, and what must be named
     ("CPPFLAGS", "-freciprocal-math", "-freciprocal-math"),
     ("LDFLAGS", "-mdaz-ftz", "-mdaz-ftz"),
     ("CXX", "g++ -ffast-math", "-ffast-math"),
+    ("CXXFLAGS", "--fast-math", "--fast-math"),
+    ("CXXFLAGS", "'-O2' '--optimize=fast'", "--optimize=fast"),
+    ("CXXFLAGS", "-fdenormal-fp-math=ieee,preserve-sign", "-fdenormal-fp-math=ieee,preserve-sign"),
+    ("CXXFLAGS", "-no-prec-div", "-no-prec-div"),
     ("CXXFLAGS", "@more", "-fsingle-precision-constant"),
+    ("CXXFLAGS", "@most", "-fsingle-precision-constant"),
+    ("NVCC_PREPEND_FLAGS", "--options-file more", "-fsingle-precision-constant"),
+    ("NVCC_APPEND_FLAGS", '-Xcompiler "-ffast-math"', "-ffast-math"),
     ("NVCC_APPEND_FLAGS", "--use_fast_math", "--use_fast_math"),
 ]
 
@@ -221,6 +228,7 @@ UNSAFE = [  # where a flag may come from, and what must be named
 @pytest.mark.parametrize(("variable", "value", "flag"), UNSAFE)
 def test_flags_that_break_the_bounds_stop_the_build(tree, variable, value, flag):
     (tree / "more").write_text("-DX=1\n-fsingle-precision-constant\n")
+    (tree / "most").write_text("-DY=1 @more @most")
     done = setup_py("build_ext", tree=tree, **{variable: value})
     assert done.returncode != 0
     line = done.stderr.splitlines()[-1]
