@@ -117,6 +117,8 @@ def transformed(value: torch.Tensor, batched: bool = True) -> str:
     A result that no formula links to it would have a derivative of zero there, without a word.
     """
     found = ""
+    if torch.compiler.is_compiling():  # which does not follow what is asked for here
+        return found
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         if torch._C._functorch.is_batchedtensor(value):
             found = "batched by torch.func.vmap" if batched else ""
@@ -135,12 +137,12 @@ def is_dense(name: str, value: torch.Tensor, *, traced: bool = False) -> None:
 
     ``traced``: the call is an operator's, which ``torch.func.vmap`` and FakeTensorMode know.
     """
-    if nn.parameter.is_lazy(value):
+    compiling = torch.compiler.is_compiling()  # which follows little of what is asked for here
+    if not compiling and nn.parameter.is_lazy(value):
         raise TypeError(
             f"{name}: expected a tensor with numbers; got a parameter that is not initialised yet"
         )
     layout = "nested" if value.is_nested else str(value.layout)
-    compiling = torch.compiler.is_compiling()  # which follows little of what is asked for here
     mode = not compiling and torch._C._get_dispatch_mode(_FAKE) is not None
     fake = not traced and (mode or isinstance(value, FakeTensor))
     if layout != "torch.strided" or value.is_quantized or value.device.type == "meta" or fake:

@@ -146,7 +146,7 @@ def evaluate_head(
 
 def no_worse_than_the_start(head_problem: HeadProblem, found: HeadSolution) -> HeadSolution:
     """``found``, or the head that the work began at, where rounding makes something worse of a better one."""
-    if found.converged:
+    if found.converged or found.loss < head_problem.infimum:  # that is wrong, and so is the start's gap
         return found
     bias = head_problem.bias
     still = torch.zeros_like(head_problem.weight), None if bias is None else torch.zeros_like(bias)
