@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class UserError(ValueError):
@@ -101,14 +102,18 @@ def is_number(name: str, value: Any, least: float = -math.inf, *, above: float |
 
 def lies_in_memory(value: torch.Tensor) -> bool:
     """Whether the storage reaches as far as the tensor does: ``resize_`` may have freed it, or a part."""
-    wrapper = hasattr(type(value), "__tensor_flatten__")  # whose numbers lie in others' storages
-    if wrapper or not value.numel() or not torch._C._has_storage(value):
+    kind = type(value)  # the numbers of a wrapper lie in others' storages
+    if kind is not torch.Tensor and kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):
         return True
-    last = value.numel() - 1
-    if not value.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
-    storage = value.untyped_storage()
-    return bool((value.storage_offset() + last + 1) * value.element_size() <= storage.nbytes())
+    size = value.element_size()
+    try:
+        room = value.untyped_storage().nbytes() - value.storage_offset() * size
+    except NotImplementedError:  # batched by vmap
+        return True
+    if value.is_contiguous():
+        return bool(value.nbytes <= room)
+    last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride()))
+    return 0 in value.shape or bool((last + 1) * size <= room)
 
 
 def transformed(value: torch.Tensor, batched: bool = True) -> str:
@@ -119,7 +124,7 @@ def transformed(value: torch.Tensor, batched: bool = True) -> str:
     found = ""
     if torch.compiler.is_compiling():  # which does not follow what is asked for here
         return found
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+    while _is_wrapped(value):
         if torch._C._functorch.is_batchedtensor(value):
             found = "batched by torch.func.vmap" if batched else ""
         elif value.requires_grad or _has_tangent(value):
@@ -142,10 +147,11 @@ def is_dense(name: str, value: torch.Tensor, *, traced: bool = False) -> None:
         raise TypeError(
             f"{name}: expected a tensor with numbers; got a parameter that is not initialised yet"
         )
-    layout = "nested" if value.is_nested else str(value.layout)
-    mode = not compiling and torch._C._get_dispatch_mode(_FAKE) is not None
-    fake = not traced and (mode or isinstance(value, FakeTensor))
-    if layout != "torch.strided" or value.is_quantized or value.device.type == "meta" or fake:
+    mode = not (compiling or traced) and torch._C._get_dispatch_mode(_FAKE) is not None
+    fake = mode or (not traced and isinstance(value, FakeTensor))
+    odd = value.is_nested or value.is_quantized or value.layout is not torch.strided
+    if odd or fake or value.is_meta:
+        layout = "nested" if value.is_nested else value.layout
         raise TypeError(
             f"{name}: expected a dense tensor of numbers; got one that is {layout}, {value.dtype}, "
             f"{'fake (FakeTensorMode)' if fake else f'on {value.device}'}"
@@ -158,7 +164,7 @@ def is_dense(name: str, value: torch.Tensor, *, traced: bool = False) -> None:
             f"{name}: expected a plain tensor; got one that is {what}, which nothing here follows: call this "
             "outside of that"
         )
-    if value.device.type in ("cpu", "cuda") and not lies_in_memory(value):
+    if not lies_in_memory(value):
         raise ValueError(
             f"{name}: expected a tensor with memory of its own; got one of shape {tuple(value.shape)} whose "
             f"storage was resized to {value.untyped_storage().nbytes()} bytes"

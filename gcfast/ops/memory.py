@@ -16,7 +16,7 @@ _TRIES = 10**6  # of numpy's solver; two layouts that it cannot tell apart by th
 
 def is_there(name: str, value: Tensor) -> None:
     """An error if the storage was cut under the tensor or freed, as sharding does with weights out of use."""
-    if value.device.type in ("cpu", "cuda") and not errors.lies_in_memory(value):
+    if not errors.lies_in_memory(value):
         raise ValueError(
             f"{name} must have memory of its own; got a tensor of shape {tuple(value.shape)} whose storage "
             f"was resized to {value.untyped_storage().nbytes()} bytes"
