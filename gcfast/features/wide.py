@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -115,8 +116,9 @@ class WideFeatures(Features):
         return self.select(index).panel(0, self.m)
 
     def select(self, index: Tensor) -> Features:
-        part = (self.weight, self.bias)
-        return WideFeatures(self.z[index], part, **self.settings)
+        part = copy.copy(self)  # of the same weights, which are not copied again
+        part.z, part.n, part.mapped, part._doubled = self.z[index], len(index), False, None
+        return part
 
     def times(self, weight: Tensor) -> Tensor:
         return ops.wide_forward(*self._layer(weight.dtype), weight, **self.settings)

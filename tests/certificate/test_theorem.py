@@ -364,6 +364,9 @@ def test_wide_features_stay_what_they_were_while_their_layer_is_trained():
     assert record(gcfast.certify(features, route="theorem")).status == "not checked"
     assert gcfast.certify(features, route="direct").status == "holds"
     assert torch.equal(features.times(torch.ones(1, M)), before)
+    few = features.select(torch.tensor([2, 0]))
+    assert few.n == 2 and few.weight is features.weight
+    assert torch.equal(few.panel(0, M), features.panel(0, M)[[2, 0]])
     assert gcfast.certify(gcfast.WideFeatures(z, layer), route="direct").status == "fails"
     z[1] = z[0]
     assert gcfast.certify(features, route="direct").status == "fails"
