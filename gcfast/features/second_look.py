@@ -15,30 +15,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from gcfast.features.cached_head import EntranceTap
 from gcfast.features.loader import tensors
 from gcfast.features.second_reading import is_column
-from gcfast.model import copy_tensors, keeping_random_state
+from gcfast.model import FeatureTap, copy_tensors, keeping_random_state
 
 FEW = 8  # samples looked at again, of the first batch and of the last one
 LOOKS = 32  # where the model draws random numbers, of which it may make use now and then only
 
 
-class _LookingTap(EntranceTap):
-    """An EntranceTap that notes whether random numbers were drawn on the way."""
+class _Reached(Exception):
+    """Ends a forward pass, and takes along what entered the module tapped."""
+
+
+class _LookingTap(FeatureTap):
+    """Notes whether random numbers were drawn on the way, and stops there: what is left may cost more."""
 
     drew = False
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.drew = self.drew or self.before != _random_states(self.model)
         super()._note(module, args, kwargs)
+        raise _Reached(self._seen[module][-1])
 
     def look(self, rows: Any) -> Tensor:
         """What enters the module, with other random numbers than before: a call gives torch's state back."""
         for device in (torch.device("cpu"), *_gpus(self.model)):
             torch.rand(97, device=device)
         self.before = _random_states(self.model)
-        return self(rows)[0]
+        try:
+            return self(rows)[0]  # of a model that catches what ends the pass
+        except _Reached as reached:
+            return reached.args[0]
 
 
 def _gpus(model: nn.Module) -> list[torch.device]:
