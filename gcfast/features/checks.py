@@ -53,6 +53,7 @@ def checked(data: Any, name: str = "features") -> Features:
     """:class:`Features` of what a user gave, finite and not empty; TypeError and ValueError naming it."""
     if isinstance(data, Features):
         if isinstance(data, WideFeatures):
+            data.forget()
             check_features(data.z, "z")
             for part, value in (("weight", data.weight), ("bias", data.bias)):
                 if not _all_finite(value):

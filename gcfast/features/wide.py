@@ -75,6 +75,10 @@ class WideFeatures(Features):
         self.dtype, self.device = weight.dtype, matrix.device
         self._doubled: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
+    def forget(self) -> None:
+        """Look at z anew: it is the user's, who may write to it between two calls, unseen by torch."""
+        self._doubled = None
+
     @property
     def given(self) -> dict[str, Tensor]:
         """The weights as they were given, whose draws may be on record, where they are what they were."""

@@ -167,6 +167,14 @@ def test_a_model_whose_features_are_too_large_is_recomputed(monkeypatch):
     assert solution.converged and loss <= 1.1e-6
 
 
+def test_rows_that_numpy_writes_to_are_looked_at_anew():
+    z = np.arange(1, 21, dtype=np.float32)[:, None]
+    wide = WideFeatures(z, (torch.ones(30, 1), 0.5 - torch.arange(30.0)), activation="relu")
+    assert gcfast.certify(wide).status == "holds"
+    z *= -1  # no version of a tensor tells of it; no unit is active any more
+    assert gcfast.certify(wide).status == "fails"
+
+
 @pytest.mark.slow
 def test_more_features_than_32_bits_can_count():
     n = m = 47_000  # 2.2e9 features, none of them stored
