@@ -175,15 +175,23 @@ class Certification:
             f"rank(H1) = n needs n <= m{' + 1' if self.ones else ''}"
             + ("" if enough else "; gcfast.widen(model, n_samples) puts a wide enough layer before the head"),
         )
-        distinct = self.n - sum(len(group) - 1 for group in groups)
-        evidence.note(
-            "distinct inputs" if self.training_set is not None else "distinct features",
-            "fails" if groups else "holds",
-            f"{self.n - distinct} samples are copies of others, number for number: "
-            "no model can tell them apart"
-            if groups
-            else f"all {self.n} rows are pairwise distinct as stored",
-        )
+        copies = sum(len(group) - 1 for group in groups)
+        name = "distinct inputs" if self.training_set is not None else "distinct features"
+        if self.training_set is not None and not self.training_set.told_apart:
+            evidence.note(
+                name,
+                "not checked",
+                f"the inputs have not one row for each of {self.n} samples, so that copies are looked for "
+                "among the features alone; L* takes no two samples for copies",
+            )
+        else:
+            evidence.note(
+                name,
+                "fails" if groups else "holds",
+                f"{copies} samples are copies of others, number for number: no model can tell them apart"
+                if groups
+                else f"all {self.n} rows are pairwise distinct as stored",
+            )
         if not enough:
             reason = (
                 f"n = {self.n} exceeds m{' + 1' if self.ones else ''} = {self.m + int(self.ones)}: "

@@ -40,8 +40,9 @@ class TrainingSet:
     ``features`` (n, m) enter the head: stored, or recomputed from what enters a :class:`gcfast.WideLayer`
     where storing them would take too much; ``below`` (n, d) enter the wide layer (None where there is none);
     ``outputs`` (n, C) are the model's, which gave each sample's in ``output_shape``; ``duplicate_groups``
-    lists groups of samples whose inputs are equal, number for number; ``fixed`` has status and words of the
-    assumption that the data are, None for tensors.
+    lists groups of samples whose inputs are equal, number for number, as far as they are ``told_apart``: each
+    of their tensors has one row a sample; ``fixed`` has status and words of the assumption that the data are,
+    None for tensors.
     """
 
     features: Features
@@ -52,6 +53,7 @@ class TrainingSet:
     wide: WideLayerFound | None
     below: Tensor | None
     duplicate_groups: list[list[int]]
+    told_apart: bool
     first_batch: Any
     fixed: tuple[Literal["holds", "not checked"], str] | None
 
@@ -137,6 +139,7 @@ def collect(
     check_features(h, "what enters the wide layer" if recomputed else "features")
     looks.finish()
     groups = reading.again(told)
+    told_apart = reading.copies and reading.n == len(h)
     found: Features
     if wide is not None and recomputed:
         assert isinstance(wide.module, WideLayer)
@@ -151,7 +154,8 @@ def collect(
         head=head,
         wide=wide if inspect else None,
         below=torch.cat(below) if below else None,
-        duplicate_groups=groups,
+        duplicate_groups=groups if told_apart else [],
+        told_apart=told_apart,
         first_batch=first,
         fixed=reading.statement(),
     )

@@ -30,7 +30,8 @@ class Reading:
     """One reading of the data, batch by batch, and a second one that is compared with it.
 
     Iterate over it once, for pairs (inputs, targets); then call :meth:`again`. ``copies``: groups of equal
-    inputs are wanted, for which every tensor among them must have its samples first. ``n``: samples read.
+    inputs are wanted; False as soon as a tensor among them has not its samples first, for then nothing tells
+    what belongs to which sample. ``n``: samples read.
 
     Raises ValueError and TypeError naming ``data`` or ``fixed``.
     """
@@ -59,7 +60,9 @@ class Reading:
                 first = y
             _alike(first, y, batches)
             if twice or self.copies:
-                self._inputs.add(_digestible(x, rows, self.copies))
+                parts, by_rows = _digestible(x, rows, self.copies)
+                self._inputs.add(parts)
+                self.copies = self.copies and by_rows
             if twice and y is not None:
                 self._others.add([y])
             self.n, batches = self.n + rows, batches + 1
@@ -105,7 +108,7 @@ class Reading:
                 f"{type(self.source.batches).__name__} can be read only once; give data to read twice"
             )
         if self.source.kind != "read twice":
-            parts = (_digestible(x, rows_of(x, y), True) for x, y in self.source)
+            parts = (_digestible(x, rows_of(x, y), True)[0] for x, y in self.source)
             return self._inputs.confirm(parts) if self.copies else []
         began = time.perf_counter()
         compared = self._compared(told)
@@ -120,7 +123,7 @@ class Reading:
         start = 0
         for x, y in self.source:
             rows = rows_of(x, y)
-            parts = _digestible(x, rows, self.copies)
+            parts, _ = _digestible(x, rows, self.copies)
             _same("its inputs", self._inputs.first_other(start, parts), self.n)
             if (y is None) != (len(self._others) == 0):
                 _same("its targets", start, self.n)
@@ -155,7 +158,7 @@ def second_reading_seconds(source: Source, n: int) -> float:
     """What a second reading of n samples would take, judged by the first batches, read for half a second."""
     began, keys = time.perf_counter(), RowKeys()
     for x, y in source:
-        keys.add(_digestible(x, rows_of(x, y), False))
+        keys.add(_digestible(x, rows_of(x, y), False)[0])
         if time.perf_counter() - began > 0.5:
             break
     return (time.perf_counter() - began) * n / max(1, len(keys))
@@ -196,15 +199,16 @@ def rows_of(x: Any, y: Tensor | None) -> int:
     return len(found)
 
 
-def _digestible(x: Any, rows: int, strict: bool) -> list[Tensor]:
-    """Tensors with the samples first that say all of the inputs; ``strict``: of tensors, just those given."""
-    found = []
+def _digestible(x: Any, rows: int, copies: bool) -> tuple[list[Tensor], bool]:
+    """Tensors with the samples first that say all of the inputs, and whether those given have them first."""
+    found, by_rows = [], True
     for leaf in tree_leaves(x, is_leaf=lambda value: is_column(value, rows)):
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
             leaf = torch.from_numpy(leaf)
         if isinstance(leaf, Tensor):
             leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
-            if not strict and (leaf.dim() == 0 or len(leaf) != rows):  # of the whole batch
+            if leaf.dim() == 0 or len(leaf) != rows:  # of the whole batch
+                by_rows = False
                 leaf = _keys(_parts([leaf[None]], "data")).expand(rows)
             found.append(leaf)
         elif is_column(leaf, rows):
@@ -215,9 +219,9 @@ def _digestible(x: Any, rows: int, strict: bool) -> list[Tensor]:
             raise TypeError(
                 f"data: expected inputs of tensors, arrays, numbers and strings, which a second reading is "
                 f"compared by; got a {type(leaf).__name__}. Give its tensors"
-                + ("" if strict else ", or say fixed=True, which lists that as an assumption of yours")
+                + ("" if copies else ", or say fixed=True, which lists that as an assumption of yours")
             )
-    return found
+    return found, by_rows
 
 
 def is_column(value: Any, rows: int) -> bool:

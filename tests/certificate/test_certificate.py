@@ -248,6 +248,41 @@ def test_bad_arguments_are_named(call, error, words):
         call()
 
 
+class _Sums(nn.Module):
+    """A sample is the sum of its nodes, of which there are several."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.head = gcfast.WideLayer(4, 60), nn.Linear(60, 2)
+
+    def forward(self, nodes, owner):
+        z = nodes.new_zeros(int(owner.max()) + 1, 4).index_add(0, owner, nodes)
+        return self.head(self.wide(z))
+
+
+class _Tokens(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1))
+
+
+def test_inputs_that_are_not_one_row_a_sample_have_no_copies_by_row_numbers():
+    x = torch.randn((8, 3, 4), generator=torch.Generator().manual_seed(0))
+    x[0, 1] = x[0, 0]  # two nodes of one sample, which are rows 0 and 1 as well
+    graphs = {"nodes": x.flatten(0, 1), "owner": torch.arange(8).repeat_interleave(3)}
+    y = torch.arange(8) % 2
+    cert = gcfast.certify(_Sums(), [(graphs, y)], loss="cross_entropy")
+    assert (cert.status, cert.infimum, cert.offenders) == ("holds", 0, [])
+    assert any((a.name, a.status) == ("distinct inputs", "not checked") for a in cert.assumptions)
+    x[0, 1] += 1
+    x[1] = x[0]  # samples 0 and 1, of three rows each
+    tokens = _Tokens(gcfast.WideLayer(4, 60), nn.Linear(60, 2))
+    for data in ([(x, torch.arange(24) % 2)], x):
+        cert = gcfast.certify(tokens, data, loss="cross_entropy" if data is not x else None)
+        assert cert.status == "fails" and not cert.infimum
+        assert [o.samples for o in cert.offenders] == [[0, 3], [1, 4], [2, 5]]
+
+
 def test_steps_bound_gradient_descent_truly():
     # mean squared error, linear rate: run the promised number of steps and look
     g = torch.Generator().manual_seed(0)
