@@ -2,7 +2,7 @@
 
 from gcfast.features.cache import FeatureCache
 from gcfast.features.checks import checked
-from gcfast.features.collection import TrainingSet, collect, streams
+from gcfast.features.collection import TrainingSet, check_new_head, collect, streams
 from gcfast.features.duplicates import equal_rows, equal_samples
 from gcfast.features.loader import Source, source_of
 from gcfast.features.matrix import Features, StoredFeatures
@@ -21,6 +21,7 @@ __all__ = [
     "TrainingSet",
     "WideFeatures",
     "as_targets",
+    "check_new_head",
     "checked",
     "collect",
     "equal_rows",

@@ -55,6 +55,7 @@ class TrainingSet:
     duplicate_groups: list[list[int]]
     told_apart: bool
     first_batch: Any
+    looks: SecondLook
     fixed: tuple[Literal["holds", "not checked"], str] | None
 
 
@@ -157,6 +158,7 @@ def collect(
         duplicate_groups=groups if told_apart else [],
         told_apart=told_apart,
         first_batch=first,
+        looks=looks,
         fixed=reading.statement(),
     )
 
@@ -177,6 +179,24 @@ def output_of(head: Head, h: Tensor, given: Any, first: int) -> Tensor:
     if differs is not None:
         raise HeadError(f"model: {differs}; a hook, a wrapper or a class of its own changes it")
     return found[0]
+
+
+def check_new_head(found: TrainingSet) -> None:
+    """HeadError or ValueError where a few samples do not follow the model's head, which is another one now.
+
+    A model may keep outputs or a copy of the head from before, make features of it, or change it in a pass.
+    """
+    head, inputs = found.head, found.looks.samples()
+    with FeatureTap(found.looks.model, head) as tap:
+        h, given = tap(inputs)
+    try:
+        output_of(head, h, given, 0)
+    except HeadError as error:
+        raise HeadError(
+            f"{error} now that another head is written to it: the model keeps outputs or weights of before, "
+            "or writes to its head in every pass. It has its old head again"
+        ) from None
+    found.looks.finish(again=True)
 
 
 def streams(n: int | None, head_weight: Tensor, max_bytes: int | None) -> bool:

@@ -83,10 +83,14 @@ class SecondLook:
         else:
             self.sizes[1:], self.kept[1:] = [rows], [chosen]
 
-    def finish(self) -> None:
-        """Look at the first batch and the last one together."""
-        if len(self.kept) > 1:
+    def finish(self, again: bool = False) -> None:
+        """Look at the first batch and the last one together; ``again``: whatever has been looked at."""
+        if again or len(self.kept) > 1:
             self._check(0)
+
+    def samples(self) -> Any:
+        """Inputs of the few samples that are looked at."""
+        return self._mixture()[0]
 
     def _check(self, again: int) -> None:
         """Raise ValueError naming ``model`` where features are others, among other samples or ``again``."""

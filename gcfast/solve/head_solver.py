@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gcfast import errors
 from gcfast.ambient import ordinary
-from gcfast.features import Features, as_targets, checked, collect
+from gcfast.features import Features, TrainingSet, as_targets, check_new_head, checked, collect
 from gcfast.losses import (
     ConvexLoss,
     check_convex,
@@ -106,6 +106,7 @@ def solve_head(
     allowed_bytes(max_bytes, torch.device("cpu"))  # its own check
     target_gap, weight_decay = float(target_gap), float(weight_decay)
     convex = resolve_loss(loss)
+    training_set: TrainingSet | None = None
     if isinstance(model_or_features, nn.Module):
         if start is not None:
             raise ValueError("start: the model's own head is the start; give features to start elsewhere")
@@ -126,7 +127,6 @@ def solve_head(
     else:
         features = checked(model_or_features)
         targets = as_targets(data_or_targets, "targets")
-        module = None
         head_problem = make_problem(features, targets, convex, start)
     head_problem.target_gap, head_problem.weight_decay = target_gap, weight_decay
     on_progress = callback or (lambda progress: None)
@@ -154,16 +154,31 @@ def solve_head(
                 head_problem, method, target_gap, weight_decay, max_iterations, generator, on_progress, began
             )
         solution = no_worse_than_the_start(head_problem, solution)
-    if module is not None:
-        # weights that were made in inference mode can be written to there alone
-        with torch.inference_mode(module.weight.is_inference()), torch.no_grad():
-            module.weight.copy_(solution.weight)
-            if module.bias is not None and solution.bias is not None:
-                module.bias.copy_(solution.bias)
+    if training_set is not None:
+        _give(training_set, solution)
     if keeper is not None and not solution.interrupted:
         keeper.remove()
     solution.seconds = time.perf_counter() - began
     return solution
+
+
+def _give(training_set: TrainingSet, solution: HeadSolution) -> None:
+    """Write the head to the model; where its outputs do not follow, it is as it was and an error says so."""
+    parts = training_set.head.parameters
+    before = [p.detach().clone() for p in parts]
+
+    def write(values: list[Tensor]) -> None:
+        # weights that were made in inference mode can be written to there alone
+        with torch.inference_mode(parts[0].is_inference()), torch.no_grad():
+            for p, value in zip(parts, values, strict=True):
+                p.copy_(value)
+
+    try:
+        write([value for value in (solution.weight, solution.bias) if value is not None])
+        check_new_head(training_set)
+    except Exception:
+        write(before)
+        raise
 
 
 def _nearest(

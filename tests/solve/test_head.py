@@ -591,3 +591,51 @@ def test_without_features_there_is_a_bias_to_solve_for(features):
     assert solution.converged and solution.weight.shape == (2, 0)
     assert entropy - 1e-15 <= solution.loss <= entropy + 1e-6 and abs(solution.infimum - entropy) < 1e-14
     assert solution.bias.diff() == pytest.approx(-math.log(2), abs=2e-3)
+
+
+class _Keeping(nn.Linear):
+    """Takes a copy of its weight in the first pass."""
+
+    copy = None
+
+    def forward(self, h):
+        self.copy = self.weight.detach().clone() if self.copy is None else self.copy
+        return F.linear(h, self.copy, self.bias)
+
+
+class _Clipping(nn.Sequential):
+    """Clips its head after every pass."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        self[-1].weight.data.clamp_(-0.05, 0.05)
+        return out
+
+
+class _Reading(nn.Sequential):
+    """Scales its inputs by a number of its head, which numpy reads: no operator of torch tells of it."""
+
+    numbers = None
+
+    def forward(self, x):
+        self.numbers = self[-1].weight.detach().numpy() if self.numbers is None else self.numbers
+        return super().forward(x * (1 + float(self.numbers[0, 0])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "words"),
+    [
+        (nn.Sequential, _Keeping, "model: .* now that another head is written to it"),
+        (_Clipping, nn.Linear, "model: .* now that another head is written to it"),
+        (_Reading, nn.Linear, "model: the same samples gave other features"),
+    ],
+)
+def test_a_model_whose_outputs_do_not_follow_a_new_head_keeps_the_old_one(kind, head, words):
+    torch.manual_seed(0)
+    model = kind(nn.Linear(3, 60), nn.Tanh(), head(60, 2))
+    x = torch.randn(40, 3)
+    model(x)
+    before = model[-1].weight.detach().clone()
+    with pytest.raises(ValueError, match=words):
+        gcfast.solve_head(model, (x, torch.arange(40) % 2))
+    assert torch.equal(model[-1].weight, before)
