@@ -2,7 +2,7 @@
 
 from gcfast.features.cache import FeatureCache
 from gcfast.features.checks import checked
-from gcfast.features.collection import TrainingSet, check_new_head, collect, streams
+from gcfast.features.collection import TrainingSet, check_new_head, collect, copies_among, streams
 from gcfast.features.duplicates import equal_rows, equal_samples
 from gcfast.features.loader import Source, source_of
 from gcfast.features.matrix import Features, StoredFeatures
@@ -24,6 +24,7 @@ __all__ = [
     "check_new_head",
     "checked",
     "collect",
+    "copies_among",
     "equal_rows",
     "equal_samples",
     "second_reading_seconds",

@@ -181,6 +181,25 @@ def output_of(head: Head, h: Tensor, given: Any, first: int) -> Tensor:
     return found[0]
 
 
+def copies_among(data: Any, fixed: bool, groups: list[list[int]], n: int) -> list[list[int]]:
+    """Of groups among n samples the parts whose inputs are equal too; none where nothing can tell."""
+    reading = Reading(data, fixed, copies=True)
+    if reading.source.once:
+        return []
+    for _ in reading:
+        pass
+    equal = reading.again()
+    if not reading.copies or reading.n != n:
+        return []
+    owner = {i: k for k, group in enumerate(equal) for i in group}
+    parts: dict[tuple[int, int], list[int]] = {}
+    for k, group in enumerate(groups):
+        for i in group:
+            if i in owner:
+                parts.setdefault((k, owner[i]), []).append(i)
+    return [part for part in parts.values() if len(part) > 1]
+
+
 def check_new_head(found: TrainingSet) -> None:
     """HeadError or ValueError where a few samples do not follow the model's head, which is another one now.
 

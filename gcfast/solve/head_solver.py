@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from gcfast import errors
 from gcfast.ambient import ordinary
-from gcfast.features import Features, TrainingSet, as_targets, check_new_head, checked, collect
+from gcfast.features import Features, TrainingSet, as_targets, check_new_head, checked, collect, copies_among
 from gcfast.losses import (
     ConvexLoss,
     check_convex,
     check_matches_outputs,
+    infimum_with_copies,
     resolve_loss,
 )
 from gcfast.model import Head
@@ -31,7 +32,13 @@ from gcfast.solve.path import OVERFLOW, REGULARISED, ROUNDING, WITHIN, PathEnd, 
 from gcfast.solve.path_checkpoint import PathCheckpoint
 from gcfast.solve.path_point import PathForm, PathPoint
 from gcfast.solve.problem import HeadProblem, make_problem
-from gcfast.solve.solution import HeadSolution, Progress, evaluate_head, no_worse_than_the_start
+from gcfast.solve.solution import (
+    HeadSolution,
+    Progress,
+    beyond_the_head,
+    evaluate_head,
+    no_worse_than_the_start,
+)
 from gcfast.solve.spectrum import SpectralProblem
 from gcfast.solve.working_set import WorkingSet, WorkingSetFull
 from gcfast.storage import StateFile, allowed_bytes, fingerprint
@@ -155,6 +162,9 @@ def solve_head(
             )
         solution = no_worse_than_the_start(head_problem, solution)
     if training_set is not None:
+        if head_problem.copies and infimum_with_copies(convex, head_problem.targets, []) < solution.infimum:
+            copies = copies_among(data_or_targets, fixed, head_problem.copies, head_problem.n)
+            beyond_the_head(head_problem, solution, copies)
         _give(training_set, solution)
     if keeper is not None and not solution.interrupted:
         keeper.remove()

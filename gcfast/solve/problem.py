@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -32,6 +32,7 @@ class HeadProblem:
     dtype: torch.dtype  # of the head as it is stored
     target_gap: float = 1e-6
     weight_decay: float = 0.0
+    copies: list[list[int]] = field(default_factory=list)  # groups of samples with equal features
     _transposed: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
     _bounded: tuple[BoundedHead, BoundedHead] | None = None
 
@@ -182,6 +183,5 @@ def make_problem(
                 raise ValueError(f"start: the weights {which} {dtype or features.dtype}, the head's dtype")
     y = loss.prepare(targets, n, len(weight))
     copies = equal_rows(features.keys())
-    return HeadProblem(
-        features, y, loss, weight, bias, infimum_with_copies(loss, y, copies), dtype or features.dtype
-    )
+    infimum = infimum_with_copies(loss, y, copies)
+    return HeadProblem(features, y, loss, weight, bias, infimum, dtype or features.dtype, copies=copies)

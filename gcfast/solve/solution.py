@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.losses import above, check_convex, gap_above
+from gcfast.losses import above, check_convex, gap_above, infimum_with_copies
 from gcfast.solve.bounds import (
     Head,
     bounded_gap,
@@ -41,8 +41,9 @@ class HeadSolution:
     ``weight`` (C, m), ``bias`` (C,) (None for a head without one): of a model in the dtype of its head,
     else in that of the features. What follows is bounded outward, the rounding of its own evaluation
     included, and inf where no finite bound is known: ``loss`` is no less than theirs as stored, ``infimum``
-    no more than L*, which no model whatever can beat; ``gap`` >= L - L* (with weight decay: of the
-    regularised problem that was asked for, then the same as ``duality_gap``). ``duality_gap`` >= P - D
+    no more than L*, which no model whatever can beat (where features were given, no head upon them);
+    ``gap`` >= L - L* (with weight decay: of the regularised problem that was asked for, then the same as
+    ``duality_gap``). ``duality_gap`` >= P - D
     certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|, the rounding to that dtype included
     (``duality_gap`` is that of the head before it, but with weight decay); both are inf where there is no
     lambda. ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the
@@ -142,6 +143,26 @@ def evaluate_head(
         reason=reason,
         **fields,
     )
+
+
+def beyond_the_head(head_problem: HeadProblem, found: HeadSolution, copies: list[list[int]]) -> None:
+    """Measure ``found`` by L* of all models, which must give the same to ``copies`` alone.
+
+    The head problem's own is of all samples with equal features, which another body might tell apart.
+    """
+    infimum = infimum_with_copies(head_problem.loss, head_problem.targets, copies)
+    if infimum >= found.infimum:
+        return
+    found.infimum = infimum
+    if not head_problem.weight_decay:
+        of_the_head, found.gap = found.gap, gap_above(found.loss, infimum)
+        if found.converged and not found.gap <= head_problem.target_gap:
+            i, j = next(group for group in head_problem.copies if group not in copies)[:2]
+            found.converged = False
+            found.reason = (
+                f"samples {i} and {j} have equal features, and other inputs as far as is known: the head is "
+                f"within {of_the_head:.3g} of what any head can reach, other hidden weights may reach more"
+            )
 
 
 def no_worse_than_the_start(head_problem: HeadProblem, found: HeadSolution) -> HeadSolution:

@@ -639,3 +639,24 @@ def test_a_model_whose_outputs_do_not_follow_a_new_head_keeps_the_old_one(kind, 
     with pytest.raises(ValueError, match=words):
         gcfast.solve_head(model, (x, torch.arange(40) % 2))
     assert torch.equal(model[-1].weight, before)
+
+
+class _Rounding(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.floor())
+
+
+@pytest.mark.parametrize("batches", [lambda *pair: pair, lambda *pair: [pair], lambda *pair: iter([pair])])
+def test_samples_that_the_body_alone_makes_equal_may_be_told_apart_by_another(batches):
+    model = _Rounding(gcfast.WideLayer(1, 60), nn.Linear(60, 2))
+    x, y = torch.arange(20.0)[:, None] / 2, torch.arange(20) % 2  # two samples between two whole numbers
+    once = type(batches(x, y)).__name__ == "list_iterator"
+    found = gcfast.solve_head(model, batches(x, y), fixed=once)
+    assert found.infimum == 0 and not found.converged and found.gap >= found.loss > 0.69
+    assert "samples 0 and 1 have equal features" in found.reason
+    x[1::2] = x[::2]
+    found = gcfast.solve_head(model, batches(x, y), fixed=once)
+    assert found.converged != once and (found.infimum > 0.69) != once
+    x[3] += 0.25  # one group of copies is none any more
+    found = gcfast.solve_head(model, batches(x, y), fixed=once)
+    assert not found.converged and found.gap > 0.06
