@@ -20,7 +20,7 @@ from gcfast.features.second_reading import is_column
 from gcfast.model import FeatureTap, copy_tensors, keeping_random_state
 
 FEW = 8  # samples looked at again, of the first batch and of the last one
-LOOKS = 32  # where the model draws random numbers, of which it may make use now and then only
+LOOKS = 32  # where a state moves in a pass, of which the model may make use now and then only
 
 
 class _Reached(Exception):
@@ -28,12 +28,15 @@ class _Reached(Exception):
 
 
 class _LookingTap(FeatureTap):
-    """Notes whether random numbers were drawn on the way, and stops there: what is left may cost more."""
+    """Notes whether a state moved on the way, and stops there: what is left may cost more.
 
-    drew = False
+    A state is that of a random number generator, or what a module counts and keeps.
+    """
+
+    moved = False
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.drew = self.drew or self.before != _random_states(self.model)
+        self.moved = self.moved or self.before != self._states()
         super()._note(module, args, kwargs)
         raise _Reached(self._seen[module][-1])
 
@@ -41,11 +44,14 @@ class _LookingTap(FeatureTap):
         """What enters the module, with other random numbers than before: a call gives torch's state back."""
         for device in (torch.device("cpu"), *_gpus(self.model)):
             torch.rand(97, device=device)
-        self.before = _random_states(self.model)
+        self.before = self._states()
         try:
             return self(rows)[0]  # of a model that catches what ends the pass
         except _Reached as reached:
             return reached.args[0]
+
+    def _states(self) -> tuple[Any, ...]:
+        return _random_states(self.model), [*map(_kept_by, self.model.modules())]
 
 
 def _gpus(model: nn.Module) -> list[torch.device]:
@@ -55,6 +61,20 @@ def _gpus(model: nn.Module) -> list[torch.device]:
 def _random_states(model: nn.Module) -> tuple[Any, ...]:
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _gpus(model))]
     return (*(s.numpy().tobytes() for s in states), random.getstate(), pickle.dumps(np.random.get_state()))
+
+
+def _kept_by(module: nn.Module) -> list[Any]:
+    """Numbers and tensors that a module keeps, as far as they move; its flag is lowered on the way."""
+    own = {**vars(module), "training": None}.values()
+    # a tensor put in the place of another is most often an output that is of no use, but a buffer is a state
+    buffers = [(id(b), _version(b)) for b in module._buffers.values() if b is not None]
+    return [*buffers, *(_version(v) for v in own if isinstance(v, (int, float, Tensor)))]
+
+
+def _version(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return 0 if value.is_inference() else value._version
 
 
 class SecondLook:
@@ -98,11 +118,11 @@ class SecondLook:
         tap = _LookingTap(self.model, self.module)
         with keeping_random_state(self.model), tap:
             found = self._look(tap, inputs)
-            for _ in range(LOOKS if tap.drew else again):
+            for _ in range(LOOKS if tap.moved else again):
                 other = self._look(tap, inputs)
                 # the same rows, so the same roundings, but where a device adds in any order
                 exact = min(1e-4, 64 * torch.finfo(other.dtype).eps) if other.device.type == "cpu" else 1e-4
-                if tap.drew and other.device.type == "cpu":  # then any difference is of the random numbers
+                if tap.moved and other.device.type == "cpu":  # then any difference is of that state
                     exact = 0.0
                 if _differ(other, found, exact, 0.0 if other.device.type == "cpu" else 1.0):
                     raise ValueError(

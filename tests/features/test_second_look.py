@@ -75,9 +75,18 @@ RANDOM = {
     "small in float64": lambda layer, h: h + 1e-9 * torch.randn_like(h),
     "counter": lambda layer, h: h * (1 + 0.01 * next_call(layer)),
     "counter buffer": lambda layer, h: h * (1 + 0.01 * layer.count.add_(1)),
+    "from the twentieth time on": lambda layer, h: h * (1 + 0.01 * (next_call(layer) >= 20)),
+    "from a count of ten on": lambda layer, h: h * (1 + 0.01 * (layer.count.add_(1) >= 10)),
+    "slow running mean": lambda layer, h: h - layer.mean.lerp_(h.mean(0), 1e-7),
+    "slow mean put in its place": lambda layer, h: h - next_mean(layer, h),
     "every other time": lambda layer, h: h * (1 + 0.01 * (next_call(layer) % 2)),
     "running mean": lambda layer, h: h - layer.mean.lerp_(h.mean(0), 0.1),
 }
+
+
+def next_mean(layer, h):
+    layer.mean = layer.mean.lerp(h.mean(0), 1e-7)
+    return layer.mean
 
 
 def next_call(layer):
