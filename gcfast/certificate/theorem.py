@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gcfast.certificate.certificate import Status
 from gcfast.certificate.evidence import Evidence
-from gcfast.features import Features, TrainingSet, WideFeatures, equal_rows
+from gcfast.features import Features, TrainingSet, WideFeatures, equal_rows, equal_samples
 from gcfast.model import Draw, WideLayerFound, activation_verdict, analyticity, draw_of
 
 _LOOKED_AT = 256  # numbers of Q, and of c, whose values are counted
@@ -72,24 +72,34 @@ def theorem_applies(
         f"{wide.name!r} is {formula}, {wide.d} to {wide.m}, "
         + ("not a polynomial" if ok else "a polynomial"),
     )
-    if wide.m < evidence.n:
-        evidence.note(
-            "width of the wide layer",
-            "fails",
-            f"m = {wide.m} < n = {evidence.n}; the theorem needs m >= n (gcfast.widen)",
-        )
-        ok = False
+    parts = wide.module._parameters if training_set is not None else features.given  # type: ignore[attr-defined]
+    ok &= _enough_units(evidence, wide, [p for p in parts.values() if p is not None])
     ok &= _analytic(evidence, wide, model, training_set, forced)
     ok &= _distinct(evidence, wide, below, duplicate_groups if training_set is None else None)
     if not wide.thresholds:
         ok &= _distinct_up_to_sign(evidence, below)
-    parts = wide.module._parameters if training_set is not None else features.given  # type: ignore[attr-defined]
     free, words = _drawn(evidence, {f"{wide.linear_name}.{key}": p for key, p in parts.items()})
     if not (ok and free):
         return None
     if not wide.thresholds:
         words += "; the layer has no thresholds c, so rows were compared up to sign"
     return f"the theorem's assumptions hold: {words}"
+
+
+def _enough_units(evidence: Evidence, wide: WideLayerFound, parts: list[Tensor]) -> bool:
+    """Whether n units are there, and not as copies of others, as where a layer was widened by copying."""
+    name = "width of the wide layer"
+    if wide.m < evidence.n:
+        evidence.note(
+            name, "fails", f"m = {wide.m} < n = {evidence.n}; the theorem needs m >= n (gcfast.widen)"
+        )
+        return False
+    different = wide.m - sum(len(group) - 1 for group in equal_samples([p.detach() for p in parts]))
+    if different < evidence.n:
+        found = f"of {wide.m} units only {different} differ, and n = {evidence.n} are needed"
+        evidence.note(name, "unknown", f"{found}; the Gaussian step of TwoPhase makes copies differ")
+        return False
+    return True
 
 
 def _analytic(

@@ -163,12 +163,12 @@ class OpCall:
     verdict: Verdict
     reason: str
     arguments: frozenset[int]  # id of every tensor argument
-    places: tuple[tuple[int, int], ...]  # the addresses between which each of them lies
+    places: tuple[tuple[int, int], ...]  # the addresses between which each of them lies, and each result
     # to apply the operator again, to another first argument; None where a further argument is a tensor
     again: Callable[[Tensor], Any] | None = None
 
     def takes(self, value: Tensor) -> bool:
-        """Whether an argument is this tensor, or has numbers in its memory."""
+        """Whether an argument is this tensor, or it or a result has numbers in its memory."""
         low, high = span(value)
         return id(value) in self.arguments or any(a < high and low < b for a, b in self.places)
 
@@ -220,6 +220,8 @@ class _Recorder(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         inputs, places = frozenset(map(id, tensors)), tuple(map(span, tensors))
         out = func(*args, **kwargs)
+        # what it gave as well: a weight may be put there
+        places += tuple(span(t) for t in tree_leaves(out) if isinstance(t, Tensor))
         verdict, reason = classify(func, args, kwargs, out, self.marks)
         again = _repeated(func, args, kwargs, verdict)
         module = self.stack[-1] if self.stack else ""

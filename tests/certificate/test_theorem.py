@@ -65,6 +65,14 @@ class MemoryReader(Reader):
         return self.head(torch.tanh(self.wide(x - self.some[0].mean())))
 
 
+class Maker(Reader):
+    """Puts numbers of rank one where the weight has its own, in every pass."""
+
+    def forward(self, x):
+        self.wide.weight.data = self.wide.bias.detach()[:, None] * torch.tensor([1.0, 2.0])
+        return self.head(torch.tanh(self.wide(x)))
+
+
 class Twice(Reader):
     def __init__(self):
         super().__init__()
@@ -174,6 +182,7 @@ NOT_FREE = {
     "a buffer": (lambda: with_weight(buffer), "weight is computed from something else|'weight'"),
     "read elsewhere": (Reader, "weight is also used by"),
     "its memory read elsewhere": (MemoryReader, "weight is also used by"),
+    "made in the pass": (Maker, "is also used by"),
     "hook of another holder": (held_twice, "hook .* of '1', which holds it"),
     "subclass": (lambda: wide_model(OneUnit(2, M)), "class of its own"),
     "hook": (lambda: hooked("0"), "forward_hook"),
@@ -512,6 +521,18 @@ def test_numbers_that_no_density_gives_are_not_taken_for_drawn(kind):
     # a Gaussian step makes them free
     gcfast.TwoPhase(torch.optim.SGD(model.parameters(), lr=0.1), model, None).switch()
     assert record(gcfast.certify(model, data, route="theorem")).status == "holds"
+
+
+def test_units_that_are_copies_are_not_counted():
+    model, data = nn.Sequential(nn.Linear(2, N + 5), nn.Tanh(), nn.Linear(N + 5, 3)), grid()
+    for part in (model[0].weight, model[0].bias):
+        part.data[N - 1 :] = part.data[:6].clone()
+    cert = gcfast.certify(model, data, route="theorem")
+    assert cert.status == "unknown" and f"only {N - 1} differ" in cert.reason
+    features = gcfast.WideFeatures(grid(), (model[0].weight, model[0].bias), activation="tanh")
+    assert gcfast.certify(features, route="theorem").status == "unknown"
+    model[0].bias.data[N - 1] += 1
+    assert gcfast.certify(model, data, route="theorem").status == "holds"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
