@@ -16,7 +16,16 @@ from gcfast import errors
 from gcfast.ambient import ordinary
 from gcfast.model.agreement import first_difference
 from gcfast.model.analytic_tables import names
-from gcfast.model.tracing import ModuleCall, Trace, call_arguments, output_tensors, same_memory, trace, unwrap
+from gcfast.model.tracing import (
+    ModuleCall,
+    Trace,
+    call_arguments,
+    output_tensors,
+    same_memory,
+    share_memory,
+    trace,
+    unwrap,
+)
 
 
 class HeadError(ValueError):
@@ -206,6 +215,8 @@ def check_output(
             f"it holds {len(outputs)} tensors"
         )
     out = outputs[0]
+    if not out.is_floating_point():
+        raise HeadError(f"the model's output{mode} is {out.dtype}, where its head {head} gave {own.dtype}")
     if own._version == version and same_memory(out, own):
         return
     if not later and out.numel() == own.numel() and own._version == version:
@@ -321,6 +332,12 @@ def _check_static(model: nn.Module, head: Head) -> None:
         )
     if not weight.is_floating_point() or "quantized" in type(module).__module__:
         raise HeadError(f"the head {head.name!r} is quantised ({type(module).__name__}, {weight.dtype})")
+    bias = owned["bias"]
+    if torch._debug_has_internal_overlap(weight) == 1 or (bias is not None and share_memory(weight, bias)):
+        raise HeadError(
+            f"model: the head {head.name!r} has numbers of its weight and bias in memory together, so that "
+            "they cannot be chosen freely; give it parameters of their own, as by .clone()"
+        )
     _check_tied(model, head)
 
 
@@ -333,7 +350,7 @@ def _check_tied(model: nn.Module, head: Head) -> None:
             if p is None or isinstance(p, nn.parameter.UninitializedParameter):
                 continue
             for mine, q in own.items():
-                if p is q or (p.numel() and p.device.type != "meta" and p.data_ptr() == q.data_ptr()):
+                if p is q or share_memory(p, q):
                     theirs = f"{prefix}.{key}" if prefix else key
                     raise HeadError(
                         f"tied weights: {head.name + '.' + mine!r} of the head is also {theirs!r}; "

@@ -85,6 +85,19 @@ def span(value: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * value.element_size()
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one dtype have a number in common; columns of one matrix have none."""
+    (low, high), (start, end) = span(a), span(b)
+    return low < end and start < high and bool(torch.isin(_addresses(a), _addresses(b)).any())
+
+
+def _addresses(value: Tensor) -> Tensor:
+    places = torch.tensor(value.data_ptr(), dtype=torch.int64, device="cpu")
+    for length, stride in zip(value.shape, value.stride(), strict=True):
+        places = places[..., None] + value.element_size() * stride * torch.arange(length, device="cpu")
+    return places
+
+
 def _accelerators(model: nn.Module) -> tuple[str, list[torch.device]]:
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kind = min((d.type for d in devices), default="cuda")

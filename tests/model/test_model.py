@@ -99,6 +99,8 @@ def test_an_output_object_with_one_tensor_will_do():
         (lambda o: o.flip(0), r"after it came aten.flip"),
         (lambda o: o.clone().t(), r"its values are changed afterwards"),
         (lambda o: (o, o), r"it holds 2 tensors"),
+        (lambda o: o.long(), r"the model's output is torch.int64"),
+        (lambda o: o.to(torch.complex64), r"the model's output is torch.complex64"),
         (lambda o: "nothing", r"it holds 0 tensors"),
     ],
 )
@@ -174,6 +176,32 @@ def test_tied_weights_are_refused_by_names():
     storage.b.weight = nn.Parameter(storage.a.weight.data)  # two parameters, one memory
     with pytest.raises(HeadError, match="tied weights"):
         find_head(storage, X)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda v: (v[:1, :8].expand(3, 8), v[:, 8]), "in memory together"),
+        (lambda v: (v[:, :8], v[:, 7]), "in memory together"),
+        (lambda v: (v[:, 1:], v[:, 0]), None),  # [b, W], whose columns lie among each other
+    ],
+)
+def test_a_heads_numbers_must_be_its_own(parts, message):
+    model = Net()
+    model.b.weight, model.b.bias = map(nn.Parameter, parts(torch.randn(3, 9)))
+    if message is None:
+        assert find_head(model, X).name == "b"
+    else:
+        with pytest.raises(HeadError, match=message):
+            find_head(model, X)
+
+
+def test_a_head_that_is_rows_of_another_weight_is_tied():
+    model = Net()
+    model.c = nn.Parameter(torch.randn(5, 8))
+    model.b.weight = nn.Parameter(model.c.data[2:])
+    with pytest.raises(HeadError, match=r"tied weights: 'b.weight' of the head is also 'c'"):
+        find_head(model, X)
 
 
 def test_one_head_under_two_names_is_not_tied():
