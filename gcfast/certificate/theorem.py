@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gcfast.certificate.certificate import Status
 from gcfast.certificate.evidence import Evidence
 from gcfast.features import Features, TrainingSet, WideFeatures, equal_rows, equal_samples
-from gcfast.model import Draw, WideLayerFound, activation_verdict, analyticity, draw_of
+from gcfast.model import Draw, WideLayerFound, activation_verdict, analyticity, draw_of, hidden_parameters
 
 _LOOKED_AT = 256  # numbers of Q, and of c, whose values are counted
 
@@ -78,7 +78,8 @@ def theorem_applies(
     ok &= _distinct(evidence, wide, below, duplicate_groups if training_set is None else None)
     if not wide.thresholds:
         ok &= _distinct_up_to_sign(evidence, below)
-    free, words = _drawn(evidence, {f"{wide.linear_name}.{key}": p for key, p in parts.items()})
+    hidden = {} if training_set is None else hidden_parameters(model, training_set.head)  # type: ignore[arg-type]
+    free, words = _drawn(evidence, {f"{wide.linear_name}.{key}": p for key, p in parts.items()}, hidden)
     if not (ok and free):
         return None
     if not wide.thresholds:
@@ -162,8 +163,13 @@ def _distinct_up_to_sign(evidence: Evidence, below: Tensor) -> bool:
     return True
 
 
-def _drawn(evidence: Evidence, parts: Mapping[str, Tensor | None]) -> tuple[bool, str]:
-    """Whether Q and c may be taken for drawn from a density, and the theorem's conclusion in words."""
+def _drawn(
+    evidence: Evidence, parts: Mapping[str, Tensor | None], hidden: Mapping[str, Tensor]
+) -> tuple[bool, str]:
+    """Whether Q and c may be taken for drawn from a density, and the theorem's conclusion in words.
+
+    That of a step is theirs only where no weight of ``hidden`` has moved since, for it may by what they are.
+    """
     name = "Q and c drawn from a density"
     draws: dict[str, Draw | None] = {key: draw_of(p) for key, p in parts.items() if p is not None}
     left_out = [key for key, draw in draws.items() if draw is not None and draw.scale == 0]
@@ -181,20 +187,25 @@ def _drawn(evidence: Evidence, parts: Mapping[str, Tensor | None]) -> tuple[bool
         way_out = "let TwoPhase train and perturb all of the wide layer, or use the direct route"
         evidence.note(name, "unknown", f"{odd}: {way_out}")
         return False, ""
-    if draw is None or not recorded:
-        evidence.note(
-            name,
-            "not checked",
-            "no record says where these weights come from: gcfast.TwoPhase keeps one when it switches",
-        )
-        return True, "almost every choice of Q and c gives rank(H1) = n"
+    since = next((key for key, p in hidden.items() if draw_of(p) is None), None) if recorded else None
+    if draw is None or not recorded or since is not None:
+        found = "no record says where these weights come from: gcfast.TwoPhase keeps one when it switches"
+        if since is not None:
+            found = (
+                f"{since!r} has changed since TwoPhase drew them, and so may rows that were chosen by them"
+            )
+        evidence.note(name, "not checked", found)
+        return True, "almost every choice of Q and c gives rank(H1) = n in exact arithmetic"
     evidence.note(
         name,
         "holds",
         f"TwoPhase added {draw.scale:g} N(0, I) to all of them after step {draw.step} (seed {draw.seed}), "
         "and they are as it left them, bit by bit",
     )
-    return True, "with probability one over the Gaussian step that gave Q and c, rank(H1) = n"
+    return (
+        True,
+        "with probability one over the Gaussian step that gave Q and c, rank(H1) = n in exact arithmetic",
+    )
 
 
 def _no_density(key: str, part: Tensor) -> str | None:

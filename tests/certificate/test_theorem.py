@@ -502,6 +502,18 @@ def test_the_record_goes_through_checkpoints_and_copies():
     assert record(gcfast.certify(twin.model, data, route="theorem")).status == "holds"
 
 
+def test_a_body_that_is_trained_after_the_draw_makes_the_record_no_probability():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), gcfast.WideLayer(2, M), nn.Linear(M, 3))
+    gcfast.TwoPhase(torch.optim.SGD(model.parameters(), lr=0.1), model, None).switch()
+    data = (grid(), torch.arange(N) % 3)
+    assert record(gcfast.certify(model, data, route="theorem")).status == "holds"
+    model[0].weight.data *= 0.5  # what enters the layer may be chosen by its weights now
+    cert = gcfast.certify(model, data, route="theorem")
+    assert record(cert).status == "not checked" and "'0.weight' has changed since" in record(cert).reason
+    assert "almost every choice" in cert.reason
+
+
 NO_DENSITY = {
     "mask": lambda m: prune.remove(m[0], "weight"),
     "no weights": lambda m: m[0].weight.data.zero_(),
