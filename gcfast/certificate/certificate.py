@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -134,8 +134,8 @@ class Certificate:
             "rank_lower": self.rank_lower,
             "sigma_min_lower": self.sigma_min_lower,
             "sigma_max_upper": plain(self.sigma_max_upper),
-            "offenders": [vars(o) for o in self.offenders],
-            "assumptions": [vars(a) for a in self.assumptions],
+            "offenders": [asdict(o) for o in self.offenders],
+            "assumptions": [asdict(a) for a in self.assumptions],
             "loss_name": self.loss_name,
             "loss": plain(self.loss),
             "infimum": plain(self.infimum),

@@ -11,6 +11,7 @@ from torch import nn
 from gcfast.model import Head, digest, plain_name, unwrap
 from gcfast.nn import WideLayer
 
+_PLAIN = (int, float, str, tuple)
 _Slot = tuple[str, dict[str, Any], str]  # a tensor's name, and where its module keeps it
 
 
@@ -79,12 +80,14 @@ class BodySnapshot:
 
 
 def _kinds(model: nn.Module, head: nn.Module) -> dict[str, Any]:
-    """What the modules below the head compute, as far as their class tells, and a WideLayer its function."""
+    """What the modules below the head compute: their class, and the options of torch's and gcfast's own."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if module is not head and next(module.children(), None) is None:
-            function = (module.activation, module.beta) if isinstance(module, WideLayer) else ()
-            found[plain_name(name)] = (type(module), *function)
+            kind = type(module)
+            known = isinstance(module, WideLayer) or kind.__module__.startswith("torch.nn.")
+            options = [(k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, _PLAIN)]
+            found[plain_name(name)] = (kind, options if known else [])
     return found
 
 

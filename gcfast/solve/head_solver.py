@@ -166,6 +166,9 @@ def solve_head(
             copies = copies_among(data_or_targets, fixed, head_problem.copies, head_problem.n)
             beyond_the_head(head_problem, solution, copies)
         _give(training_set, solution)
+        coarse = training_set.outputs.dtype
+        if torch.finfo(coarse).eps > torch.finfo(torch.float32).eps:
+            solution.reason += f"; of the head itself: the model rounds its outputs to {coarse}"
     if keeper is not None and not solution.interrupted:
         keeper.remove()
     solution.seconds = time.perf_counter() - began

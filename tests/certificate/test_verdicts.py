@@ -157,6 +157,10 @@ def test_a_certificate_in_words():
     assert abbreviated(list(range(9))) == "[0, 1, 2, 3, 4, 5, 6, 7, ... 1 more]"
     plain = _certificate(sigma_max_upper=math.inf).to_dict()
     assert plain["sigma_max_upper"] is None and plain["sigma_min_lower"] == 0.5
+    certificate = _certificate(assumptions=holds, offenders=ten)
+    plain = certificate.to_dict()
+    plain["assumptions"][0]["status"] = plain["offenders"][0]["samples"] = None  # a copy is edited
+    assert (certificate.assumptions[0].status, certificate.offenders[0].samples) == ("holds", [0, 1])
     assert _certificate().to_json() == json.dumps(_certificate().to_dict(), indent=2)
 
 

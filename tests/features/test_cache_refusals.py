@@ -173,6 +173,16 @@ def test_a_full_check_sees_another_activation():
     cache.check(copy.deepcopy(model))
 
 
+def test_a_full_check_sees_another_option_of_torchs_layers():
+    model = nn.Sequential(nn.Linear(D, 30), nn.LeakyReLU(0.1), nn.Linear(30, 3))
+    model[0].requires_grad_(False)
+    cache = gcfast.FeatureCache(model, data())
+    cache.check(copy.deepcopy(model).train())
+    model[1].negative_slope = 0.2
+    with pytest.raises(RuntimeError, match="'1' changed"):
+        cache.check()
+
+
 def test_a_replaced_weight_is_noticed_at_once():
     model, _ = in_phase_two()
     cache = gcfast.FeatureCache(model, data())
