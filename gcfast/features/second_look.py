@@ -66,9 +66,12 @@ def _random_states(model: nn.Module) -> tuple[Any, ...]:
 def _kept_by(module: nn.Module) -> list[Any]:
     """Numbers and tensors that a module keeps, as far as they move; its flag is lowered on the way."""
     own = {**vars(module), "training": None}.values()
-    # a tensor put in the place of another is most often an output that is of no use, but a buffer is a state
-    buffers = [(id(b), _version(b)) for b in module._buffers.values() if b is not None]
-    return [*buffers, *(_version(v) for v in own if isinstance(v, (int, float, Tensor)))]
+    # a tensor put in the place of another is most often an output that is of no use, but these are a state
+    named = (*module._buffers.values(), *module._parameters.values())
+    return [
+        *((id(t), _version(t)) for t in named),
+        *(_version(v) for v in own if isinstance(v, (int, float, Tensor))),
+    ]
 
 
 def _version(value: Any) -> Any:

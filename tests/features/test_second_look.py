@@ -30,6 +30,7 @@ class Layer(nn.Module):
         self.generator = torch.Generator().manual_seed(0)
         self.register_buffer("mean", torch.zeros(M))
         self.register_buffer("count", torch.zeros(()))
+        self.gain = nn.Parameter(torch.ones(M))
 
     def forward(self, h):
         return self.function(self, h)
@@ -78,6 +79,7 @@ RANDOM = {
     "from the twentieth time on": lambda layer, h: h * (1 + 0.01 * (next_call(layer) >= 20)),
     "from a count of ten on": lambda layer, h: h * (1 + 0.01 * (layer.count.add_(1) >= 10)),
     "slow running mean": lambda layer, h: h - layer.mean.lerp_(h.mean(0), 1e-7),
+    "slow learning": lambda layer, h: h * layer.gain.mul_(1 + 2e-7),
     "slow mean put in its place": lambda layer, h: h - next_mean(layer, h),
     "every other time": lambda layer, h: h * (1 + 0.01 * (next_call(layer) % 2)),
     "running mean": lambda layer, h: h - layer.mean.lerp_(h.mean(0), 0.1),
