@@ -234,8 +234,11 @@ class RowKeys:
     """Keys of samples that come in blocks and are seen once; 8 bytes a sample are kept.
 
     A block is a tensor (b, ...) or several of them, each with its samples first. Shapes of samples may change
-    from block to block (samples of different shapes are different), dtypes and the number of tensors may not.
+    from block to block (samples of different shapes are different), dtypes and the number of tensors may not,
+    unless they are ``mixed``: keys are compared then, and none are confirmed.
     """
+
+    mixed = False
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
@@ -248,7 +251,7 @@ class RowKeys:
         parts = _parts(block, "data")
         dtypes = [part.dtype for part in parts]
         self._dtypes = self._dtypes or dtypes
-        if dtypes != self._dtypes:
+        if dtypes != self._dtypes and not self.mixed:
             raise ValueError(f"data: expected tensors of dtypes {self._dtypes} as before; got {dtypes}")
         return parts
 

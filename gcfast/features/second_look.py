@@ -121,6 +121,12 @@ class SecondLook:
         tap = _LookingTap(self.model, self.module)
         with keeping_random_state(self.model), tap:
             found = self._look(tap, inputs)
+            if found.shape != expected.shape:
+                raise ValueError(
+                    f"model: gave features {tuple(found.shape)} in a second look, where "
+                    f"{tuple(expected.shape)} are expected; what it computes of a sample must not depend on "
+                    "its batch"
+                )
             for _ in range(LOOKS if tap.moved else again):
                 other = self._look(tap, inputs)
                 # the same rows, so the same roundings, but where a device adds in any order

@@ -61,8 +61,11 @@ class Reading:
             _alike(first, y, batches)
             if twice or self.copies:
                 parts, by_rows = _digestible(x, rows, self.copies)
-                self._inputs.add(parts)
                 self.copies = self.copies and by_rows
+                self._inputs.mixed = (
+                    self._inputs.mixed or not by_rows
+                )  # of some batches there are digests alone
+                self._inputs.add(parts)
             if twice and y is not None:
                 self._others.add([y])
             self.n, batches = self.n + rows, batches + 1
@@ -157,6 +160,7 @@ class Reading:
 def second_reading_seconds(source: Source, n: int) -> float:
     """What a second reading of n samples would take, judged by the first batches, read for half a second."""
     began, keys = time.perf_counter(), RowKeys()
+    keys.mixed = True
     for x, y in source:
         keys.add(_digestible(x, rows_of(x, y), False)[0])
         if time.perf_counter() - began > 0.5:

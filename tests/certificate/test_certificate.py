@@ -274,6 +274,11 @@ def test_inputs_that_are_not_one_row_a_sample_have_no_copies_by_row_numbers():
     cert = gcfast.certify(_Sums(), [(graphs, y)], loss="cross_entropy")
     assert (cert.status, cert.infimum, cert.offenders) == ("holds", 0, [])
     assert any((a.name, a.status) == ("distinct inputs", "not checked") for a in cert.assumptions)
+    single = {"nodes": x[:, 2], "owner": torch.arange(8)}  # of one node each: as many rows as samples
+    other = {**graphs, "nodes": graphs["nodes"] + 1}
+    batches = [(graphs, y), (single, y), (other, y)]
+    assert gcfast.certify(_Sums(), batches, loss="cross_entropy").status == "holds"
+    assert gcfast.solve_head(_Sums(), batches).converged
     x[0, 1] += 1
     x[1] = x[0]  # samples 0 and 1, of three rows each
     tokens = _Tokens(gcfast.WideLayer(4, 60), nn.Linear(60, 2))

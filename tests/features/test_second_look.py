@@ -154,6 +154,11 @@ def test_a_model_that_takes_one_size_of_batch_alone_is_named():
     whole = with_step(lambda layer, h: h.view(N, M))
     with pytest.raises(ValueError, match=r"^model: fails on a few of the samples in a batch of their own"):
         gcfast.certify(whole, data())
+    always = with_step(lambda layer, h: torch.ones(N, 1) * layer.gain)
+    with pytest.raises(
+        ValueError, match=r"^model: gave features \(60, 80\) in a second look, where \(8, 80\)"
+    ):
+        gcfast.certify(always, data())
 
 
 def skipping(layer, h):
