@@ -62,9 +62,7 @@ class Reading:
             if twice or self.copies:
                 parts, by_rows = _digestible(x, rows, self.copies)
                 self.copies = self.copies and by_rows
-                self._inputs.mixed = (
-                    self._inputs.mixed or not by_rows
-                )  # of some batches there are digests alone
+                self._inputs.mixed |= not by_rows  # of some batches there are digests alone
                 self._inputs.add(parts)
             if twice and y is not None:
                 self._others.add([y])

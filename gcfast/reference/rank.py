@@ -38,7 +38,7 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
     zero_matrix = top == 0  # of the entries: an SVD is not trusted with that either
     exponent = -torch.frexp(top)[1]  # to entries below 1, in two steps for the extreme ones
     x, atol = (_ldexp(t, exponent) for t in (x, atol))
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    u, s, vh = _svd(x)
 
     def size(t: Tensor) -> Tensor:  # an upper bound of the Frobenius norm
         return torch.linalg.matrix_norm(t) * (1 + _gamma(n * m + 8))
@@ -67,6 +67,27 @@ def batched_rank(a: Tensor, atol: Tensor, rtol: Tensor) -> tuple[Tensor, Tensor,
     least = torch.where(least < tiny, 0.0, least)
     largest = torch.where(zero_matrix, 0.0, largest.clamp(min=tiny))
     return rank, lower, torch.where(zero_matrix, 0, upper), least, largest
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of a batch (B, n, m), n <= m; where LAPACK does not converge, by the factor R of A^T = Q R.
+
+    Where that does not converge either they are those of zeros, whose bounds hold as any others do.
+    """
+    try:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        return u, s, vh
+    except torch.linalg.LinAlgError:
+        if len(x) > 1:  # one matrix is enough for the error
+            u, s, vh = map(torch.cat, zip(*map(_svd, x.split(1))))
+            return u, s, vh
+    q, r = torch.linalg.qr(x.mT)
+    try:
+        u, s, vh = torch.linalg.svd(r.mT)
+    except torch.linalg.LinAlgError:
+        u = vh = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
+        s = x.new_zeros(x.shape[:2])
+    return u, s, vh @ q.mT
 
 
 def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:

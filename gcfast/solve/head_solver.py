@@ -189,7 +189,7 @@ def _give(training_set: TrainingSet, solution: HeadSolution) -> None:
     try:
         write([value for value in (solution.weight, solution.bias) if value is not None])
         check_new_head(training_set)
-    except Exception:
+    except BaseException:
         write(before)
         raise
 

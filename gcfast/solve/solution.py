@@ -43,11 +43,10 @@ class HeadSolution:
     included, and inf where no finite bound is known: ``loss`` is no less than theirs as stored, ``infimum``
     no more than L*, which no model whatever can beat (where features were given, no head upon them);
     ``gap`` >= L - L* (with weight decay: of the regularised problem that was asked for, then the same as
-    ``duality_gap``). ``duality_gap`` >= P - D
-    certifies the nearest point: |U - U*| <= ``distance_bound`` * |U|, the rounding to that dtype included
-    (``duality_gap`` is that of the head before it, but with weight decay); both are inf where there is no
-    lambda. ``form`` says how K = H1 H1^T was held, ``path`` lists (lambda, loss), and ``residual`` is the
-    Frobenius norm of the loss's gradient in the head, as computed.
+    ``duality_gap``). ``duality_gap`` >= P - D certifies the nearest point: |U - U*| <= ``distance_bound`` *
+    |U|, the rounding to that dtype included (``duality_gap`` is that of the head before it, but with weight
+    decay); both are inf where there is no lambda. ``form`` says how K = H1 H1^T was held, ``path`` lists
+    (lambda, loss), and ``residual`` is the Frobenius norm of the loss's gradient in the head, as computed.
     """
 
     weight: Tensor

@@ -14,7 +14,7 @@ from conftest import RANK_TARGETS
 from rank_cases import Spectrum, ldexp
 
 import gcfast
-from gcfast import matrix_rank, ops
+from gcfast import matrix_rank, ops, reference
 from gcfast.ops import rank as _ops_rank
 from gcfast.proofs import rank_estimate
 
@@ -619,3 +619,29 @@ def test_what_it_prints():
     assert str(matrix_rank(many, atol=0.9)) == "ranks 2 to 3, 3 of 3 proved"
     assert str(matrix_rank(torch.zeros(0, 3, 3))) == "0 of 0 proved"
     assert gcfast.matrix_rank is matrix_rank and "matrix_rank" in gcfast.__all__
+
+
+@pytest.mark.parametrize("most", [0, 1, 2], ids=["none", "a factor alone", "single matrices"])
+def test_an_svd_that_does_not_converge_leaves_bounds_that_hold(most, monkeypatch):
+    """LAPACK's fails for some matrices, at times one of a whole batch."""
+    svd, calls = torch.linalg.svd, []
+
+    def failing(x, full_matrices=True):
+        calls.append(x.shape)
+        converges = (False, x.shape[-1] == x.shape[-2], len(x) == 1)[most]
+        if not converges:
+            raise torch.linalg.LinAlgError("linalg.svd: failed to converge")
+        return svd(x, full_matrices=full_matrices)
+
+    a = torch.randn(3, 4, 7, dtype=torch.float64)
+    a[1, 2] = a[1, 0] + a[1, 1]
+    zero = torch.zeros(3, dtype=torch.float64)
+    plain = reference.batched_rank(a, zero, zero + 1e-12)
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    rank, lower, upper, least, largest = reference.batched_rank(a, zero, zero + 1e-12)
+    true = torch.tensor([4, 3, 4])
+    assert bool(((lower <= true) & (true <= upper)).all()) and len(calls) > 1
+    values = torch.linalg.svdvals(a)
+    assert bool((least <= values[:, -1]).all() and (largest >= values[:, 0]).all())
+    if most:
+        assert torch.equal(rank, true) and torch.equal(lower, plain[1]) and lower.tolist() == [4, 3, 4]
